@@ -1,0 +1,46 @@
+# A fresh machine needs Python 3.11+ and make; everything else goes into .venv through constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: help install demo test lint format results bench clean
+
+help:
+	@echo "make demo     run the synthetic study and say where the figures are (about 4 minutes)"
+	@echo "make test     formatter, linter, type checker, tests and doctests (under 10 minutes)"
+	@echo "make install  only make .venv with the command metanudge"
+	@echo "make lint | format | bench | clean"
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -e .
+	@touch $@
+
+# the extras, each once
+.venv/.%: .venv/.installed
+	$(PIP) -e '.[$*]'
+	@touch $@
+
+demo: install
+	$(BIN)/metanudge reproduce synthetic
+
+test: lint .venv/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: .venv/.lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/.lint
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/.bench
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/speed.py
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

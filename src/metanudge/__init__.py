@@ -1,0 +1,60 @@
+"""Meta-learning for PyTorch with first derivatives only."""
+
+from metanudge import metrics, optim, tasks
+from metanudge.errors import (
+    LossError,
+    MetanudgeError,
+    NonFiniteError,
+    NonFiniteWarning,
+    SettingsError,
+    TasksError,
+)
+from metanudge.estimators import (
+    ESTIMATORS,
+    FOBMAML,
+    FOMAML,
+    HFMAML,
+    IMAML,
+    MAML,
+    STENCILS,
+    Reptile,
+    Stencil,
+    Tangent,
+)
+from metanudge.learner import MetaLearner
+from metanudge.solvers import SOLVERS, Adam, GradientDescent, Nesterov, TorchOptimizer
+from metanudge.types import Batch, Evaluation, MetaStep, Tasks
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ESTIMATORS",
+    "FOBMAML",
+    "FOMAML",
+    "HFMAML",
+    "IMAML",
+    "MAML",
+    "SOLVERS",
+    "STENCILS",
+    "Adam",
+    "Batch",
+    "Evaluation",
+    "GradientDescent",
+    "LossError",
+    "MetaLearner",
+    "MetaStep",
+    "MetanudgeError",
+    "Nesterov",
+    "NonFiniteError",
+    "NonFiniteWarning",
+    "Reptile",
+    "SettingsError",
+    "Stencil",
+    "Tangent",
+    "Tasks",
+    "TasksError",
+    "TorchOptimizer",
+    "metrics",
+    "optim",
+    "tasks",
+]

@@ -1,0 +1,115 @@
+"""Stacks of tasks: checking, splitting, stacking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from metanudge.errors import TasksError
+from metanudge.types import Batch, Tasks
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    """All tensors of a pytree.
+
+    Raises:
+        TasksError: A leaf is not a tensor.
+    """
+    found = tree_flatten(tree)[0]
+    for leaf in found:
+        if not isinstance(leaf, Tensor):
+            raise TasksError(f"tasks hold tensors or pytrees of tensors, but found {type(leaf).__name__}: {leaf!r:.80}")
+    return found
+
+
+def check_stack(tasks: Tasks, device: torch.device) -> int:
+    """Return the number of tasks stacked on the leading axis.
+
+    Raises:
+        TasksError: Not a stack of at least one task on ``device``.
+    """
+    if not isinstance(tasks, Tasks):
+        raise TasksError(f"expected mn.Tasks(support=..., query=...), got {type(tasks).__name__}")
+    sizes = set()
+    for part, batch in zip(Tasks._fields, tasks, strict=True):
+        found = leaves(batch)
+        if not found:
+            raise TasksError(f"the {part} batch holds no tensor")
+        check_device(found, device)
+        for leaf in found:
+            if leaf.ndim == 0:
+                raise TasksError(f"a tensor of the {part} batch has no axis; tasks are stacked on the leading one")
+            sizes.add((part, leaf.shape[0]))
+    numbers = {size for _, size in sizes}
+    if len(numbers) > 1:
+        told = ", ".join(f"{part} {size}" for part, size in sorted(sizes))
+        raise TasksError(
+            f"the leading axis counts the tasks and must be the same in every tensor, but found {told}; "
+            "for tasks of different sizes give a list of mn.Tasks, one each, without a task axis"
+        )
+    (number,) = numbers
+    if number == 0:
+        raise TasksError("the stack of tasks is empty (leading axis 0); give at least one task")
+    for part, batch in zip(Tasks._fields, tasks, strict=True):
+        for leaf in leaves(batch):
+            if leaf.numel() == 0:
+                raise TasksError(
+                    f"a tensor of the {part} batch is empty, its shape is {tuple(leaf.shape)}; every task needs at "
+                    "least one example"
+                )
+    return number
+
+
+def check_device(tensors: list[Tensor], device: torch.device) -> None:
+    """Raise a TasksError where a tensor is not on ``device``."""
+    for tensor in tensors:
+        if tensor.device != device:
+            raise TasksError(
+                f"the model is on {device} but a tensor of the tasks on {tensor.device}; move it with .to()"
+            )
+
+
+def as_stacks(tasks: Tasks | Sequence[Tasks], device: torch.device) -> tuple[list[Tasks], list[int]]:
+    """Turn a stack, or a list of single tasks of any sizes, into checked stacks: tasks of equal shapes go together.
+
+    Returns the stacks, and for every task in their order its place in what was given.
+
+    Raises:
+        TasksError: Nothing given, or something that is no stack of tasks.
+    """
+    if isinstance(tasks, Tasks):
+        return [tasks], list(range(check_stack(tasks, device)))
+    if isinstance(tasks, Batch) or not isinstance(tasks, list | tuple):
+        raise TasksError(f"expected mn.Tasks or a list of mn.Tasks, got {type(tasks).__name__}")
+    if not tasks:
+        raise TasksError("the list of tasks is empty; give at least one task")
+    groups: dict[Any, list[int]] = {}
+    for place, task in enumerate(tasks):
+        if not isinstance(task, Tasks):
+            raise TasksError(f"expected a list of mn.Tasks, found {type(task).__name__} in it")
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves(task))
+        groups.setdefault((shapes, str(tree_flatten(task)[1])), []).append(place)
+    stacks: list[Tasks] = [
+        tree_map(lambda *same: torch.stack(same), *(tasks[place] for place in group)) for group in groups.values()
+    ]
+    for stack in stacks:
+        check_stack(stack, device)
+    return stacks, [place for group in groups.values() for place in group]
+
+
+def split(tasks: Tasks, size: int | None) -> Iterator[tuple[Tasks, int]]:
+    """Cut a stack into stacks of at most ``size`` tasks, each with its number of tasks."""
+    number = leaves(tasks)[0].shape[0]
+    step = size or number
+    for first in range(0, number, step):
+        yield tree_map(lambda leaf, first=first: leaf[first : first + step], tasks), min(step, number - first)
+
+
+def single(tasks: Tasks) -> Iterator[Tasks]:
+    """The tasks of a stack, one after the other, without the task axis."""
+    for index in range(leaves(tasks)[0].shape[0]):
+        yield tree_map(lambda leaf, index=index: leaf[index], tasks)

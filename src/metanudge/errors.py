@@ -1,0 +1,27 @@
+"""What can go wrong, by who can mend it."""
+
+from __future__ import annotations
+
+
+class MetanudgeError(Exception):
+    """Any error this library raises on purpose."""
+
+
+class SettingsError(MetanudgeError, ValueError):
+    """A setting, or a combination of settings, that can not work; raised when the object is built."""
+
+
+class TasksError(MetanudgeError, ValueError):
+    """Tasks whose form does not fit: empty, mismatched, on the wrong device."""
+
+
+class LossError(MetanudgeError, ValueError):
+    """A loss function that does not return a differentiable scalar."""
+
+
+class NonFiniteError(MetanudgeError, ArithmeticError):
+    """No task of a step had a finite loss and meta-gradient."""
+
+
+class NonFiniteWarning(UserWarning):
+    """Some tasks of a step were left out because their loss or meta-gradient was not finite."""

@@ -1,0 +1,96 @@
+"""What every estimator is, and the free solve that all but the unrolled ones begin with."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from metanudge.energy import InnerProblem
+from metanudge.solvers.loop import Solver, solve
+from metanudge.types import Estimate, Need, Params, Role, Schedule
+
+
+class Estimator(Protocol):
+    """How a meta-gradient is formed. Frozen settings; a pure function of the inner problem.
+
+    Attributes:
+        rule: The formula, for tables.
+        cost: Gradients of one loss per task, K the inner steps, for tables.
+        memory: What it keeps beyond the model, for tables.
+        bias: Distance from the gradient of its own objective, for tables.
+    """
+
+    rule: ClassVar[str]
+    cost: ClassVar[str]
+    memory: ClassVar[str]
+    bias: ClassVar[str]
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it can not do without."""
+        ...
+
+    def __call__(self, problem: InnerProblem, solver: Solver) -> Estimate:
+        """Meta-gradients of the problems in the lanes."""
+        ...
+
+
+class FreeSolve(NamedTuple):
+    """The solved free problem and both losses there.
+
+    Attributes:
+        phi: φ(0).
+        schedule: For matched nudged solves.
+        step: Index of the evaluations at φ(0), for the random state.
+        query_gradient: ∇f(φ(0)) in adapted and shared parameters.
+        query_loss: ``[*L]``.
+        support_loss: ``[*L]``.
+        residual: Relative inner residual, ``[*L]``.
+    """
+
+    phi: Params
+    schedule: Schedule
+    step: int
+    query_gradient: Params
+    query_loss: Tensor
+    support_loss: Tensor
+    residual: Tensor
+
+    @property
+    def slope(self) -> Params:
+        """∇f(φ(0)) in the adapted parameters alone."""
+        return {name: self.query_gradient[name] for name in self.phi}
+
+    def direct(self, problem: InnerProblem) -> Params:
+        """∂f/∂w(φ(0)): what the shared parameters do to the query loss without moving φ."""
+        return {name: self.query_gradient[name] for name in problem.losses.shared}
+
+    def estimate(self, gradient: Params, nu: Tensor | None = None) -> Estimate:
+        """Complete an estimate."""
+        return Estimate(
+            gradient,
+            self.query_loss,
+            self.support_loss,
+            self.residual,
+            torch.zeros_like(self.residual) if nu is None else nu,
+        )
+
+
+def solve_free(problem: InnerProblem, solver: Solver) -> FreeSolve:
+    """Solve the free problem from θ and evaluate both losses at its solution: K + 2 gradients."""
+    energy = problem.energy()
+    start = problem.losses.spread(problem.theta)
+    phi, schedule = solve(solver, energy, start)
+    return judge(problem, phi, schedule, solver.steps)
+
+
+def judge(problem: InnerProblem, phi: Params, schedule: Schedule, step: int) -> FreeSolve:
+    """Evaluate both losses, and the residual, at the solution."""
+    losses = problem.losses
+    support_loss, pull = losses.value_and_gradient(Role.SUPPORT, phi, step)
+    energy = problem.energy()
+    residual = energy.relative_residual(pull, energy.push(phi))
+    query_loss, query_gradient = losses.value_and_all_gradients(Role.QUERY, phi, step)
+    return FreeSolve(phi, schedule, step, query_gradient, query_loss, support_loss, residual)

@@ -1,0 +1,36 @@
+"""Exact or two-gradient Hessian products, as the estimators that need them choose."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from metanudge.curvature import two_gradient_product
+from metanudge.energy import InnerProblem
+from metanudge.errors import SettingsError
+from metanudge.estimators.base import FreeSolve
+from metanudge.settings import check_positive
+from metanudge.types import HessianProduct, Need
+
+Products: TypeAlias = Literal["exact", "two_gradient"]
+
+
+def check_products(products: str, displacement: float | None) -> None:
+    """Raise a SettingsError for a name that is neither, or a displacement that is not positive."""
+    if products not in ("exact", "two_gradient"):
+        raise SettingsError(f'products must be "exact" or "two_gradient", got {products!r}')
+    if displacement is not None:
+        check_positive(displacement=displacement)
+
+
+def needs_of(products: Products) -> frozenset[Need]:
+    """What the choice asks of the execution, beside the proximal problem."""
+    return frozenset({Need.PROXIMAL_TERM} | ({Need.DOUBLE_BACKWARD} if products == "exact" else set()))
+
+
+def hessian_product(
+    problem: InnerProblem, free: FreeSolve, products: Products, displacement: float | None
+) -> HessianProduct:
+    """Products with the Hessian of the support loss at the free solution."""
+    if products == "exact":
+        return problem.losses.hessian_product(free.phi, free.step)
+    return two_gradient_product(problem.losses, free.phi, free.step, displacement)

@@ -1,0 +1,163 @@
+"""How a step runs: an oracle, and the map over tasks. What is mapped (estimators, solvers) is the same for both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from metanudge import tree
+from metanudge.batching import single, split
+from metanudge.energy import InnerProblem
+from metanudge.errors import SettingsError
+from metanudge.oracle import Call, LiveLosses, LiveModule, RandomState, StackedLosses, Tally
+from metanudge.packing import Packing
+from metanudge.selection import Selection
+from metanudge.solvers.loop import Solver
+from metanudge.types import LossFunction, Need, Params, Role, Tasks
+
+
+class Lent(NamedTuple):
+    """A model lent out for a step.
+
+    Attributes:
+        problems: The inner problems, in order.
+        named: Sum over the lanes of one problem, by parameter name.
+    """
+
+    problems: Iterator[InnerProblem]
+    named: Callable[[Params], dict[str, Tensor]]
+
+
+class Execution(Protocol):
+    """What the learner asks of either execution."""
+
+    lacks: ClassVar[frozenset[Need]]
+
+    def lend(
+        self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally
+    ) -> AbstractContextManager[Lent]:
+        """Use the model for a step. On leaving, it and the random state are as before."""
+        ...
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[RandomState]:
+    """Keep modes and random state.
+
+    One draw is taken from the user's generator, so that steps differ and ``torch.manual_seed`` decides them all.
+    """
+    device = next(model.parameters()).device
+    seed = int(torch.randint(2**62, ()).item())
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield RandomState(seed, device)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@dataclass(frozen=True)
+class Vectorized:
+    """All tasks of a chunk, and all nodes, at once: a functional call of the model under vmap.
+
+    Attributes:
+        model: Never written to.
+        losses: The user's support and query loss.
+        chunk_size: Tasks at once; None for all.
+    """
+
+    lacks: ClassVar[frozenset[Need]] = frozenset({Need.LIVE_MODULE})
+
+    model: nn.Module
+    losses: Mapping[Role, LossFunction]
+    chunk_size: int | None = None
+
+    @contextmanager
+    def lend(self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally) -> Iterator[Lent]:  # noqa: D102
+        parameters = dict(self.model.named_parameters())
+        parts = {kind: {name: parameters[name] for name in names} for kind, names in selection._asdict().items()}
+        packing, call = Packing.of(**parts), Call(self.model)
+        theta, shared = (packing.pack(kind, parts[kind]) for kind in parts)
+
+        def problems(random: RandomState) -> Iterator[InnerProblem]:
+            first = 0
+            for stack in stacks:
+                for chunk, number in split(stack, self.chunk_size):
+                    losses = StackedLosses(call, self.losses, packing, shared, chunk, number, first, random, tally)
+                    yield InnerProblem(losses, theta, prox)
+                    first += number
+
+        def named(params: Params) -> dict[str, Tensor]:
+            return packing.unpack(tree.tree_map(lambda leaf: leaf.sum((0, 1)), params))
+
+        with _kept(self.model) as random:
+            yield Lent(problems(random), named)
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """The live module, one task after the other, one node after the other; real ``.backward()``.
+
+    Attributes:
+        model: Lent out during a step and put back on every exit.
+        losses: The user's support and query loss.
+    """
+
+    lacks: ClassVar[frozenset[Need]] = frozenset({Need.DOUBLE_BACKWARD})
+
+    model: nn.Module
+    losses: Mapping[Role, LossFunction]
+
+    @contextmanager
+    def lend(self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally) -> Iterator[Lent]:  # noqa: D102
+        live = LiveModule.take(self.model)
+        theta = {name: live.values[name] for name in selection.adapted}
+
+        def problems(random: RandomState) -> Iterator[InnerProblem]:
+            for index, task in enumerate(task for stack in stacks for task in single(stack)):
+                losses = LiveLosses(live, self.losses, selection.shared, task, index, random, tally)
+                yield InnerProblem(losses, theta, prox)
+
+        try:
+            with _kept(self.model) as random:
+                yield Lent(problems(random), dict)
+        finally:
+            live.give_back()
+
+
+LARGE = 10_000_000
+"""Adapted parameters above which "auto" takes the live module: a stack holds that many a task and node."""
+
+
+def choose_execution(
+    name: str,
+    model: nn.Module,
+    losses: Mapping[Role, LossFunction],
+    selection: Selection,
+    solver: Solver,
+    chunk_size: int | None,
+) -> Execution:
+    """Make the execution asked for; "auto" is documented at ``MetaLearner``.
+
+    Raises:
+        SettingsError: An unknown name, or a setting of the other execution.
+    """
+    if name not in ("auto", "vectorized", "in_place"):
+        raise SettingsError(f'execution must be "auto", "vectorized" or "in_place", got {name!r}')
+    if name == "auto":
+        compiled = any(isinstance(module, torch._dynamo.OptimizedModule) for module in model.modules())
+        sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+        adapted = sum(model.get_parameter(key).numel() for key in selection.adapted)
+        alone = Need.LIVE_MODULE in solver.needs or compiled or sharded or adapted > LARGE
+        name = "in_place" if alone else "vectorized"
+    if name == "vectorized":
+        return Vectorized(model, losses, chunk_size)
+    if chunk_size is not None:
+        raise SettingsError("chunk_size belongs to the vectorized execution; in place there is one task at a time")
+    return InPlace(model, losses)

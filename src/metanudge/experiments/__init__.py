@@ -1,0 +1,1 @@
+"""The paper's experiments, one readable file each; ``metanudge reproduce`` runs them."""

@@ -1,0 +1,302 @@
+"""MetaLearner: the only orchestrator. Tasks in, meta-gradients out."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from metanudge import tree
+from metanudge.batching import as_stacks
+from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, TasksError
+from metanudge.estimators import FOBMAML, Estimator
+from metanudge.execution import Execution, choose_execution
+from metanudge.oracle import Tally
+from metanudge.selection import AdaptOnly, Selection, select_parameters
+from metanudge.solvers import Nesterov, Solver
+from metanudge.solvers.loop import solve
+from metanudge.types import Batch, Estimate, Evaluation, LossFunction, MetaStep, Need, Params, Role, Tasks
+
+
+class MetaLearner:
+    r"""Learns an initialisation from which a few examples suffice.
+
+    .. math::
+        F(\theta) = \frac{1}{T} \sum_i f_i(\phi_i(\theta)), \qquad
+        \phi_i(\theta) = \arg\min_\phi \hat f_i(\phi) + \tfrac{\lambda}{2} \|\phi - \theta\|^2
+
+    with support losses f̂ and query losses f. The model is used as it is, in the mode (train or eval) it is in; forward
+    passes may write buffers (BatchNorm statistics), but what they write is undone.
+
+    Args:
+        model: Any ``nn.Module``; its parameters are θ.
+        loss: ``loss(model, batch) -> scalar``, for one task's batch.
+        prox: Proximal weight λ >= 0; most estimators need it positive.
+        solver: How the inner problem is solved.
+        estimator: How the meta-gradient is formed.
+        execution: "vectorized" (all tasks at once under vmap), "in_place" (the live module, ``.backward()`` only), or
+            "auto": in place when the solver is a torch optimizer, the model is compiled or sharded, or more than ten
+            million parameters are adapted; otherwise vectorised.
+        adapt_only: Parameters the inner problem adapts: a name, patterns such as ``"head.*"``, or a predicate
+            ``(name, parameter) -> bool``; None for all. Other trainable parameters are shared by all tasks and get
+            their own exact meta-gradient; frozen ones cost nothing.
+        chunk_size: Tasks at once in the vectorised execution; None for all.
+        query_loss: The loss that judges adapted models, in the form of ``loss``; None for ``loss`` itself.
+
+    Raises:
+        SettingsError: Settings that can not work, alone or together, with the reason and the cure.
+
+    Example:
+        >>> import torch, metanudge as mn
+        >>> model = torch.nn.Linear(2, 1)
+        >>> def loss(model, batch):
+        ...     return (model(batch.inputs) - batch.targets).square().mean()
+        >>> learner = mn.MetaLearner(model, loss, prox=1.0)
+        >>> examples = mn.Batch(torch.randn(4, 5, 2), torch.randn(4, 5, 1))
+        >>> step = learner.backward(mn.Tasks(support=examples, query=examples))
+        >>> model.weight.grad.shape, step.dropped_tasks
+        (torch.Size([1, 2]), 0)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        *,
+        prox: float = 1.0,
+        solver: Solver | None = None,
+        estimator: Estimator | None = None,
+        execution: Literal["auto", "vectorized", "in_place"] = "auto",
+        adapt_only: AdaptOnly | None = None,
+        chunk_size: int | None = None,
+        query_loss: LossFunction | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise SettingsError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        for given in (loss, query_loss):
+            if given is not None and not callable(given):
+                raise SettingsError(f"a loss must be a function loss(model, batch) -> scalar tensor, got {given!r}")
+        if isinstance(prox, bool) or not isinstance(prox, int | float) or not 0 <= prox < float("inf"):
+            raise SettingsError(f"prox must be a finite number of at least 0, got {prox!r}")
+        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+            raise SettingsError(f"chunk_size must be a whole number of at least 1 or None, got {chunk_size!r}")
+        self.model = model
+        self.losses = {Role.SUPPORT: loss, Role.QUERY: loss if query_loss is None else query_loss}
+        self.prox = float(prox)
+        self.solver: Solver = Nesterov(steps=16) if solver is None else solver
+        self.estimator: Estimator = FOBMAML() if estimator is None else estimator
+        for part, method in ((self.solver, "step"), (self.estimator, "needs")):
+            if isinstance(part, type) or not hasattr(part, method):
+                raise SettingsError(
+                    f"expected an object such as mn.Nesterov(steps=16) or mn.FOBMAML(), got {part!r}; names and "
+                    "classes are not enough"
+                )
+        self.adapt_only = adapt_only
+        selection = select_parameters(model, adapt_only)
+        self.execution: Execution = choose_execution(execution, model, self.losses, selection, self.solver, chunk_size)
+        self._selection()
+        self._warned = False
+
+    def _selection(self) -> Selection:
+        """Select parameters of the model as it is now, and refuse what can not work with them."""
+        selection = select_parameters(self.model, self.adapt_only)
+        missing = set(self.execution.lacks)
+        if self.prox == 0:
+            missing.add(Need.PROXIMAL_TERM)
+        if not self.solver.differentiable:
+            missing.add(Need.DIFFERENTIABLE_SOLVER)
+        if selection.shared:
+            missing.add(Need.NO_SHARED_PARAMETERS)
+        for part in (self.estimator, self.solver):
+            for need in part.needs & missing:
+                raise SettingsError(f"{type(part).__name__} can not run here: {need.reason}. {need.cure}")
+        return selection
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def backward(self, tasks: Tasks | Sequence[Tasks]) -> MetaStep:
+        """Add the meta-gradient of F to ``.grad``, as ``loss.backward()`` would.
+
+        Tasks whose loss or meta-gradient is not finite are left out of the mean, with one warning. On any error the
+        model and its gradients are as they were.
+
+        Args:
+            tasks: A stack of tasks, or a list of single ones of any sizes (equal ones are stacked).
+
+        Returns:
+            What was done, as numbers.
+
+        Raises:
+            TasksError: Tasks that are empty, mismatched, or on another device than the model.
+            LossError: A loss that is not a scalar or does not depend on the adapted parameters.
+            NonFiniteError: No task was finite.
+
+        Cost: that of the estimator, times the number of tasks.
+        """
+        stacks, _ = as_stacks(tasks, self._device)
+        tally, sums = Tally(), _Sums()
+        with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, tally) as lent:
+            for problem in lent.problems:
+                estimate = self.estimator(problem, self.solver)
+                valid = _finite(problem.losses.inner(estimate.gradient, estimate.gradient), estimate)
+                sums.add(
+                    estimate,
+                    valid,
+                    lent.named(tree.select(valid, estimate.gradient, tree.zeros(estimate.gradient))),
+                )
+        return self._deposit(sums, tally)
+
+    def _deposit(self, sums: _Sums, tally: Tally) -> MetaStep:
+        """Average over the finite tasks and add to ``.grad``."""
+        kept = int(sums.kept)
+        dropped = sums.total - kept
+        if kept == 0:
+            raise NonFiniteError(
+                f"none of the {sums.total} tasks had a finite loss and meta-gradient, so nothing was changed; look for "
+                "non-finite inputs, or let the inner solver take smaller steps (lr) or hold it closer (prox)"
+            )
+        if dropped and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{dropped} of {sums.total} tasks had no finite loss or meta-gradient and were left out of the mean "
+                "(MetaStep.dropped_tasks counts them from now on); let the inner solver take smaller steps (lr) "
+                "or hold it closer (prox)",
+                NonFiniteWarning,
+                stacklevel=3,
+            )
+        parameters = dict(self.model.named_parameters())
+        gradient = {name: total / kept for name, total in sums.gradient.items()}
+        for name, mean in gradient.items():
+            parameter = parameters[name]
+            mean = mean.to(parameter.dtype)
+            parameter.grad = mean.clone() if parameter.grad is None else parameter.grad + mean
+        norm = torch.stack([mean.double().square().sum() for mean in gradient.values()]).sum().sqrt()
+        query_loss, support_loss, residual, nu = (sums.numbers / kept).tolist()
+        return MetaStep(query_loss, support_loss, residual, nu, float(norm), dropped, tally.gradients)
+
+    def adapt(self, support: Batch) -> nn.Module:
+        """Adapt to one task: a new module of the same class; this learner's model is untouched.
+
+        Args:
+            support: The examples of one task, without a task axis.
+
+        Returns:
+            A deep copy of the model with the adapted parameters φ(θ).
+
+        Raises:
+            TasksError: An empty support set, or one on another device than the model.
+            LossError: A loss that is not a scalar or does not depend on the adapted parameters.
+            NonFiniteError: The solve ended in non-finite parameters.
+
+        Cost: K gradients. Example:
+            >>> import torch, metanudge as mn
+            >>> model = torch.nn.Linear(1, 1)
+            >>> learner = mn.MetaLearner(model, lambda m, b: (m(b.inputs) - b.targets).square().mean(), prox=0.01)
+            >>> x = torch.linspace(-1, 1, 8).unsqueeze(1)
+            >>> adapted = learner.adapt(mn.Batch(x, 3 * x))
+            >>> bool((adapted.weight - 3).abs() < 0.2)
+            True
+        """
+        if not isinstance(support, Batch):
+            raise TasksError(f"adapt expects mn.Batch(inputs, targets) of one task, got {type(support).__name__}")
+        stack = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, support)
+        stacks, _ = as_stacks(Tasks(stack, stack), self._device)
+        with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, Tally()) as lent:
+            problem = next(lent.problems)
+            solution = solve(self.solver, problem.energy(), problem.losses.spread(problem.theta))
+            named = {name: leaf.clone() for name, leaf in lent.named(solution.params).items()}
+        if not all(bool(leaf.isfinite().all()) for leaf in named.values()):
+            raise NonFiniteError(
+                "adaptation ended in non-finite parameters; let the inner solver take smaller steps (lr) "
+                "or hold it closer (prox)"
+            )
+        adapted = copy.deepcopy(self.model)
+        adapted.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if name in named:
+                    parameter.copy_(named[name])
+        return adapted
+
+    def evaluate(self, tasks: Tasks | Iterable[Tasks], metric: LossFunction | None = None) -> Evaluation:
+        """Adapt to every task's support set and measure on its query set, after every adaptation step.
+
+        Args:
+            tasks: A stack of tasks, a list of single ones of any sizes, or an iterable (a loader) of stacks.
+            metric: ``metric(model, batch) -> scalar``, e.g. ``mn.metrics.accuracy``; None for the query loss.
+
+        Returns:
+            Mean and 95 % confidence interval over tasks, at the end and per step. A solver that stopped early keeps
+            its last value.
+
+        Raises:
+            TasksError: No tasks, or mismatched ones.
+            LossError: A loss or metric that is not a scalar.
+
+        Cost: K gradients and K + 1 forward passes a task.
+        """
+        function = self.losses[Role.QUERY] if metric is None else metric
+        values = [self._curves(group, function) for group in _groups(tasks)]
+        if not values:
+            raise TasksError("there are no tasks to evaluate; the iterable was empty")
+        table = torch.cat(values)
+        mean = table.mean(0)
+        number = table.shape[0]
+        spread = table.std(0) if number > 1 else torch.full_like(mean, float("nan"))
+        half = 1.96 * spread / number**0.5
+        return Evaluation(float(mean[-1]), float(half[-1]), mean, half, table)
+
+    def _curves(self, tasks: Tasks | Sequence[Tasks], function: LossFunction) -> Tensor:
+        """The metric after every step, ``[T, K + 1]``, in the order of the tasks."""
+        stacks, places = as_stacks(tasks, self._device)
+        curves = []
+        with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, Tally()) as lent:
+            for problem in lent.problems:
+                curve: list[Tensor] = []
+
+                def observe(_step: int, phi: Params) -> None:
+                    curve.append(problem.losses.value(function, Role.QUERY, phi).reshape(-1).cpu())  # noqa: B023
+
+                solve(self.solver, problem.energy(), problem.losses.spread(problem.theta), observe)
+                curve += [curve[-1]] * (self.solver.steps + 1 - len(curve))
+                curves.append(torch.stack(curve, dim=1).double())
+        return torch.cat(curves)[torch.tensor(places).argsort()]
+
+
+class _Sums:
+    """Running sums over the finite tasks of a step."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.kept = torch.zeros(())
+        self.numbers = torch.zeros(4)
+        self.gradient: dict[str, Tensor] = {}
+
+    def add(self, estimate: Estimate, valid: Tensor, gradient: dict[str, Tensor]) -> None:
+        """Add the tasks of one problem."""
+        numbers = torch.stack([estimate.query_loss, estimate.support_loss, estimate.residual, estimate.nu])
+        numbers = numbers.reshape(4, -1).double()
+        mask = valid.reshape(-1)
+        self.total += mask.numel()
+        self.kept = self.kept.to(mask.device) + mask.sum()
+        self.numbers = self.numbers.to(numbers) + numbers.where(mask, 0.0).sum(1)
+        self.gradient = tree.add(self.gradient, gradient) if self.gradient else tree.clone(gradient)
+
+
+def _finite(square: Tensor, estimate: Estimate) -> Tensor:
+    return square.isfinite() & estimate.query_loss.isfinite() & estimate.support_loss.isfinite()
+
+
+def _groups(tasks: Tasks | Iterable[Tasks]) -> Iterator[Tasks | Sequence[Tasks]]:
+    """A stack or a list of single tasks is one group; a loader yields many."""
+    if isinstance(tasks, Tasks | list | tuple):
+        yield tasks
+    else:
+        yield from tasks

@@ -1,0 +1,43 @@
+"""Metrics for ``MetaLearner.evaluate``: functions of an adapted model and a batch, like losses."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from metanudge.types import Batch
+
+
+def accuracy(model: nn.Module, batch: Batch) -> Tensor:
+    """Share of examples whose largest logit is the target's.
+
+    Args:
+        model: Maps inputs ``[n, ...]`` to logits ``[n, classes]``.
+        batch: Targets are class indices ``[n]``.
+
+    Example:
+        >>> import torch, metanudge as mn
+        >>> batch = mn.Batch(torch.eye(3), torch.tensor([0, 1, 0]))
+        >>> round(float(mn.metrics.accuracy(torch.nn.Identity(), batch)), 3)
+        0.667
+    """
+    logits: Tensor = model(batch.inputs)
+    hits: Tensor = logits.argmax(-1) == batch.targets
+    return hits.to(logits.dtype).mean()
+
+
+def squared_error(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean squared error of a regression.
+
+    Args:
+        model: Maps inputs ``[n, ...]`` to predictions in the shape of the targets.
+        batch: Targets ``[n, ...]``.
+
+    Example:
+        >>> import torch, metanudge as mn
+        >>> batch = mn.Batch(torch.ones(4, 1), torch.zeros(4, 1))
+        >>> float(mn.metrics.squared_error(torch.nn.Identity(), batch))
+        1.0
+    """
+    predictions: Tensor = model(batch.inputs)
+    error: Tensor = predictions - batch.targets
+    return error.square().mean()

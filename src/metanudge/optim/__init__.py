@@ -1,0 +1,6 @@
+"""Meta-optimizers for an objective whose smoothness grows with its gradient."""
+
+from metanudge.optim.clipped import ClippedSGD
+from metanudge.optim.normalized import NormalizedSGD
+
+__all__ = ["ClippedSGD", "NormalizedSGD"]

@@ -1,0 +1,15 @@
+"""The Euclidean norm over all parameters of an optimizer, whole or sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Norm of all entries, as a plain 0-d tensor; sharded tensors (DTensor, FSDP2) are summed over their ranks."""
+    norm: Tensor = torch.nn.utils.get_total_norm(list(tensors))
+    full = getattr(norm, "full_tensor", None)
+    return norm if full is None else full()

@@ -1,0 +1,11 @@
+"""Seam 1: where loss gradients come from. Two implementations of ``LossGradients``; nothing above them differs.
+
+``StackedLosses``: a functional call of the model under ``torch.func.vmap``, for all tasks and all nodes at once.
+``LiveLosses``: the module as it is and ``loss.backward()``, for one task.
+"""
+
+from metanudge.oracle.common import RandomState, Tally
+from metanudge.oracle.live import LiveLosses, LiveModule
+from metanudge.oracle.stacked import Call, StackedLosses
+
+__all__ = ["Call", "LiveLosses", "LiveModule", "RandomState", "StackedLosses", "Tally"]

@@ -1,0 +1,71 @@
+"""What both oracles share: the count, the random state, and the checks of a user's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from metanudge.errors import LossError
+from metanudge.types import Batch, LossFunction, Role, Weights
+
+
+@dataclass
+class Tally:
+    """How many gradients of one loss of one task were evaluated."""
+
+    gradients: int = 0
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """Common random numbers: an evaluation's random state is a function of its task, loss and step alone."""
+
+    seed: int
+    device: torch.device
+
+    def enter(self, task: int, role: Role, step: int) -> None:
+        """Seed the generators a model on ``device`` draws from."""
+        seed = (self.seed + 1_000_003 * task + 2 * step + role.value) % 2**63
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+
+def scalar_loss(function: LossFunction, model: nn.Module, batch: Batch) -> Tensor:
+    """Evaluate a user's loss or metric.
+
+    Raises:
+        LossError: It did not return a floating-point scalar tensor.
+    """
+    loss = function(model, batch)
+    if not isinstance(loss, Tensor):
+        raise LossError(f"the loss must return a scalar tensor, but returned {type(loss).__name__}")
+    if loss.ndim != 0:
+        raise LossError(
+            f"the loss must return one number per task, but returned a tensor of shape {tuple(loss.shape)}; "
+            "reduce it over the examples with .mean() or .sum()"
+        )
+    if not loss.is_floating_point():
+        raise LossError(f"the loss must be a floating-point number, but has dtype {loss.dtype}")
+    return loss
+
+
+def require_graph(loss: Tensor) -> None:
+    """Raise a LossError when no gradient can reach the adapted parameters."""
+    if not loss.requires_grad:
+        raise LossError(
+            "the loss does not depend on the adapted parameters: no gradient reaches them. Look for .detach(), "
+            ".item(), torch.no_grad() or parameters read before the call in the loss or the model, or for a wrong "
+            "adapt_only"
+        )
+
+
+def sum_of(weights: Weights, losses: Mapping[Role, Tensor]) -> Tensor:
+    """The weighted sum of losses, ``[*L]``."""
+    first, *rest = (weights[role] * loss for role, loss in losses.items())
+    for term in rest:
+        first = first + term
+    return first

@@ -1,0 +1,200 @@
+"""Losses of a stack of tasks, by a functional call of the model under vmap.
+
+The derivative is taken outside the vmap by ordinary autograd, which runs no functorch code and needs one level less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from metanudge import tree
+from metanudge.oracle.common import RandomState, Tally, require_graph, scalar_loss, sum_of
+from metanudge.packing import Packing
+from metanudge.types import Batch, HessianProduct, LossFunction, Params, Role, Tasks, Weights
+
+
+class Call(nn.Module):
+    """``function(model, batch)`` as a module, so that functional_call can swap what the model holds.
+
+    Attributes:
+        model: The user's model.
+        own_buffers: Its buffers, shared ones once.
+        unset: Its buffers that are None, and have to be so again.
+        names: Of a parameter or buffer, all its names within this module: more than one where it is tied. (Left to
+            functional_call, finding them costs more than a small model's forward pass.)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.own_buffers = dict(model.named_buffers())
+        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        first: dict[int, str] = {}
+        self.names: dict[str, list[str]] = {}
+        for name, tensor in tensors:
+            self.names.setdefault(first.setdefault(id(tensor), name), []).append(f"model.{name}")
+        self.unset = [(module, name) for module in model.modules() for name, b in module._buffers.items() if b is None]
+
+    def forward(self, function: LossFunction, batch: Batch) -> Tensor:
+        """Evaluate."""
+        return scalar_loss(function, self.model, batch)
+
+    def at(self, tensors: Mapping[str, Tensor], function: LossFunction, batch: Batch) -> Tensor:
+        """Evaluate with ``tensors`` in the place of the model's own."""
+        everywhere = {name: tensor for key, tensor in tensors.items() for name in self.names[key]}
+        try:
+            value: Tensor = functional_call(self, everywhere, (function, batch), tie_weights=False)
+        finally:
+            for module, name in self.unset:
+                module._buffers[name] = None
+        return value
+
+
+@dataclass(frozen=True)
+class StackedLosses:
+    """A stack of tasks under vmap. Parameters travel packed, lanes are ``[T, N]`` (types.py).
+
+    Attributes:
+        call: The model, wrapped.
+        losses: The user's support and query loss.
+        packing: From packed leaves to names.
+        shared: Shared parameters, packed, ``[1 or T, 1, Q]``.
+        tasks: The stack.
+        first_task: Index of its first task in the whole step, for the random state.
+        random: Seeds.
+        tally: Counter.
+        attached: Keep gradients in the graph (unrolled differentiation).
+    """
+
+    call: Call
+    losses: Mapping[Role, LossFunction]
+    packing: Packing
+    shared: Params
+    tasks: Tasks
+    number: int
+    first_task: int
+    random: RandomState
+    tally: Tally
+    attached: bool = False
+
+    def gradient(self, weights: Weights, phi: Params, step: int) -> Params:  # noqa: D102
+        nodes = max(_nodes(phi), *(weight.shape[1] for weight in weights.values() if isinstance(weight, Tensor)), 1)
+        return self._differentiate(weights, self._leaves(self._lanes(phi, nodes)), self.shared, step)[1]
+
+    def value_and_gradient(self, role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:  # noqa: D102
+        return self._differentiate({role: 1.0}, self._leaves(phi), self.shared, step)
+
+    def value_and_all_gradients(self, role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:  # noqa: D102
+        everything = phi | self._lanes(self.shared, _nodes(phi))
+        return self._differentiate({role: 1.0}, self._leaves(everything), {}, step)
+
+    def value(self, function: LossFunction, role: Role, phi: Params) -> Tensor:  # noqa: D102
+        with torch.no_grad():
+            return self._evaluate({role: function}, phi | self.shared, 0)[role]
+
+    def hessian_product(self, phi: Params, step: int) -> HessianProduct:  # noqa: D102
+        phi = self._leaves(phi)
+        everything = phi | self._leaves(self._lanes(self.shared, 1))
+        _, slope = replace(self, attached=True)._differentiate({Role.SUPPORT: 1.0}, phi, everything, step)
+
+        def product(vector: Params) -> Params:
+            self.count(2)
+            if not any(leaf.requires_grad for leaf in slope.values()):  # a loss linear in phi
+                return tree.zeros(everything)
+            found = torch.autograd.grad(
+                list(slope.values()),
+                list(everything.values()),
+                grad_outputs=[vector[name].expand_as(leaf) for name, leaf in slope.items()],
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            return dict(zip(everything, found, strict=True))
+
+        return product
+
+    def unrolled(self, shared: Params) -> StackedLosses:  # noqa: D102
+        return replace(self, attached=True, shared=shared)
+
+    def spread(self, params: Params) -> Params:  # noqa: D102
+        return self._lanes(params, 1)
+
+    def inner(self, a: Params, b: Params) -> Tensor:  # noqa: D102
+        products = [(a[name] * b[name]).sum(-1) for name in a]
+        return torch.stack(products).sum(0) if len(products) > 1 else products[0]
+
+    def stencil_sum(  # noqa: D102
+        self, nodes: tuple[float, ...], weights: tuple[float, ...], term: Callable[[Tensor], Params]
+    ) -> Params:
+        like = self.packing.reference
+        terms = term(like.new_tensor(nodes).unsqueeze(0))
+        weight = like.new_tensor(weights).reshape(1, -1, 1)
+        return tree.tree_map(lambda leaf: (weight.to(leaf.dtype) * leaf).sum(1, keepdim=True), terms)
+
+    def steppable(self, start: Params) -> Params:  # noqa: D102
+        raise NotImplementedError("a torch optimizer steps one task, not a stack of them")
+
+    def count(self, gradients: int) -> None:  # noqa: D102
+        self.tally.gradients += gradients * self.number
+
+    def _lanes(self, params: Params, nodes: int) -> Params:
+        return tree.tree_map(lambda leaf: leaf.expand(self.number, nodes, -1), params)
+
+    def _leaves(self, params: Params) -> Params:
+        lanes = self._lanes(params, _nodes(params))
+        return lanes if self.attached else tree.tree_map(lambda leaf: leaf.detach().requires_grad_(), lanes)
+
+    def _differentiate(self, weights: Weights, wanted: Params, rest: Params, step: int) -> tuple[Tensor, Params]:
+        with torch.enable_grad():
+            losses = self._evaluate({role: self.losses[role] for role in weights}, rest | wanted, step)
+            for loss in losses.values():
+                require_graph(loss)
+            weighted = sum_of(weights, losses)
+            total = weighted.sum()  # lanes do not mix, so its gradient is every lane's own
+        gradients = torch.autograd.grad(
+            total, list(wanted.values()), create_graph=self.attached, allow_unused=True, materialize_grads=True
+        )
+        self.tally.gradients += sum(loss.numel() for loss in losses.values())
+        return weighted.detach(), dict(zip(wanted, gradients, strict=True))
+
+    def _evaluate(self, functions: Mapping[Role, LossFunction], packed: Params, step: int) -> dict[Role, Tensor]:
+        """Every function on every lane, ``[T, N]`` each.
+
+        A node axis is mapped inside, with the data and the random draws of its task: nodes of one task see the same
+        dropout masks, different tasks different ones.
+        """
+        nodes = _nodes(packed)
+        lanes = self._lanes(packed, nodes)
+        data = {role: self.tasks[role.value] for role in functions}
+
+        def one(packed: Params, buffers: dict[Role, dict[str, Tensor]], data: dict[Role, Batch]) -> dict[Role, Tensor]:
+            named = self.packing.unpack(packed)
+            values = {}
+            for role, function in functions.items():
+                self.random.enter(self.first_task, role, step)
+                values[role] = self.call.at(named | buffers[role], function, data[role])
+            return values
+
+        if nodes == 1:
+            single_node = {name: leaf.squeeze(1) for name, leaf in lanes.items()}
+            buffers = self._buffers(functions, self.number)
+            values = vmap(one, randomness="different")(single_node, buffers, data)
+            return {role: value.unsqueeze(1) for role, value in values.items()}
+        over_nodes = vmap(one, in_dims=(0, 0, None), randomness="same")
+        return vmap(over_nodes, randomness="different")(lanes, self._buffers(functions, self.number, nodes), data)
+
+    def _buffers(self, roles: Iterable[Role], *lanes: int) -> dict[Role, dict[str, Tensor]]:
+        """A copy of every buffer a lane, so that what a forward pass writes there is its own and is thrown away."""
+        own = self.call.own_buffers
+        return {
+            role: {name: buffer.expand(*lanes, *buffer.shape).clone() for name, buffer in own.items()} for role in roles
+        }
+
+
+def _nodes(params: Params) -> int:
+    return max((leaf.shape[1] for leaf in params.values()), default=1)

@@ -1,0 +1,76 @@
+"""Which parameters the inner problem adapts, which are shared between tasks, which are frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import nn
+
+from metanudge.errors import SettingsError
+
+AdaptOnly = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
+"""A name or pattern (``"head.*"``), several of them, or a predicate ``(name, parameter) -> bool``."""
+
+
+class Selection(NamedTuple):
+    """Names of trainable parameters, tied ones once.
+
+    Attributes:
+        adapted: Solved for in the inner problem; their initialisation is the meta-parameter.
+        shared: Trainable, the same in every task; meta-parameters that the inner problem does not move.
+    """
+
+    adapted: tuple[str, ...]
+    shared: tuple[str, ...]
+
+
+def select_parameters(model: nn.Module, adapt_only: AdaptOnly | None) -> Selection:
+    """Split the trainable parameters of ``model``; frozen ones (``requires_grad=False``) belong to neither part.
+
+    Raises:
+        SettingsError: Nothing is trainable, a pattern matches no parameter, or nothing is left to adapt.
+    """
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trainable:
+        raise SettingsError(
+            "the model has no trainable parameter, so there is nothing to adapt; "
+            "give at least one parameter requires_grad=True"
+        )
+    if adapt_only is None:
+        return Selection(tuple(trainable), ())
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)  # a tied parameter answers to each of its names
+    if callable(adapt_only):
+        chosen = {name for name, parameter in trainable.items() if adapt_only(name, parameter)}
+        asked = "the predicate given as adapt_only"
+    else:
+        patterns = _patterns(adapt_only)
+        every = [name for same in names.values() for name in same]
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in every):
+                raise SettingsError(
+                    f"adapt_only={pattern!r} matches no parameter of the model; its parameters are {', '.join(every)}"
+                )
+        chosen = {
+            first
+            for first, parameter in trainable.items()
+            if any(fnmatchcase(name, pattern) for name in names[id(parameter)] for pattern in patterns)
+        }
+        asked = f"adapt_only={patterns!r}"
+    adapted = tuple(name for name in trainable if name in chosen)
+    if not adapted:
+        raise SettingsError(f"{asked} leaves no trainable parameter to adapt; trainable are {', '.join(trainable)}")
+    return Selection(adapted, tuple(name for name in trainable if name not in chosen))
+
+
+def _patterns(adapt_only: str | Iterable[str]) -> tuple[str, ...]:
+    patterns = (adapt_only,) if isinstance(adapt_only, str) else adapt_only
+    if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise SettingsError(
+            "adapt_only must be a name or pattern, several of them, or a predicate (name, parameter) -> bool, "
+            f"got {type(adapt_only).__name__}"
+        )
+    return tuple(patterns)

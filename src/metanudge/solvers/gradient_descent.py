@@ -1,0 +1,79 @@
+"""Gradient descent with heavy-ball momentum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from metanudge import tree
+from metanudge.energy import Energy
+from metanudge.settings import check_fraction, check_positive, check_steps
+from metanudge.types import Need, Params
+
+
+class State(NamedTuple):
+    """Iterate and velocity, None before the first step."""
+
+    phi: Params
+    velocity: Params | None
+
+
+@dataclass(frozen=True)
+class GradientDescent:
+    r"""Gradient descent, with momentum as in ``torch.optim.SGD``.
+
+    .. math::
+        v_{k+1} = \mu v_k + \nabla E(\phi_k), \qquad \phi_{k+1} = \phi_k - a\, v_{k+1}, \qquad v_0 = 0
+
+    Converges when a (L + λ) < 2 (1 + μ), L the Lipschitz constant of the support gradient.
+    Cost: one gradient of the energy a step. Memory: phi and one copy (two with momentum).
+
+    Args:
+        steps: Number of steps K >= 1.
+        lr: Step size a > 0.
+        momentum: μ in [0, 1).
+
+    Raises:
+        SettingsError: A value out of its range.
+
+    Example:
+        >>> import metanudge as mn
+        >>> mn.GradientDescent(steps=5, lr=0.1)
+        GradientDescent(steps=5, lr=0.1, momentum=0.0)
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    differentiable: ClassVar[bool] = True
+
+    steps: int
+    lr: float
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+        check_positive(lr=self.lr)
+        check_fraction(momentum=self.momentum)
+
+    def plan(self, energy: Energy, start: Params) -> None:
+        """Nothing to measure."""
+
+    def init(self, energy: Energy, start: Params, plan: None) -> State:
+        """Begin at rest."""
+        return State(start, None)
+
+    def step(self, energy: Energy, plan: None, state: State, index: int, decision: Tensor | None) -> tuple[State, None]:
+        """Follow the velocity."""
+        velocity = energy.gradient(state.phi, index)
+        if state.velocity is not None and self.momentum:
+            velocity = tree.axpy(self.momentum, state.velocity, velocity)
+        return State(tree.axpy(-self.lr, velocity, state.phi), velocity), None
+
+    def point(self, state: State) -> Params:
+        """Phi."""
+        return state.phi
+
+    def finished(self, state: State) -> bool:
+        """All steps are always taken."""
+        return False

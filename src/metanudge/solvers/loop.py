@@ -1,0 +1,101 @@
+"""Seam 2: how an inner problem is solved. One loop for every solver; a solver is four small methods.
+
+A solve leaves a *schedule*: the step sizes measured at its start and the decisions (restarts, stops) taken on the way.
+The nudged solves replay it, so that they differ from the free solve, and from each other, in the nudge alone: their
+solve errors then cancel in the finite difference (docs/theory.md, matched solves).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from metanudge.energy import Energy
+from metanudge.types import Need, Params, Schedule, Solution
+
+
+class Solver(Protocol):
+    """An inner solver. Frozen settings; what changes during a solve is in its state.
+
+    Attributes:
+        differentiable: Whether its steps are plain tensor arithmetic that autograd can follow.
+    """
+
+    differentiable: ClassVar[bool]
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it can not do without."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Steps of a solve (at most, where it can stop early)."""
+        ...
+
+    def plan(self, energy: Energy, start: Params) -> Any:
+        """Measure, on the free problem, what all matched solves share: step sizes and the like."""
+        ...
+
+    def init(self, energy: Energy, start: Params, plan: Any) -> Any:
+        """Fresh state at ``start``."""
+        ...
+
+    def step(self, energy: Energy, plan: Any, state: Any, index: int, decision: Tensor | None) -> tuple[Any, Any]:
+        """One step. Replay ``decision`` if given, else decide; return the new state and the decision."""
+        ...
+
+    def point(self, state: Any) -> Params:
+        """The current iterate."""
+        ...
+
+    def finished(self, state: Any) -> bool:
+        """Whether no lane needs another step."""
+        ...
+
+
+Observer = Callable[[int, Params], None]
+
+
+def advance(
+    solver: Solver, energy: Energy, schedule: Schedule, state: Any, steps: range, observe: Observer | None = None
+) -> Any:
+    """Take ``steps``, replaying the decisions that ``schedule`` holds and recording the others in it."""
+    for index in steps:
+        if solver.finished(state):
+            break
+        known = schedule.decisions[index] if index < len(schedule.decisions) else None
+        state, decision = solver.step(energy, schedule.plan, state, index, known)
+        if index == len(schedule.decisions):
+            schedule.decisions.append(decision)
+        if observe is not None:
+            observe(index + 1, solver.point(state))
+    return state
+
+
+def solve(solver: Solver, energy: Energy, start: Params, observe: Observer | None = None) -> Solution:
+    """Solve the free problem from ``start``; ``observe(k, phi_k)`` is called at k = 0, 1, ..., K."""
+    schedule = Schedule(solver.plan(energy, start), [])
+    state = solver.init(energy, start, schedule.plan)
+    if observe is not None:
+        observe(0, start)
+    state = advance(solver, energy, schedule, state, range(solver.steps), observe)
+    return Solution(solver.point(state), schedule)
+
+
+def replay(solver: Solver, energy: Energy, start: Params, schedule: Schedule, steps: int | None = None) -> Params:
+    """Solve a nudged problem as the free one was solved: same number of steps, step sizes, decisions; fresh state.
+
+    Args:
+        solver: The solver that made ``schedule``.
+        energy: The nudged problem.
+        start: Where to begin.
+        schedule: What the free solve left.
+        steps: Fewer steps than the free solve took; None for as many.
+    """
+    taken = len(schedule.decisions)
+    state = solver.init(energy, start, schedule.plan)
+    state = advance(solver, energy, schedule, state, range(taken if steps is None else min(steps, taken)))
+    return solver.point(state)

@@ -1,0 +1,83 @@
+"""Any ``torch.optim`` optimizer as an inner solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metanudge import tree
+from metanudge.energy import Energy
+from metanudge.errors import SettingsError
+from metanudge.settings import check_steps
+from metanudge.types import Need, Params
+
+
+class State(NamedTuple):
+    """The optimizer and the live parameters it steps."""
+
+    optimizer: torch.optim.Optimizer
+    phi: Params
+
+
+@dataclass(frozen=True)
+class TorchOptimizer:
+    """A real ``torch.optim`` optimizer, made afresh for every solve.
+
+    Each step gives it the gradient of the energy in ``.grad`` and calls ``step()``. In-place execution only: an
+    optimizer may mix its parameters (Muon, L-BFGS, clipping by global norm), so tasks can not share one.
+    Cost: one gradient of the energy a step. Memory: phi and the optimizer's state.
+
+    Args:
+        factory: Makes the optimizer from a list of parameters, e.g. ``lambda p: torch.optim.AdamW(p, lr=1e-3)``.
+        steps: Number of steps K >= 1.
+
+    Raises:
+        SettingsError: ``steps`` is not a whole number >= 1, or (at the first solve) the optimizer needs a closure.
+
+    Example:
+        >>> import torch, metanudge as mn
+        >>> solver = mn.TorchOptimizer(lambda parameters: torch.optim.SGD(parameters, lr=0.1), steps=5)
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.LIVE_MODULE})
+    differentiable: ClassVar[bool] = False
+
+    factory: Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+    steps: int
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+
+    def plan(self, energy: Energy, start: Params) -> None:
+        """Nothing to measure."""
+
+    def init(self, energy: Energy, start: Params, plan: None) -> State:
+        """The module's parameters at ``start`` and a fresh optimizer on them."""
+        phi = energy.losses.steppable(start)
+        optimizer = self.factory(list(phi.values()))
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise SettingsError(
+                "TorchOptimizer can not drive L-BFGS, which evaluates the loss on its own; "
+                "use Nesterov, or another optimizer"
+            )
+        return State(optimizer, phi)
+
+    def step(self, energy: Energy, plan: None, state: State, index: int, decision: Tensor | None) -> tuple[State, None]:
+        """One step of the optimizer."""
+        gradient = energy.gradient(state.phi, index)
+        for name, parameter in state.phi.items():
+            parameter.grad = gradient[name]
+        state.optimizer.step()
+        return state, None
+
+    def point(self, state: State) -> Params:
+        """A copy of phi; the parameters themselves move on."""
+        return tree.clone(tree.detach(state.phi))
+
+    def finished(self, state: State) -> bool:
+        """All steps are always taken."""
+        return False

@@ -1,0 +1,67 @@
+"""Arithmetic on ``dict[str, Tensor]``; coefficients are numbers, or one a lane: ``[*L]`` against ``[*L, *shape]``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, where, zeros_like
+
+from metanudge.types import Params
+
+Scalar = float | Tensor
+
+
+def over(coefficient: Tensor, leaf: Tensor) -> Tensor:
+    """Give a per-lane coefficient the trailing axes, and the precision, it needs to multiply ``leaf``."""
+    if coefficient.is_floating_point():
+        coefficient = coefficient.to(leaf.dtype)
+    return coefficient.reshape(coefficient.shape + (1,) * (leaf.ndim - coefficient.ndim))
+
+
+def tree_map(function: Callable[..., Tensor], first: Params, *rest: Params) -> Params:
+    """Apply ``function`` leaf by leaf."""
+    return {name: function(leaf, *(tree[name] for tree in rest)) for name, leaf in first.items()}
+
+
+def add(a: Params, b: Params) -> Params:
+    """Return a + b."""
+    return tree_map(lambda x, y: x + y, a, b)
+
+
+def subtract(a: Params, b: Params) -> Params:
+    """Return a - b."""
+    return tree_map(lambda x, y: x - y, a, b)
+
+
+def scale(coefficient: Scalar, a: Params) -> Params:
+    """Return c a."""
+    if isinstance(coefficient, Tensor):
+        return tree_map(lambda x: over(coefficient, x) * x, a)
+    return tree_map(lambda x: coefficient * x, a)
+
+
+def axpy(coefficient: Scalar, x: Params, y: Params) -> Params:
+    """Return c x + y."""
+    if isinstance(coefficient, Tensor):
+        return tree_map(lambda u, v: v + over(coefficient, u) * u, x, y)
+    return tree_map(lambda u, v: v.add(u, alpha=coefficient), x, y)
+
+
+def select(mask: Tensor, a: Params, b: Params) -> Params:
+    """``a`` in the lanes where ``mask`` holds, ``b`` elsewhere."""
+    return tree_map(lambda x, y: where(over(mask, x), x, y), a, b)
+
+
+def zeros(a: Params) -> Params:
+    """Return zeros in the shape of ``a``."""
+    return tree_map(zeros_like, a)
+
+
+def detach(a: Params) -> Params:
+    """Cut every leaf from the graph."""
+    return tree_map(lambda x: x.detach(), a)
+
+
+def clone(a: Params) -> Params:
+    """Copy every leaf."""
+    return tree_map(lambda x: x.clone(), a)

@@ -1,0 +1,245 @@
+"""All that crosses a room's door, with its shape.
+
+Lanes: the vectorised execution solves many inner problems at once. Every tensor of its mathematics carries two
+leading *lane* axes ``[T, N]``: tasks, and the nodes of a finite-difference stencil (``N = 1`` away from it). The
+in-place execution solves one problem at a time and has no lane axes. Below, ``[*L]`` stands for either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+from torch import Tensor, nn
+
+PyTree: TypeAlias = Any
+"""A tensor, or tuples, lists and dicts of tensors."""
+
+Params: TypeAlias = dict[str, Tensor]
+"""Parameters by name, each leaf ``[*L, *shape]``."""
+
+LossFunction: TypeAlias = Callable[[nn.Module, Any], Tensor]
+"""``loss(model, batch)``: the scalar loss of one task's batch; a metric has the same form."""
+
+
+class Batch(NamedTuple):
+    """The examples of one task, ``[n, ...]``, or of a stack of tasks, ``[T, n, ...]``."""
+
+    inputs: PyTree
+    targets: PyTree
+
+
+class Tasks(NamedTuple):
+    """One task or a stack of tasks: adapted on ``support``, judged on ``query``.
+
+    Example:
+        >>> import torch, metanudge as mn
+        >>> x = torch.zeros(4, 10, 1)  # 4 tasks of 10 examples
+        >>> tasks = mn.Tasks(support=mn.Batch(x, x), query=mn.Batch(x, x))
+        >>> tasks.support.inputs.shape
+        torch.Size([4, 10, 1])
+    """
+
+    support: Batch
+    query: Batch
+
+
+class Role(Enum):
+    """Which of a task's two losses is meant."""
+
+    SUPPORT = 0
+    QUERY = 1
+
+
+Weights: TypeAlias = Mapping[Role, float | Tensor]
+"""A weighted sum of a task's losses; a weight is a number, or one a lane, ``[*L]``."""
+
+
+class Need(Enum):
+    """What an estimator or a solver can not do without; the learner checks it before any work. Reason and cure."""
+
+    PROXIMAL_TERM = (
+        "it rests on the proximal inner problem, and prox is 0",
+        "Give prox > 0, or use MAML, HFMAML, FOMAML or Reptile, and a solver without tol.",
+    )
+    DOUBLE_BACKWARD = (
+        "it differentiates the loss twice, and the in-place execution has only the live module's .backward()",
+        'Use FOBMAML, which needs first derivatives only, products="two_gradient" for IMAML and Tangent, HFMAML in the '
+        'place of MAML, or execution="vectorized".',
+    )
+    DIFFERENTIABLE_SOLVER = (
+        "it differentiates through the solver's steps, which a torch.optim optimizer does not allow",
+        "Use FOBMAML, or the solvers GradientDescent, Nesterov or Adam.",
+    )
+    LIVE_MODULE = (
+        "it steps the parameters of the live module, which tasks can not share in the vectorized execution",
+        'Use execution="in_place" or "auto", or the solvers GradientDescent, Nesterov or Adam.',
+    )
+    NO_SHARED_PARAMETERS = (
+        "it defines no gradient for trainable parameters that are not adapted",
+        "Freeze them with requires_grad_(False), adapt them too, or use another estimator.",
+    )
+
+    @property
+    def reason(self) -> str:
+        """Why it can not work."""
+        return self.value[0]
+
+    @property
+    def cure(self) -> str:
+        """What would."""
+        return self.value[1]
+
+
+class Schedule(NamedTuple):
+    """What a solver decided on the free problem and every nudged solve replays (theory: matched solves).
+
+    Attributes:
+        plan: Step sizes and the like, measured once at the start; whatever the solver returns from ``plan``.
+        decisions: One entry per step taken: what the solver decided there, or None.
+    """
+
+    plan: Any
+    decisions: list[Tensor | None]
+
+
+class Solution(NamedTuple):
+    """An (approximately) solved inner problem.
+
+    Attributes:
+        params: The last iterate, ``[*L, *shape]``.
+        schedule: What a matched solve has to repeat.
+    """
+
+    params: Params
+    schedule: Schedule
+
+
+class Estimate(NamedTuple):
+    """Meta-gradients of the problems in the lanes; nothing is averaged yet.
+
+    Attributes:
+        gradient: Meta-gradient of every meta-parameter, ``[*L, *shape]``.
+        query_loss: f(phi), ``[*L]``.
+        support_loss: fhat(phi), ``[*L]``.
+        residual: Relative inner residual (see ``Energy.relative_residual``), ``[*L]``, in [0, 1].
+        nu: The nudge used, ``[*L]``; zero for estimators without one.
+    """
+
+    gradient: Params
+    query_loss: Tensor
+    support_loss: Tensor
+    residual: Tensor
+    nu: Tensor
+
+
+class MetaStep(NamedTuple):
+    """What one ``MetaLearner.backward`` did. Means are over the tasks that were kept.
+
+    Attributes:
+        query_loss: Mean query loss after adaptation: the meta-objective F.
+        support_loss: Mean support loss after adaptation.
+        residual: Mean relative inner residual in [0, 1]: 0 solved, 1 not begun; NaN where prox is 0.
+        nu: Mean nudge (0 for estimators without one).
+        gradient_norm: Euclidean norm of the mean meta-gradient that was added to ``.grad``.
+        dropped_tasks: Tasks left out because their loss or meta-gradient was not finite.
+        gradient_evaluations: Gradients of one loss of one task; a Hessian product counts 2, a step that is
+            backpropagated through counts 3.
+    """
+
+    query_loss: float
+    support_loss: float
+    residual: float
+    nu: float
+    gradient_norm: float
+    dropped_tasks: int
+    gradient_evaluations: int
+
+
+class Evaluation(NamedTuple):
+    """A metric on adapted models, over tasks.
+
+    Attributes:
+        mean: Mean over tasks after the last adaptation step.
+        ci95: Half-width of its 95 % confidence interval, 1.96 s / sqrt(T).
+        curve: Mean after 0, 1, ..., K adaptation steps, ``[K + 1]``.
+        curve_ci95: Half-widths of their 95 % intervals, ``[K + 1]``.
+        values: The metric of every task after every step, ``[T, K + 1]``.
+    """
+
+    mean: float
+    ci95: float
+    curve: Tensor
+    curve_ci95: Tensor
+    values: Tensor
+
+
+class HessianProduct(Protocol):
+    """``v -> d/d eps`` of the support gradient along ``phi + eps v``.
+
+    The result has a leaf for every adapted and every shared parameter.
+    """
+
+    def __call__(self, vector: Params) -> Params:
+        """Multiply ``vector`` (adapted parameters)."""
+        ...
+
+
+class InnerGradients(Protocol):
+    """What an inner solver needs to know of the losses."""
+
+    def gradient(self, weights: Weights, phi: Params, step: int) -> Params:
+        """Gradient in ``phi`` of a weighted sum; ``step`` selects the random state, the same for every node."""
+        ...
+
+    def inner(self, a: Params, b: Params) -> Tensor:
+        """Inner product over parameters, one number a lane: ``[*L]``."""
+        ...
+
+    def steppable(self, start: Params) -> Params:
+        """Leaf parameters at ``start`` that a torch optimizer can step in place."""
+        ...
+
+
+class LossGradients(InnerGradients, Protocol):
+    """Seam 1: where loss gradients come from. Written twice (oracle.py); all mathematics is written on top of it."""
+
+    @property
+    def shared(self) -> Params:
+        """Trainable parameters that are not adapted, broadcastable to ``[*L, *shape]``."""
+        ...
+
+    def value_and_gradient(self, role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:
+        """Loss ``[*L]`` and its gradient in ``phi``."""
+        ...
+
+    def value_and_all_gradients(self, role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:
+        """Loss and its gradient in ``phi`` and in the shared parameters."""
+        ...
+
+    def value(self, function: LossFunction, role: Role, phi: Params) -> Tensor:
+        """``function`` (a loss or a metric) on the task's batch, ``[*L]``, no gradient."""
+        ...
+
+    def hessian_product(self, phi: Params, step: int) -> HessianProduct:
+        """Exact products with the Hessian of the support loss at ``phi``, by double backward."""
+        ...
+
+    def unrolled(self, shared: Params) -> InnerGradients:
+        """The same losses, whose gradients stay attached to the graph of ``phi`` and ``shared``."""
+        ...
+
+    def spread(self, params: Params) -> Params:
+        """One copy a task: ``[*shape]`` to ``[*L, *shape]``, without further nodes."""
+        ...
+
+    def stencil_sum(
+        self, nodes: tuple[float, ...], weights: tuple[float, ...], term: Callable[[Tensor], Params]
+    ) -> Params:
+        """``sum_k weights[k] * term(nodes[k])``: at once along the node axis, or one after the other."""
+        ...
+
+    def count(self, gradients: int) -> None:
+        """Add ``gradients`` evaluations per task to the tally."""
+        ...

@@ -1,0 +1,233 @@
+"""One mathematics, two executions: the stack under vmap and the live module agree to round-off."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import metanudge as mn
+from problems import ESTIMATORS, ONE_SIDED, PROBLEMS, SOLVERS, Problem, distance, estimate, flat_gradient, single_tasks
+
+
+def coarse(estimator: object) -> object:
+    """The estimator with wide finite differences.
+
+    A difference quotient divides round-off by its width: at the default nu (or displacement) of 1e-5 two summation
+    orders that differ by 1e-16 give estimates that differ by 1e-11. At 1e-1 they must agree to 1e-12.
+    """
+    if isinstance(estimator, mn.FOBMAML):
+        return dataclasses.replace(estimator, nu=0.1)
+    if getattr(estimator, "products", None) == "two_gradient" or isinstance(estimator, mn.HFMAML):
+        return dataclasses.replace(estimator, displacement=0.1)
+    return estimator
+
+
+def refused_in_place(estimator: object) -> bool:
+    return isinstance(estimator, mn.MAML) or getattr(estimator, "products", None) == "exact"
+
+
+def unrolls(estimator: object) -> bool:
+    return isinstance(estimator, mn.MAML | mn.HFMAML)
+
+
+BOTH = [name for name, estimator in ESTIMATORS.items() if not refused_in_place(estimator)]
+STACKABLE = [name for name in SOLVERS if name != "torch_optimizer"]
+
+
+@pytest.mark.parametrize("problem", ["logistic", "mlp"])
+@pytest.mark.parametrize("solver", STACKABLE)
+@pytest.mark.parametrize("name", BOTH)
+def test_both_executions_agree(name: str, solver: str, problem: str) -> None:
+    made, estimator = PROBLEMS[problem](), coarse(ESTIMATORS[name])
+    stacked, live = (estimate(made, estimator, SOLVERS[solver], execution=e) for e in ("vectorized", "in_place"))
+    assert distance(stacked, live) < 1e-12
+
+
+def both_steps(made: Problem, estimator: object, solver: object) -> list[mn.MetaStep]:
+    return [
+        mn.MetaLearner(
+            made.make(), made.loss, prox=made.prox, solver=solver, estimator=estimator, execution=execution
+        ).backward(made.tasks)
+        for execution in ("vectorized", "in_place")
+    ]
+
+
+@pytest.mark.parametrize("solver", STACKABLE)
+@pytest.mark.parametrize("name", BOTH)
+def test_both_executions_report_the_same(name: str, solver: str) -> None:
+    made = PROBLEMS["logistic"]()
+    stacked, live = both_steps(made, coarse(ESTIMATORS[name]), SOLVERS[solver])
+    for field in ("query_loss", "support_loss", "residual", "nu", "gradient_norm"):
+        assert getattr(stacked, field) == pytest.approx(getattr(live, field), rel=1e-9), field
+    assert stacked.dropped_tasks == live.dropped_tasks == 0
+
+
+@pytest.mark.parametrize("solver", [name for name in STACKABLE if name != "nesterov_tol"])
+@pytest.mark.parametrize("name", ["symmetric", "forward", "fourth_order", "hfmaml", "imaml_two_gradient"])
+def test_both_executions_cost_the_same(name: str, solver: str) -> None:
+    stacked, live = both_steps(PROBLEMS["ridge"](), ESTIMATORS[name], SOLVERS[solver])
+    assert stacked.gradient_evaluations == live.gradient_evaluations
+
+
+@pytest.mark.parametrize("solver", STACKABLE)
+def test_adapt_and_evaluate_agree(solver: str) -> None:
+    made = PROBLEMS["mlp"]()
+    ends, curves = [], []
+    for execution in ("vectorized", "in_place"):
+        learner = mn.MetaLearner(made.make(), made.loss, prox=made.prox, solver=SOLVERS[solver], execution=execution)
+        adapted = learner.adapt(single_tasks(made.tasks)[1].support)
+        ends.append(torch.nn.utils.parameters_to_vector(adapted.parameters()).detach())
+        curves.append(learner.evaluate(made.tasks).values)
+    assert distance(*ends) < 1e-12
+    assert distance(*curves) < 1e-12
+
+
+# Refusals, when the learner is built.
+
+
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name not in BOTH])
+def test_double_backward_is_refused_in_place(name: str) -> None:
+    made = PROBLEMS["ridge"]()
+    with pytest.raises(mn.SettingsError, match=r"can not run here: it differentiates the loss twice.*Use FOBMAML"):
+        mn.MetaLearner(made.make(), made.loss, estimator=ESTIMATORS[name], execution="in_place")
+
+
+def test_a_torch_optimizer_is_refused_in_a_stack() -> None:
+    made = PROBLEMS["ridge"]()
+    with pytest.raises(mn.SettingsError, match=r"TorchOptimizer can not run here: it steps.*in_place"):
+        mn.MetaLearner(made.make(), made.loss, solver=SOLVERS["torch_optimizer"], execution="vectorized")
+
+
+@pytest.mark.parametrize("name", [name for name, estimator in ESTIMATORS.items() if unrolls(estimator)])
+@pytest.mark.parametrize("execution", ["auto", "in_place"])
+def test_a_torch_optimizer_is_refused_by_those_that_unroll_it(name: str, execution: str) -> None:
+    made = PROBLEMS["ridge"]()
+    with pytest.raises(mn.SettingsError, match=r"can not run here: it differentiates"):
+        mn.MetaLearner(
+            made.make(), made.loss, solver=SOLVERS["torch_optimizer"], estimator=ESTIMATORS[name], execution=execution
+        )
+
+
+def test_hfmaml_with_a_torch_optimizer_is_told_the_cure() -> None:
+    made = PROBLEMS["ridge"]()
+    with pytest.raises(mn.SettingsError, match=r"through the solver's steps.*GradientDescent, Nesterov or Adam"):
+        mn.MetaLearner(made.make(), made.loss, solver=SOLVERS["torch_optimizer"], estimator=mn.HFMAML())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"execution": "parallel"}, r'execution must be "auto", "vectorized" or "in_place"'),
+        ({"execution": "in_place", "chunk_size": 2}, "chunk_size belongs to the vectorized execution"),
+        ({"chunk_size": 0}, "chunk_size must be"),
+        ({"chunk_size": 1.5}, "chunk_size must be"),
+    ],
+)
+def test_bad_execution_settings_are_refused(settings: dict, words: str) -> None:
+    made = PROBLEMS["ridge"]()
+    with pytest.raises(mn.SettingsError, match=words):
+        mn.MetaLearner(made.make(), made.loss, **settings)
+
+
+def test_auto_takes_the_live_module_for_a_torch_optimizer_and_a_compiled_model_only() -> None:
+    """Seen from outside: the live module's parameters really move while the loss is evaluated."""
+    made = PROBLEMS["ridge"]()
+
+    def moves(model: torch.nn.Module, solver: object) -> bool:
+        core = getattr(model, "_orig_mod", model)
+        begun, seen = core.weight.detach().clone(), []
+
+        def loss(model: torch.nn.Module, batch: mn.Batch) -> torch.Tensor:
+            live = isinstance(core.weight, torch.nn.Parameter)
+            seen.append(live and not torch.equal(core.weight.detach(), begun))
+            return made.loss(core, batch)
+
+        mn.MetaLearner(model, loss, solver=solver).backward(made.tasks)
+        return any(seen)
+
+    assert not moves(made.make(), SOLVERS["gradient_descent"])
+    assert moves(made.make(), SOLVERS["torch_optimizer"])
+    assert moves(torch.compile(made.make(), backend="eager"), SOLVERS["gradient_descent"])
+
+
+# Chunks.
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("name", ["symmetric", "maml_checkpointed", "tangent", "hfmaml"])
+def test_chunks_give_the_same(name: str, size: int) -> None:
+    made, solver = PROBLEMS["logistic"](), SOLVERS["nesterov_fixed"]
+    estimator = coarse(ESTIMATORS[name])
+    whole, chunked = (estimate(made, estimator, solver, chunk_size=chunk) for chunk in (None, size))
+    assert distance(chunked, whole) < 1e-13
+
+
+# A real torch.optim optimizer in the inner loop.
+
+COINCIDE = {
+    "sgd": (lambda p: torch.optim.SGD(p, lr=0.1), mn.GradientDescent(6, lr=0.1)),
+    "momentum": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.7), mn.GradientDescent(6, lr=0.1, momentum=0.7)),
+    "adam": (lambda p: torch.optim.Adam(p, lr=0.05), mn.Adam(6, lr=0.05)),
+    "adam_betas": (
+        lambda p: torch.optim.Adam(p, lr=0.05, betas=(0.5, 0.8), eps=1e-3),
+        mn.Adam(6, lr=0.05, betas=(0.5, 0.8), eps=1e-3),
+    ),
+    "adamw": (lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.0), mn.Adam(6, lr=0.05)),
+}
+STEPPED = [
+    mn.FOBMAML(nu=0.1),
+    mn.FOBMAML("forward", nu=0.1),
+    mn.FOBMAML(ONE_SIDED, nu=0.1),
+    mn.FOBMAML(nudge="linear", nu=0.1),
+    mn.FOBMAML("forward", nu=0.1, start="initialization"),
+    mn.FOMAML(),
+    mn.Reptile(),
+    mn.IMAML(cg_steps=4, products="two_gradient", displacement=0.1),
+    mn.Tangent(products="two_gradient", displacement=0.1),
+]
+
+
+@pytest.mark.parametrize("optimizer", COINCIDE)
+@pytest.mark.parametrize("estimator", STEPPED, ids=str)
+def test_a_torch_optimizer_equals_our_own_solver(estimator: object, optimizer: str) -> None:
+    factory, own = COINCIDE[optimizer]
+    made = PROBLEMS["logistic"]()
+    live = estimate(made, estimator, mn.TorchOptimizer(factory, steps=6))
+    # Adam divides by roots of second moments, which near-zero gradients make stiff
+    assert distance(live, estimate(made, estimator, own, execution="in_place")) < 1e-12
+    assert distance(live, estimate(made, estimator, own, execution="vectorized")) < (
+        1e-9 if "adam" in optimizer else 1e-12
+    )
+
+
+def test_a_torch_optimizer_sees_the_weight_decay_it_is_given() -> None:
+    """AdamW with decay is another solver: it must not silently be Adam."""
+    made = PROBLEMS["logistic"]()
+    decayed = mn.TorchOptimizer(lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.5), steps=6)
+    assert distance(estimate(made, mn.Reptile(), decayed), estimate(made, mn.Reptile(), mn.Adam(6, lr=0.05))) > 1e-2
+
+
+def test_an_optimizer_that_mixes_its_parameters() -> None:
+    """Gradient clipped by its global norm inside ``step``: only one task at a time makes sense of that."""
+    made = PROBLEMS["ridge"]()
+
+    class Normalised(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:
+            torch.nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 0.1)
+            super().step(closure)
+
+    model = made.make()
+    solver = mn.TorchOptimizer(lambda p: Normalised(p, lr=1.0), steps=5)
+    mn.MetaLearner(model, made.loss, prox=made.prox, solver=solver, estimator=mn.Reptile()).backward(made.tasks)
+    assert 0 < float(flat_gradient(model).norm()) <= 5 * 0.1 + 1e-12
+
+
+def test_lbfgs_is_refused() -> None:
+    made = PROBLEMS["ridge"]()
+    solver = mn.TorchOptimizer(lambda p: torch.optim.LBFGS(p), steps=2)
+    model = made.make()
+    with pytest.raises(mn.SettingsError, match=r"L-BFGS.*use Nesterov"):
+        mn.MetaLearner(model, made.loss, solver=solver).backward(made.tasks)
+    assert torch.equal(model.weight.detach().reshape(-1), made.theta)

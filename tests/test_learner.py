@@ -1,0 +1,628 @@
+"""MetaLearner: what it adds to .grad, what it reports, what it leaves untouched, and what it says when it can not."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import metanudge as mn
+from naive import gradient_descent
+from problems import PROBLEMS, Problem, distance, flat_gradient, single_tasks, slope, squared_error
+
+EXECUTIONS = ["vectorized", "in_place"]
+SOLVER = mn.GradientDescent(4, lr=0.1)
+
+
+def learner_of(made: Problem, **settings: object) -> mn.MetaLearner:
+    settings = {"prox": made.prox, "solver": SOLVER, "estimator": mn.FOBMAML(nu=0.1), **settings}
+    return mn.MetaLearner(made.make(), made.loss, **settings)
+
+
+def adapted(made: Problem, i: int, steps: int = 4) -> list[Tensor]:
+    """phi_0, ..., phi_K of a task by a plain loop."""
+    task = made.plain[i]
+    return gradient_descent(
+        lambda phi: slope(task.support, phi) + made.prox * (phi - made.theta), made.theta, steps=steps, lr=0.1
+    )
+
+
+# backward.
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_backward_accumulates_as_loss_backward_does(execution: str) -> None:
+    learner = learner_of(PROBLEMS["mlp"](), execution=execution)
+    learner.backward(PROBLEMS["mlp"]().tasks)
+    once = flat_gradient(learner.model)
+    learner.backward(PROBLEMS["mlp"]().tasks)
+    assert torch.equal(flat_gradient(learner.model), 2 * once)
+    for parameter in learner.model.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    learner.backward(PROBLEMS["mlp"]().tasks)
+    torch.testing.assert_close(flat_gradient(learner.model), 7 + once, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_step_reports_means_over_tasks(execution: str) -> None:
+    made = PROBLEMS["logistic"]()
+    learner = learner_of(made, execution=execution)
+    step = learner.backward(made.tasks)
+    ends = [adapted(made, i)[-1] for i in range(len(made.plain))]
+    mean = lambda values: float(sum(values)) / len(made.plain)  # noqa: E731
+    assert step.query_loss == pytest.approx(mean(t.query(phi) for t, phi in zip(made.plain, ends, strict=True)))
+    assert step.support_loss == pytest.approx(mean(t.support(phi) for t, phi in zip(made.plain, ends, strict=True)))
+    assert step.gradient_norm == pytest.approx(float(flat_gradient(learner.model).norm()))
+    assert step.nu == pytest.approx(0.1)
+    assert step.dropped_tasks == 0
+    assert all(isinstance(value, float | int) for value in step)
+
+
+def test_nu_is_zero_for_estimators_without_one() -> None:
+    made = PROBLEMS["ridge"]()
+    for estimator in (mn.MAML(), mn.FOMAML(), mn.Reptile(), mn.IMAML(), mn.Tangent(), mn.HFMAML()):
+        assert learner_of(made, estimator=estimator).backward(made.tasks).nu == 0
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_list_of_single_tasks_is_their_stack(execution: str) -> None:
+    made = PROBLEMS["logistic"]()
+    stacked, listed = learner_of(made, execution=execution), learner_of(made, execution=execution)
+    a, b = stacked.backward(made.tasks), listed.backward(single_tasks(made.tasks))
+    assert distance(flat_gradient(listed.model), flat_gradient(stacked.model)) < 1e-14
+    assert a == pytest.approx(b, rel=1e-13)
+
+
+def ragged(made: Problem) -> list[mn.Tasks]:
+    """Tasks of three sizes, not in order of size."""
+    cut = [slice(0, 5), slice(0, 8), slice(2, 7), slice(0, 8), slice(1, 4)]
+    singles = single_tasks(made.tasks)
+    return [
+        mn.Tasks(
+            mn.Batch(singles[i % 3].support.inputs[part], singles[i % 3].support.targets[part]), singles[i % 3].query
+        )
+        for i, part in enumerate(cut)
+    ]
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_ragged_list_is_the_mean_of_its_tasks(execution: str) -> None:
+    made = PROBLEMS["logistic"]()
+    together = learner_of(made, execution=execution)
+    step = together.backward(ragged(made))
+    gradients, losses = [], []
+    for task in ragged(made):
+        alone = learner_of(made, execution=execution)
+        losses.append(alone.backward([task]).query_loss)
+        gradients.append(flat_gradient(alone.model))
+    assert distance(flat_gradient(together.model), torch.stack(gradients).mean(0)) < 1e-13
+    assert step.query_loss == pytest.approx(sum(losses) / len(losses))
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_separate_query_loss(execution: str) -> None:
+    """Adapted on one loss, judged by another: FOMAML shows which gradient is whose."""
+    made = PROBLEMS["ridge"]()
+
+    def absolute(model: nn.Module, batch: mn.Batch) -> Tensor:
+        return (model(batch.inputs) - batch.targets).abs().mean()
+
+    learner = learner_of(made, estimator=mn.FOMAML(), execution=execution, query_loss=absolute)
+    step = learner.backward(made.tasks)
+    gradients, losses = [], []
+    for i in range(len(made.plain)):
+        inputs, targets = made.tasks.query.inputs[i], made.tasks.query.targets[i][:, 0]
+        phi = adapted(made, i)[-1]
+        gradients.append(slope(lambda p, x=inputs, y=targets: (x @ p - y).abs().mean(), phi))
+        losses.append(float((inputs @ phi - targets).abs().mean()))
+    assert distance(flat_gradient(learner.model), torch.stack(gradients).mean(0)) < 1e-13
+    assert step.query_loss == pytest.approx(sum(losses) / len(losses))
+
+
+def test_reproducible_under_a_seed() -> None:
+    """Dropout in train mode: bitwise the same after the same seed, another step after another."""
+    made = PROBLEMS["logistic"]()
+
+    def run(seed: int, execution: str) -> Tensor:
+        model = nn.Sequential(nn.Dropout(0.5), made.make())
+        torch.manual_seed(seed)
+        mn.MetaLearner(model, made.loss, solver=SOLVER, execution=execution).backward(made.tasks)
+        return flat_gradient(model)
+
+    for execution in EXECUTIONS:
+        assert torch.equal(run(1, execution), run(1, execution))
+        assert not torch.equal(run(1, execution), run(2, execution))
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_steps_differ_and_cost_the_generator_one_draw(execution: str) -> None:
+    """The policy: a step takes one number from the global generator, whatever the model draws."""
+    made = PROBLEMS["logistic"]()
+    model = nn.Sequential(nn.Dropout(0.5), made.make())
+    learner = mn.MetaLearner(model, made.loss, solver=SOLVER, execution=execution)
+    for use in (
+        lambda: learner.backward(made.tasks),
+        lambda: learner.adapt(single_tasks(made.tasks)[0].support),
+        lambda: learner.evaluate(made.tasks),
+    ):
+        torch.manual_seed(5)
+        torch.randint(2**62, ())
+        expected = torch.get_rng_state()
+        torch.manual_seed(5)
+        use()
+        assert torch.equal(torch.get_rng_state(), expected)
+    model.zero_grad()
+    learner.backward(made.tasks)
+    first = flat_gradient(model)
+    model.zero_grad()
+    learner.backward(made.tasks)
+    assert not torch.equal(first, flat_gradient(model))
+
+
+# What is not finite.
+
+
+def poisoned(made: Problem, *bad: int) -> mn.Tasks:
+    inputs = made.tasks.support.inputs.clone()
+    inputs[list(bad)] = float("nan")
+    return mn.Tasks(mn.Batch(inputs, made.tasks.support.targets), made.tasks.query)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("estimator", [mn.FOBMAML(), mn.HFMAML(), mn.FOMAML()], ids=str)
+def test_tasks_that_are_not_finite_are_left_out(estimator: object, execution: str) -> None:
+    """The mean of the rest, exactly; one warning, and a count on every step."""
+    made = PROBLEMS["logistic"]()
+    settings = {"estimator": estimator, "execution": execution, "solver": mn.Nesterov(5, tol=1e-3)}
+    learner, rest = learner_of(made, **settings), learner_of(made, **settings)
+    with pytest.warns(mn.NonFiniteWarning, match=r"1 of 3 tasks.*smaller steps \(lr\)") as caught:
+        step = learner.backward(poisoned(made, 1))
+    assert len(caught) == 1
+    singles = single_tasks(made.tasks)
+    clean = rest.backward([singles[0], singles[2]])
+    assert step.dropped_tasks == 1
+    assert distance(flat_gradient(learner.model), flat_gradient(rest.model)) < 1e-9
+    assert step.query_loss == pytest.approx(clean.query_loss)
+    assert step.residual == pytest.approx(clean.residual)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert learner.backward(poisoned(made, 0, 1)).dropped_tasks == 2
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_diverging_task_is_left_out(execution: str) -> None:
+    """Not NaN in the data but a solve that explodes."""
+    made = PROBLEMS["ridge"]()
+    inputs = made.tasks.support.inputs.clone()
+    inputs[2] *= 1e80
+    tasks = mn.Tasks(mn.Batch(inputs, made.tasks.support.targets), made.tasks.query)
+    learner = learner_of(made, execution=execution)
+    with pytest.warns(mn.NonFiniteWarning):
+        step = learner.backward(tasks)
+    assert step.dropped_tasks == 1
+    assert math.isfinite(step.query_loss)
+    assert flat_gradient(learner.model).isfinite().all()
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_when_no_task_is_finite_nothing_changes(execution: str) -> None:
+    made = PROBLEMS["logistic"]()
+    learner = learner_of(made, execution=execution)
+    before = Snapshot(learner.model)
+    with pytest.raises(mn.NonFiniteError, match=r"none of the 3 tasks.*smaller steps \(lr\)"):
+        learner.backward(poisoned(made, 0, 1, 2))
+    before.check()
+    with pytest.raises(mn.NonFiniteError, match=r"non-finite parameters.*smaller steps \(lr\)"):
+        learner.adapt(mn.Batch(*(x[0] for x in poisoned(made, 0).support)))
+    before.check()
+
+
+# adapt.
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_adapt_returns_another_module(execution: str) -> None:
+    made = PROBLEMS["mlp"]()
+    learner = learner_of(made, execution=execution)
+    learner.backward(made.tasks)  # so that there are gradients
+    learner.model.eval()
+    before = Snapshot(learner.model)
+    support = single_tasks(made.tasks)[1].support
+    found = learner.adapt(support)
+    before.check()
+    assert type(found) is type(learner.model)
+    vector = nn.utils.parameters_to_vector(found.parameters()).detach()
+    assert distance(vector, adapted(made, 1)[-1]) < 1e-13
+    assert not found.training
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in found.parameters())
+    # and it is a module of its own
+    squared_error(found, support).backward()
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.zero_()
+    before.check()
+
+
+def test_adapt_needs_a_batch_of_one_task() -> None:
+    made = PROBLEMS["ridge"]()
+    with pytest.raises(mn.TasksError, match=r"mn\.Batch\(inputs, targets\) of one task, got Tasks"):
+        learner_of(made).adapt(made.tasks)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_adapt_refuses_an_empty_support_set(execution: str) -> None:
+    """As its docstring says; the model would come back unadapted, or NaN."""
+    made = PROBLEMS["ridge"]()
+    with pytest.raises(mn.TasksError):
+        learner_of(made, execution=execution).adapt(mn.Batch(torch.zeros(0, 4).double(), torch.zeros(0, 1).double()))
+
+
+# evaluate.
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_evaluate(execution: str) -> None:
+    """Mean, 95 % interval and curve over the steps of adaptation, against a plain loop."""
+    made = PROBLEMS["logistic"]()
+    learner = learner_of(made, execution=execution)
+    before = Snapshot(learner.model)
+    found = learner.evaluate(made.tasks)
+    before.check()
+    exact = torch.stack([torch.stack([t.query(phi) for phi in adapted(made, i)]) for i, t in enumerate(made.plain)])
+    torch.testing.assert_close(found.values, exact, rtol=1e-13, atol=0)
+    torch.testing.assert_close(found.curve, exact.mean(0), rtol=1e-13, atol=0)
+    half = 1.96 * exact.std(0, unbiased=True) / math.sqrt(len(exact))
+    torch.testing.assert_close(found.curve_ci95, half, rtol=1e-12, atol=0)
+    assert found.mean == pytest.approx(float(exact[:, -1].mean()), rel=1e-13)
+    assert found.ci95 == pytest.approx(float(half[-1]), rel=1e-12)
+
+
+def test_evaluate_another_metric() -> None:
+    made = PROBLEMS["logistic"]()
+
+    def accuracy(model: nn.Module, batch: mn.Batch) -> Tensor:
+        return ((model(batch.inputs) > 0) == (batch.targets > 0.5)).double().mean()
+
+    found = learner_of(made).evaluate(made.tasks, metric=accuracy)
+    for i in range(len(made.plain)):
+        phi = adapted(made, i)[-1]
+        hits = ((made.tasks.query.inputs[i] @ phi[:3] + phi[3]) > 0) == (made.tasks.query.targets[i][:, 0] > 0.5)
+        assert float(found.values[i, -1]) == pytest.approx(float(hits.double().mean()))
+
+
+def test_evaluate_takes_stacks_lists_and_loaders() -> None:
+    made = PROBLEMS["ridge"]()
+    learner = learner_of(made)
+    whole = learner.evaluate(made.tasks).values
+    singles = single_tasks(made.tasks)
+    loader = DataLoader(singles, batch_size=2)  # its default collation stacks named tuples
+    for given in (singles, tuple(singles), loader, (task for task in [made.tasks])):
+        torch.testing.assert_close(learner.evaluate(given).values, whole, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_evaluate_keeps_the_order_of_a_ragged_list(execution: str) -> None:
+    """``values`` holds "the metric of every task": row i must be the i-th task's."""
+    made = PROBLEMS["ridge"]()
+    learner = learner_of(made, execution=execution)
+    tasks = ragged(made)
+    found = learner.evaluate(tasks).values
+    for row, task in zip(found, tasks, strict=True):
+        torch.testing.assert_close(row, learner.evaluate([task]).values[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_evaluate_a_solver_that_stopped_early(execution: str) -> None:
+    """Its curve goes on at the last value."""
+    made = PROBLEMS["ridge"]()
+    learner = learner_of(made, solver=mn.Nesterov(60, tol=1e-2), execution=execution)
+    found = learner.evaluate(made.tasks)
+    assert found.values.shape == (3, 61)
+    assert torch.equal(found.curve[-1], found.curve[-20])
+    assert not torch.equal(found.curve[0], found.curve[-1])
+
+
+def test_evaluate_one_task_has_no_interval() -> None:
+    made = PROBLEMS["ridge"]()
+    found = learner_of(made).evaluate(single_tasks(made.tasks)[:1])
+    assert math.isfinite(found.mean)
+    assert math.isnan(found.ci95)
+
+
+def test_evaluate_nothing() -> None:
+    made = PROBLEMS["ridge"]()
+    for nothing in ([], iter([])):
+        with pytest.raises(mn.TasksError, match="empty"):
+            learner_of(made).evaluate(nothing)
+
+
+# What is left as it was.
+
+
+class Snapshot:
+    """All that a step must not touch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.parameters = dict(model.named_parameters())
+        self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.gradients = {name: p.grad for name, p in self.parameters.items()}
+        self.gradient_values = {n: None if g is None else g.clone() for n, g in self.gradients.items()}
+        self.flags = {name: p.requires_grad for name, p in self.parameters.items()}
+        self.buffers = dict(model.named_buffers())
+        self.buffer_values = {name: b.clone() for name, b in self.buffers.items()}
+        self.modes = [module.training for module in model.modules()]
+
+    def check(self) -> None:
+        now = dict(self.model.named_parameters())
+        for name, parameter in self.parameters.items():
+            assert now[name] is parameter
+            assert torch.equal(parameter.detach(), self.values[name])
+            assert parameter.grad is self.gradients[name]
+            assert parameter.grad is None or torch.equal(parameter.grad, self.gradient_values[name])
+            assert parameter.requires_grad == self.flags[name]
+        buffers = dict(self.model.named_buffers())
+        assert buffers.keys() == self.buffers.keys()
+        for name, buffer in self.buffers.items():
+            assert buffers[name] is buffer
+            assert torch.equal(buffer, self.buffer_values[name])
+        assert [module.training for module in self.model.modules()] == self.modes
+
+
+def busy_model() -> nn.Module:
+    """Parameters with and without gradients, one frozen, buffers that forward passes write, submodules in two modes."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Tanh(), nn.Linear(4, 1)).double()
+    model[0].weight.requires_grad_(False)
+    model[4].weight.grad = torch.randn(1, 4).double()
+    model[2].eval()
+    return model
+
+
+class BoomError(Exception):
+    """Raised inside the user's loss."""
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("call", [1, 2, 6, 11])
+def test_everything_is_restored_after_an_exception(call: int, execution: str) -> None:
+    """The user's loss raises at its n-th call: in the free solve, at its end, in a nudged one."""
+    made, calls = PROBLEMS["logistic"](), []
+
+    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
+        calls.append(None)
+        value = made.loss(model, batch)
+        if len(calls) == call:
+            raise BoomError
+        return value
+
+    model = busy_model()
+    learner = mn.MetaLearner(model, loss, solver=mn.GradientDescent(4, lr=0.1), execution=execution)
+    for use in (
+        lambda: learner.backward(made.tasks),
+        lambda: learner.evaluate(made.tasks),
+        lambda: learner.adapt(single_tasks(made.tasks)[0].support),
+    ):
+        calls.clear()
+        before = Snapshot(model)
+        torch.manual_seed(5)
+        torch.randint(2**62, ())
+        state = torch.get_rng_state()
+        torch.manual_seed(5)
+        try:
+            use()
+        except BoomError:
+            before.check()
+        else:
+            assert len(calls) < call  # adapt makes few calls
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_step_leaves_all_but_grad_as_it_was(execution: str) -> None:
+    made = PROBLEMS["logistic"]()
+    model = busy_model()
+    before = Snapshot(model)
+    mn.MetaLearner(model, made.loss, solver=mn.Nesterov(3), execution=execution).backward(made.tasks)
+    assert model[0].weight.grad is None
+    assert model[0].bias.grad is not None
+    for parameter, gradient in before.gradients.items():
+        before.parameters[parameter].grad = gradient
+    before.check()
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_mode_set_by_the_loss_does_not_last(execution: str) -> None:
+    """A loss may well say ``model.eval()``; the model is given back in the mode it was in."""
+    made = PROBLEMS["logistic"]()
+
+    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
+        model.eval()
+        return made.loss(model, batch)
+
+    model = busy_model()
+    before = Snapshot(model)
+    mn.MetaLearner(model, loss, solver=SOLVER, execution=execution).evaluate(made.tasks)
+    before.check()
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_model_can_still_be_pickled_and_trained_after_a_step(execution: str) -> None:
+    made = PROBLEMS["mlp"]()
+    learner = learner_of(made, execution=execution)
+    learner.backward(made.tasks)
+    copy = pickle.loads(pickle.dumps(learner.model))
+    assert torch.equal(
+        nn.utils.parameters_to_vector(copy.parameters()), nn.utils.parameters_to_vector(learner.model.parameters())
+    )
+    learner.model.zero_grad()
+    squared_error(learner.model, single_tasks(made.tasks)[0].support).backward()
+    assert flat_gradient(learner.model).norm() > 0
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_steps_under_no_grad_are_the_same(execution: str) -> None:
+    made = PROBLEMS["logistic"]()
+    plain, within = learner_of(made, execution=execution), learner_of(made, execution=execution)
+    plain.backward(made.tasks)
+    with torch.no_grad():
+        within.backward(made.tasks)
+    assert torch.equal(flat_gradient(plain.model), flat_gradient(within.model))
+
+
+def test_a_learner_follows_its_model() -> None:
+    """Changed after the learner was made: values, precision, and what is frozen."""
+    made = PROBLEMS["ridge"]()
+    exact = made.meta_gradient()
+    for execution in EXECUTIONS:
+        model = made.make().float()
+        settings = {"prox": made.prox, "solver": mn.Nesterov(75), "execution": execution}
+        learner = mn.MetaLearner(model, made.loss, estimator=mn.FOBMAML("fourth_order"), **settings)
+        model.double()
+        with torch.no_grad():
+            nn.utils.vector_to_parameters(made.theta.clone(), model.parameters())
+        learner.backward(made.tasks)
+        assert distance(flat_gradient(model), exact) < 1e-9
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_parameter_frozen_after_the_learner_was_made_gets_no_gradient(execution: str) -> None:
+    """Or the learner says that its selection is out of date; it must not go on as if nothing had happened."""
+    made = PROBLEMS["logistic"]()
+    learner = learner_of(made, execution=execution)
+    learner.model.bias.requires_grad_(False)
+    try:
+        learner.backward(made.tasks)
+    except mn.SettingsError as error:
+        assert "bias" in str(error)
+    assert learner.model.bias.grad is None
+
+
+# Errors.
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda m, b: (m(b.inputs) - b.targets).square(), r"one number per task.*shape.*\.mean\(\)"),
+        (lambda m, b: (m(b.inputs) - b.targets).square().mean().reshape(1), r"shape \(1,\)"),
+        (lambda m, b: 1.5, "must return a scalar tensor, but returned float"),
+        (lambda m, b: None, "returned NoneType"),
+        (lambda m, b: (m(b.inputs) > 0).sum(), r"floating-point.*int64"),
+        (lambda m, b: (m(b.inputs) - b.targets).square().mean().detach(), r"no gradient reaches.*\.detach\(\)"),
+        (lambda m, b: b.targets.square().mean(), "does not depend on the adapted parameters"),
+    ],
+    ids=["vector", "one entry", "float", "None", "integer", "detached", "constant"],
+)
+def test_bad_losses(loss: object, words: str, execution: str) -> None:
+    made = PROBLEMS["ridge"]()
+    model = made.make()
+    before = Snapshot(model)
+    learner = mn.MetaLearner(model, loss, solver=SOLVER, execution=execution)
+    with pytest.raises(mn.LossError, match=words):
+        learner.backward(made.tasks)
+    before.check()
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_bad_query_losses(execution: str) -> None:
+    made = PROBLEMS["ridge"]()
+    learner = learner_of(made, query_loss=lambda m, b: made.loss(m, b).detach(), execution=execution)
+    with pytest.raises(mn.LossError, match="no gradient reaches"):
+        learner.backward(made.tasks)
+    with pytest.raises(mn.LossError, match="floating-point"):
+        learner.evaluate(made.tasks, metric=lambda m, b: (m(b.inputs) > 0).sum())
+
+
+X, Y = torch.zeros(3, 5, 4).double(), torch.zeros(3, 5, 1).double()
+GOOD = mn.Batch(X, Y)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        (mn.Tasks(mn.Batch(X[:0], Y[:0]), mn.Batch(X[:0], Y[:0])), r"empty \(leading axis 0\); give at least one"),
+        ([], "the list of tasks is empty; give at least one task"),
+        (mn.Tasks(GOOD, mn.Batch(X[:2], Y[:2])), r"leading axis.*query 2, support 3.*give a list of mn\.Tasks"),
+        (mn.Tasks(mn.Batch(X, Y[:1]), GOOD), "leading axis.*support 1, support 3"),
+        (mn.Tasks(mn.Batch(X, torch.tensor(1.0)), GOOD), "support batch has no axis"),
+        (mn.Tasks(mn.Batch(X, [0, 1, 2]), GOOD), "tensors or pytrees of tensors, but found int"),
+        (mn.Tasks(mn.Batch((), ()), GOOD), "the support batch holds no tensor"),
+        ((X, Y), "expected a list of mn.Tasks, found Tensor"),
+        ([mn.Tasks(mn.Batch(X[0], Y[0]), mn.Batch(X[0], Y[0])), GOOD], "expected a list of mn.Tasks, found Batch"),
+        (X, "expected mn.Tasks or a list of mn.Tasks, got Tensor"),
+        (mn.Tasks(mn.Batch(X.to("meta"), Y), GOOD), r"model is on cpu but a tensor of the tasks on meta.*\.to\(\)"),
+    ],
+    ids=[
+        "empty stack",
+        "empty list",
+        "unequal parts",
+        "unequal tensors",
+        "no axis",
+        "no tensor",
+        "nothing",
+        "pair",
+        "batch in list",
+        "tensor",
+        "device",
+    ],
+)
+def test_bad_tasks(tasks: object, words: str) -> None:
+    made = PROBLEMS["ridge"]()
+    learner = learner_of(made)
+    with pytest.raises(mn.TasksError, match=words):
+        learner.backward(tasks)
+    assert learner.model.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"prox": -1.0}, "prox must be a finite number of at least 0"),
+        ({"prox": float("inf")}, "prox must be"),
+        ({"prox": float("nan")}, "prox must be"),
+        ({"prox": "large"}, "prox must be"),
+        ({"prox": True}, "prox must be"),
+        ({"query_loss": 3}, r"a loss must be a function loss\(model, batch\)"),
+    ],
+)
+def test_bad_settings(settings: dict, words: str) -> None:
+    with pytest.raises(mn.SettingsError, match=words):
+        learner_of(PROBLEMS["ridge"](), **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"estimator": "maml"},
+        {"estimator": mn.MAML},
+        {"solver": "nesterov"},
+        {"solver": mn.Nesterov},
+        {"solver": 16},
+        {"adapt_only": 3},
+        {"adapt_only": [nn.Parameter(torch.zeros(1))]},
+    ],
+    ids=str,
+)
+def test_the_wrong_kind_of_thing_is_a_settings_error(settings: dict) -> None:
+    """A name or a class where an object belongs is a likely slip; it is told when the learner is built."""
+    with pytest.raises(mn.SettingsError):
+        learner_of(PROBLEMS["ridge"](), **settings)
+
+
+def test_what_is_no_model_or_no_loss() -> None:
+    made = PROBLEMS["ridge"]()
+    with pytest.raises(mn.SettingsError, match=r"model must be a torch\.nn\.Module, got function"):
+        mn.MetaLearner(squared_error, squared_error)
+    with pytest.raises(mn.SettingsError, match="a loss must be a function"):
+        mn.MetaLearner(made.make(), "mse")
+
+
+def test_errors_are_of_one_family() -> None:
+    for kind in (mn.SettingsError, mn.TasksError, mn.LossError, mn.NonFiniteError):
+        assert issubclass(kind, mn.MetanudgeError)
