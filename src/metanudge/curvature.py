@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -50,20 +52,40 @@ def two_gradient_product(losses: LossGradients, phi: Params, step: int, displace
 def lipschitz_constant(energy: Energy, phi: Params, iterations: int, step: int) -> Tensor:
     """Estimate the Lipschitz constant of the support gradient at ``phi``: power iteration on two-gradient products.
 
-    A lower bound that grows to the spectral norm of the Hessian with the iterations; started along the gradient,
-    where the first steps of the solver will go. Cost: ``iterations + 1`` gradients. Returns ``[*L]``.
+    A lower bound that grows to the spectral norm of the Hessian with the iterations. It starts along the gradient,
+    where the first steps of the solver will go, and along a direction of no particular meaning: what the nudged solves
+    follow, and round-off, may be steep where the support gradient has no part. Cost: ``iterations + 1`` gradients.
+    Returns ``[*L]``.
     """
     free: Weights = {Role.SUPPORT: 1.0}
     gradient = energy.losses.gradient(free, phi, step)
-    tiny = 1e-30
     # far enough that round-off is nothing, and near enough for an estimate that is only to set a step size
     length = 1e-2 * (1 + energy.norm(phi))
-    direction = tree.scale(1 / energy.norm(gradient).clamp_min(tiny), gradient)
+    direction = _unit(energy, tree.add(_unit(energy, gradient), _unit(energy, _generic(gradient, length.ndim))))
     constant = torch.zeros_like(length)
     for _ in range(iterations):
         ahead = energy.losses.gradient(free, tree.axpy(length, direction, phi), step)
         image = tree.scale(1 / length, tree.subtract(ahead, gradient))
-        norm = energy.norm(image)
-        constant = torch.maximum(constant, norm)
-        direction = tree.scale(1 / norm.clamp_min(tiny), image)
+        constant = torch.maximum(constant, energy.norm(image))
+        direction = _unit(energy, image)
     return constant
+
+
+def _unit(energy: Energy, a: Params) -> Params:
+    """``a / ||a||``; zero where ``a`` is."""
+    return tree.scale(1 / energy.norm(a).clamp_min(1e-30), a)
+
+
+def _generic(like: Params, lanes: int) -> Params:
+    """Numbers that look like noise, the same in every lane and in both executions: cos(i²) for parameter i of a dtype.
+
+    Drawn numbers would depend on how the parameters are cut into leaves.
+    """
+    begun: Counter[torch.dtype] = Counter()
+    found = {}
+    for name, leaf in like.items():
+        shape = leaf.shape[lanes:]
+        index = torch.arange(shape.numel(), dtype=torch.float64, device=leaf.device) + (1 + begun[leaf.dtype])
+        begun[leaf.dtype] += shape.numel()
+        found[name] = index.square().cos().to(leaf.dtype).reshape(shape).expand_as(leaf)
+    return found

@@ -5,7 +5,9 @@ The derivative is taken outside the vmap by ordinary autograd, which runs no fun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from metanudge import tree
+from metanudge.errors import LossError
 from metanudge.oracle.common import RandomState, Tally, require_graph, scalar_loss, sum_of
 from metanudge.packing import Packing
 from metanudge.types import Batch, HessianProduct, LossFunction, Params, Role, Tasks, Weights
@@ -180,13 +183,14 @@ class StackedLosses:
                 values[role] = self.call.at(named | buffers[role], function, data[role])
             return values
 
-        if nodes == 1:
-            single_node = {name: leaf.squeeze(1) for name, leaf in lanes.items()}
-            buffers = self._buffers(functions, self.number)
-            values = vmap(one, randomness="different")(single_node, buffers, data)
-            return {role: value.unsqueeze(1) for role, value in values.items()}
-        over_nodes = vmap(one, in_dims=(0, 0, None), randomness="same")
-        return vmap(over_nodes, randomness="different")(lanes, self._buffers(functions, self.number, nodes), data)
+        with _explained():
+            if nodes == 1:
+                single_node = {name: leaf.squeeze(1) for name, leaf in lanes.items()}
+                buffers = self._buffers(functions, self.number)
+                values = vmap(one, randomness="different")(single_node, buffers, data)
+                return {role: value.unsqueeze(1) for role, value in values.items()}
+            over_nodes = vmap(one, in_dims=(0, 0, None), randomness="same")
+            return vmap(over_nodes, randomness="different")(lanes, self._buffers(functions, self.number, nodes), data)
 
     def _buffers(self, roles: Iterable[Role], *lanes: int) -> dict[Role, dict[str, Tensor]]:
         """A copy of every buffer a lane, so that what a forward pass writes there is its own and is thrown away."""
@@ -194,6 +198,21 @@ class StackedLosses:
         return {
             role: {name: buffer.expand(*lanes, *buffer.shape).clone() for name, buffer in own.items()} for role in roles
         }
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Tell what to do where vmap can not run a model or a loss."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(r"vmap|batching rule", str(error), re.IGNORECASE):
+            raise
+        raise LossError(
+            "the model or the loss does something that torch.func.vmap can not do for many tasks at once (it looks at "
+            "a value with .item() or if, or uses an operation without a batching rule, such as nn.GRU). Give the "
+            f'MetaLearner execution="in_place", which runs any model. PyTorch said: {error}'
+        ) from error
 
 
 def _nodes(params: Params) -> int:
