@@ -1,10 +1,10 @@
 """Small meta-learning problems with known answers, by dense linear algebra on flat vectors.
 
-Nothing here uses the library but its data types: a task is a pair of plain functions of one vector phi, and every answer
-is a linear solve. float64 throughout.
+Nothing here uses the library but its data types: a task is a pair of plain functions of one vector phi, and every
+answer is a linear solve. float64 throughout.
 
     phi(theta, nu) = argmin_phi  fhat(phi) + nu f(phi) + prox/2 ||phi - theta||^2
-    grad F         = mean_i prox (H_i + prox I)^-1 grad f_i(phi_i),   H_i the Hessian of fhat_i at phi_i = phi_i(theta, 0)
+    grad F         = mean_i prox (H_i + prox I)^-1 grad f_i(phi_i), H_i the Hessian of fhat_i at phi_i = phi_i(theta, 0)
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def test_a_query_loss_without_slope_has_no_meta_gradient(name: str) -> None:
 
 
 def off_the_path(h: list[float], centre: list[float]) -> tuple[mn.Tasks, Tensor]:
-    """One diagonal task, solved from theta = 0, whose query loss pulls in all directions; its meta-gradient, prox 1/2."""
+    """One diagonal task, solved from theta = 0, whose query loss pulls in all directions, and its meta-gradient."""
     curvatures, centres, prox = torch.tensor([h]).double(), torch.tensor([centre]).double(), 0.5
     query = mn.Batch(torch.ones_like(curvatures), torch.ones_like(curvatures))
     phi = curvatures * centres / (curvatures + prox)

@@ -86,12 +86,14 @@ def implicit(adapt_head: bool) -> Tensor:
     for i in range(TASKS):
         support, query = functions(adapt_head, i)
         phi = newton(lambda p, s=support: s(p, w) + PROX / 2 * (p - theta).square().sum(), theta)
-        push = torch.linalg.solve(curvature(lambda p, s=support: s(p, w), phi, PROX), slope(lambda p: query(p, w), phi))
+        push = torch.linalg.solve(
+            curvature(lambda p, s=support: s(p, w), phi, PROX), slope(lambda p, f=query: f(p, w), phi)
+        )
         mixed = torch.autograd.functional.jacobian(
             lambda v, s=support, phi=phi: torch.autograd.functional.jacobian(lambda p: s(p, v), phi, create_graph=True),
             w,
         )  # [phi, w]
-        found.append(joined(adapt_head, PROX * push, slope(lambda v: query(phi, v), w) - push @ mixed))
+        found.append(joined(adapt_head, PROX * push, slope(lambda v, f=query, phi=phi: f(phi, v), w) - push @ mixed))
     return torch.stack(found).mean(0)
 
 
@@ -181,7 +183,7 @@ def test_fomaml_gives_the_query_gradient_in_both_parts(execution: str) -> None:
     theta, w = START[at_theta], START[at_w]
     expected = []
     for i in range(TASKS):
-        support, query = functions(True, i)
+        support, _ = functions(True, i)
         phi = theta
         for _ in range(4):
             phi = phi - 0.3 * (slope(lambda p, s=support: s(p, w), phi) + PROX * (phi - theta))

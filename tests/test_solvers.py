@@ -22,7 +22,7 @@ Function = Callable[[Tensor], Tensor]
 
 @dataclass
 class Plain:
-    """The losses of a stack of tasks with parameters ``phi [T, 1, P]``, as plain functions; records the points asked."""
+    """Losses of a stack of tasks with parameters ``phi [T, 1, P]``, as plain functions; records the points asked."""
 
     support: list[Function]
     query: list[Function] | None = None
@@ -178,7 +178,7 @@ def test_lipschitz_estimate_against_the_spectral_norm(iterations: int) -> None:
 
 
 def test_automatic_step_size_and_momentum() -> None:
-    """a = 1 / (1.5 L + prox), beta = (sqrt(kappa) - 1) / (sqrt(kappa) + 1), kappa = 1 / (a prox): by hand, a task each."""
+    """a = 1 / (1.5 L + prox), beta = (sqrt(kappa) - 1) / (sqrt(kappa) + 1), kappa = 1 / (a prox): by hand."""
     losses = quadratics([2.0] * 4, [8.0] * 4)  # multiples of the identity: one power iteration finds L
     plan = mn.Nesterov(1, power_iterations=1).plan(energy_of(losses), lanes(START, START))
     for i, constant in enumerate((2.0, 8.0)):
@@ -361,7 +361,7 @@ class Noisy(nn.Module):
 
 @pytest.mark.parametrize("scheme", ["forward", "symmetric", "fourth_order"])
 def test_random_state_is_equal_across_nodes(scheme: str) -> None:
-    """Every node's solve draws the same numbers, in the same order; the free solve's support draws are the same, too."""
+    """Every node's solve draws the same numbers, in the same order; the free solve's support draws are the same."""
     model, steps = Noisy(), 5
     made = PROBLEMS["logistic"]()
     learner = mn.MetaLearner(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -113,3 +113,11 @@ def single(tasks: Tasks) -> Iterator[Tasks]:
     """The tasks of a stack, one after the other, without the task axis."""
     for index in range(leaves(tasks)[0].shape[0]):
         yield tree_map(lambda leaf, index=index: leaf[index], tasks)
+
+
+def groups(tasks: Tasks | Iterable[Tasks]) -> Iterator[Tasks | Sequence[Tasks]]:
+    """What an evaluation takes at a time: a stack, a list of single tasks, or one item of a loader after the other."""
+    if isinstance(tasks, Tasks | list | tuple):
+        yield tasks
+    else:
+        yield from tasks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,15 +26,16 @@ class Reproduce:
     """The reduced form, at most a minute."""
     seed: int = 0
     """Seed of everything random."""
-    only: tuple[Literal["bias", "stationarity", "smoothness", "meta_optimizers"], ...] = ()
-    """Run these studies alone."""
+    only: tuple[str, ...] = ()
+    """Run these studies alone; for synthetic: bias, stationarity, smoothness, meta_optimizers."""
 
     def run(self, console: Console) -> int:
         """Run the experiment."""
-        from metanudge.experiments.synthetic import reproduce  # plotting libraries load only when they are needed
+        from metanudge.experiments.runner import reproduce  # plotting libraries load only when they are needed
 
+        experiment = import_module(f"metanudge.experiments.{self.experiment}").EXPERIMENT
         out = self.out or Path("results") / (self.experiment + ("-partial" if self.only else ""))
-        reproduce(out, self.quick, self.seed, self.only, console)
+        reproduce(experiment, out, self.quick, self.seed, self.only, console)
         console.print(f"Figures and numbers: open [bold]{out / 'report.html'}[/bold]", highlight=False)
         return 0
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from metanudge import tree
-from metanudge.batching import as_stacks
+from metanudge.accumulation import FiniteMean, summarize
+from metanudge.batching import as_stacks, groups
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, TasksError
 from metanudge.estimators import FOBMAML, Estimator
 from metanudge.execution import Execution, choose_execution
@@ -20,7 +20,7 @@ from metanudge.oracle import Tally
 from metanudge.selection import AdaptOnly, Selection, select_parameters
 from metanudge.solvers import Nesterov, Solver
 from metanudge.solvers.loop import solve
-from metanudge.types import Batch, Estimate, Evaluation, LossFunction, MetaStep, Need, Params, Role, Tasks
+from metanudge.types import Batch, Evaluation, LossFunction, MetaStep, Need, Params, Role, Tasks
 
 
 class MetaLearner:
@@ -141,45 +141,37 @@ class MetaLearner:
         Cost: that of the estimator, times the number of tasks.
         """
         stacks, _ = as_stacks(tasks, self._device)
-        tally, sums = Tally(), _Sums()
+        tally, mean = Tally(), FiniteMean()
         with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, tally) as lent:
             for problem in lent.problems:
-                estimate = self.estimator(problem, self.solver)
-                valid = _finite(problem.losses.inner(estimate.gradient, estimate.gradient), estimate)
-                sums.add(
-                    estimate,
-                    valid,
-                    lent.named(tree.select(valid, estimate.gradient, tree.zeros(estimate.gradient))),
-                )
-        return self._deposit(sums, tally)
+                mean.add(problem, self.estimator(problem, self.solver), lent.named)
+        return self._deposit(mean, tally)
 
-    def _deposit(self, sums: _Sums, tally: Tally) -> MetaStep:
-        """Average over the finite tasks and add to ``.grad``."""
-        kept = int(sums.kept)
-        dropped = sums.total - kept
-        if kept == 0:
+    def _deposit(self, mean: FiniteMean, tally: Tally) -> MetaStep:
+        """Add the mean to ``.grad``."""
+        dropped = mean.total - mean.kept
+        if mean.kept == 0:
             raise NonFiniteError(
-                f"none of the {sums.total} tasks had a finite loss and meta-gradient, so nothing was changed; look for "
+                f"none of the {mean.total} tasks had a finite loss and meta-gradient, so nothing was changed; look for "
                 "non-finite inputs, or let the inner solver take smaller steps (lr) or hold it closer (prox)"
             )
         if dropped and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{dropped} of {sums.total} tasks had no finite loss or meta-gradient and were left out of the mean "
+                f"{dropped} of {mean.total} tasks had no finite loss or meta-gradient and were left out of the mean "
                 "(MetaStep.dropped_tasks counts them from now on); let the inner solver take smaller steps (lr) "
                 "or hold it closer (prox)",
                 NonFiniteWarning,
                 stacklevel=3,
             )
         parameters = dict(self.model.named_parameters())
-        gradient = {name: total / kept for name, total in sums.gradient.items()}
-        for name, mean in gradient.items():
+        gradient = mean.gradient()
+        for name, leaf in gradient.items():
             parameter = parameters[name]
-            mean = mean.to(parameter.dtype)
-            parameter.grad = mean.clone() if parameter.grad is None else parameter.grad + mean
-        norm = torch.stack([mean.double().square().sum() for mean in gradient.values()]).sum().sqrt()
-        query_loss, support_loss, residual, nu = (sums.numbers / kept).tolist()
-        return MetaStep(query_loss, support_loss, residual, nu, float(norm), dropped, tally.gradients)
+            leaf = leaf.to(parameter.dtype)
+            parameter.grad = leaf.clone() if parameter.grad is None else parameter.grad + leaf
+        norm = torch.stack([leaf.double().square().sum() for leaf in gradient.values()]).sum().sqrt()
+        return MetaStep(*mean.numbers(), float(norm), dropped, tally.gradients)
 
     def adapt(self, support: Batch) -> nn.Module:
         """Adapt to one task: a new module of the same class; this learner's model is untouched.
@@ -243,15 +235,10 @@ class MetaLearner:
         Cost: K gradients and K + 1 forward passes a task.
         """
         function = self.losses[Role.QUERY] if metric is None else metric
-        values = [self._curves(group, function) for group in _groups(tasks)]
+        values = [self._curves(group, function) for group in groups(tasks)]
         if not values:
             raise TasksError("there are no tasks to evaluate; the iterable was empty")
-        table = torch.cat(values)
-        mean = table.mean(0)
-        number = table.shape[0]
-        spread = table.std(0) if number > 1 else torch.full_like(mean, float("nan"))
-        half = 1.96 * spread / number**0.5
-        return Evaluation(float(mean[-1]), float(half[-1]), mean, half, table)
+        return summarize(torch.cat(values))
 
     def _curves(self, tasks: Tasks | Sequence[Tasks], function: LossFunction) -> Tensor:
         """The metric after every step, ``[T, K + 1]``, in the order of the tasks."""
@@ -268,35 +255,3 @@ class MetaLearner:
                 curve += [curve[-1]] * (self.solver.steps + 1 - len(curve))
                 curves.append(torch.stack(curve, dim=1).double())
         return torch.cat(curves)[torch.tensor(places).argsort()]
-
-
-class _Sums:
-    """Running sums over the finite tasks of a step."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self.kept = torch.zeros(())
-        self.numbers = torch.zeros(4)
-        self.gradient: dict[str, Tensor] = {}
-
-    def add(self, estimate: Estimate, valid: Tensor, gradient: dict[str, Tensor]) -> None:
-        """Add the tasks of one problem."""
-        numbers = torch.stack([estimate.query_loss, estimate.support_loss, estimate.residual, estimate.nu])
-        numbers = numbers.reshape(4, -1).double()
-        mask = valid.reshape(-1)
-        self.total += mask.numel()
-        self.kept = self.kept.to(mask.device) + mask.sum()
-        self.numbers = self.numbers.to(numbers) + numbers.where(mask, 0.0).sum(1)
-        self.gradient = tree.add(self.gradient, gradient) if self.gradient else tree.clone(gradient)
-
-
-def _finite(square: Tensor, estimate: Estimate) -> Tensor:
-    return square.isfinite() & estimate.query_loss.isfinite() & estimate.support_loss.isfinite()
-
-
-def _groups(tasks: Tasks | Iterable[Tasks]) -> Iterator[Tasks | Sequence[Tasks]]:
-    """A stack or a list of single tasks is one group; a loader yields many."""
-    if isinstance(tasks, Tasks | list | tuple):
-        yield tasks
-    else:
-        yield from tasks

@@ -1,1 +1,1 @@
-"""The paper's experiments, one readable file each; ``metanudge reproduce`` runs them."""
+"""What ``metanudge reproduce`` runs: one folder an experiment, one readable file a study."""

@@ -1,8 +1,8 @@
-"""What a study gives to the report, and how its figures look."""
+"""What an experiment is made of, and how its figures look."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -40,6 +40,32 @@ class Study(NamedTuple):
     claims: list[Claim]
     metrics: dict[str, Any]
     figures: dict[str, tuple[Figure, str]]
+
+
+class Entry(NamedTuple):
+    """A study to run.
+
+    Attributes:
+        settings: A frozen dataclass with a ``seed`` and a classmethod ``quick``.
+        run: From settings to the finished study.
+    """
+
+    settings: type[Any]
+    run: Callable[[Any, Advance], Study]
+
+
+class Experiment(NamedTuple):
+    """What ``metanudge reproduce NAME`` runs.
+
+    Attributes:
+        name: Of the command, and of its folder in ``results``.
+        title: Heading of the page.
+        studies: By name, in order.
+    """
+
+    name: str
+    title: str
+    studies: Mapping[str, Entry]
 
 
 COLOURS = {

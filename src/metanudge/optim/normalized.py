@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch.optim.optimizer import ParamsT
 
-from metanudge.optim.norms import total_norm
+from metanudge.optim.common import call, total_norm
 from metanudge.settings import check_fraction, check_positive
 
 
@@ -61,10 +61,7 @@ class NormalizedSGD(torch.optim.Optimizer):
         Returns:
             What the closure returned.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = call(closure)
         moved: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]] = []
         for group in self.param_groups:
             for parameter in group["params"]:

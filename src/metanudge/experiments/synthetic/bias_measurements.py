@@ -14,8 +14,8 @@ import metanudge as mn
 from metanudge import tree
 from metanudge.energy import InnerProblem
 from metanudge.estimators.base import Estimator, solve_free
-from metanudge.experiments.exact_logistic import meta_gradients, nudged_solutions
 from metanudge.experiments.study import Advance
+from metanudge.experiments.synthetic.exact_logistic import meta_gradients, nudged_solutions
 from metanudge.solvers.loop import Solver, replay
 from metanudge.tasks import logistic, logistic_loss, logistic_model
 from metanudge.types import Estimate, Need, Tasks

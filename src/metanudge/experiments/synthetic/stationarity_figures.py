@@ -6,8 +6,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from metanudge.experiments.stationarity_runs import Choice, Curve
 from metanudge.experiments.study import COLOURS, LABELS, figure
+from metanudge.experiments.synthetic.stationarity_runs import Choice, Curve
 
 
 def main_figure(curves: dict[str, Curve]) -> Figure:

@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import metanudge as mn
-from metanudge.experiments.bias_measurements import (
+from metanudge.experiments.study import COLOURS, LABELS, Advance, Claim, Study, figure
+from metanudge.experiments.synthetic.bias_measurements import (
     Comparison,
     Injection,
     compare,
@@ -31,7 +32,6 @@ from metanudge.experiments.bias_measurements import (
     make_setting,
     slope,
 )
-from metanudge.experiments.study import COLOURS, LABELS, Advance, Claim, Study, figure
 
 EXPECTED = {"forward": 1 / 2, "symmetric": 2 / 3, "fourth_order": 4 / 5}
 FRACTIONS = {"forward": "1/2", "symmetric": "2/3", "fourth_order": "4/5"}

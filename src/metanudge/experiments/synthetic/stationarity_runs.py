@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 import metanudge as mn
 from metanudge.estimators.base import Estimator
-from metanudge.experiments.exact_logistic import meta_gradients
+from metanudge.experiments.synthetic.exact_logistic import meta_gradients
 from metanudge.tasks import logistic_loss, logistic_model
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter], float], Optimizer]

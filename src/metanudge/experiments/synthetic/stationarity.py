@@ -26,8 +26,9 @@ from torch import Tensor
 import metanudge as mn
 from metanudge.diagnostics import ExactMetaObjective
 from metanudge.estimators.base import Estimator
-from metanudge.experiments.stationarity_figures import main_figure, stochastic_figure
-from metanudge.experiments.stationarity_runs import (
+from metanudge.experiments.study import Advance, Claim, Study
+from metanudge.experiments.synthetic.stationarity_figures import main_figure, stochastic_figure
+from metanudge.experiments.synthetic.stationarity_runs import (
     Choice,
     Curve,
     MakeOptimizer,
@@ -39,7 +40,6 @@ from metanudge.experiments.stationarity_runs import (
     full_batch,
     noisy_norms,
 )
-from metanudge.experiments.study import Advance, Claim, Study
 from metanudge.tasks import logistic, logistic_loss, logistic_model
 
 MAIN_CAPTION = (
@@ -237,8 +237,8 @@ def summary(metrics: dict[str, Any]) -> str:
         "the same budget of gradient evaluations. The estimators that are consistent with the meta-objective all "
         "descend at the rate its curvature allows, down to the accuracy of the inner solves, and differ in what a step "
         "costs (FO-B-MAML symmetric K + 4K' gradients with the full nudge shown here, K + 2K' with the linear one, "
-        "unrolled MAML 3K). FOMAML comes to rest where the mean query gradient vanishes, Reptile where the mean adaptation "
-        "does: it never saw a query loss, and may end with a larger meta-gradient than it began with "
+        "unrolled MAML 3K). FOMAML comes to rest where the mean query gradient vanishes, Reptile where the mean "
+        "adaptation does: it never saw a query loss, and may end with a larger meta-gradient than it began with "
         f"(here {metrics['initial_gradient_norm']:.3f}, then {metrics['final_gradient_norm']['reptile']:.3f}).\n\n"
         "The stochastic variant is no case for normalised steps, and should not be: their advantage rests on a "
         "smoothness that grows with the gradient, but logistic losses saturate. At the far start the gradient norm is "

@@ -1,0 +1,60 @@
+"""Means over tasks: of a step's meta-gradients, and of an evaluation's metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from metanudge import tree
+from metanudge.energy import InnerProblem
+from metanudge.types import Estimate, Evaluation, Params
+
+
+class FiniteMean:
+    """Running sums over the tasks whose losses and meta-gradient are finite.
+
+    Attributes:
+        total: Tasks seen.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._kept = torch.zeros(())
+        self._numbers = torch.zeros(4)
+        self._gradient: dict[str, Tensor] = {}
+
+    @property
+    def kept(self) -> int:
+        """Tasks that have a part in the mean."""
+        return int(self._kept)
+
+    def add(self, problem: InnerProblem, estimate: Estimate, named: Callable[[Params], dict[str, Tensor]]) -> None:
+        """Add the tasks of one problem; ``named`` sums over their lanes. Nothing is copied to the host."""
+        square = problem.losses.inner(estimate.gradient, estimate.gradient)
+        valid = square.isfinite() & estimate.query_loss.isfinite() & estimate.support_loss.isfinite()
+        gradient = named(tree.select(valid, estimate.gradient, tree.zeros(estimate.gradient)))
+        self._gradient = tree.add(self._gradient, gradient) if self._gradient else tree.clone(gradient)
+        numbers = torch.stack([estimate.query_loss, estimate.support_loss, estimate.residual, estimate.nu])
+        numbers, mask = numbers.reshape(4, -1).double(), valid.reshape(-1)
+        self.total += mask.numel()
+        self._kept = self._kept.to(mask.device) + mask.sum()
+        self._numbers = self._numbers.to(numbers) + numbers.where(mask, 0.0).sum(1)
+
+    def gradient(self) -> dict[str, Tensor]:
+        """The mean meta-gradient, by parameter name."""
+        return {name: total / self.kept for name, total in self._gradient.items()}
+
+    def numbers(self) -> tuple[float, float, float, float]:
+        """Mean query loss, support loss, residual and nudge."""
+        query_loss, support_loss, residual, nu = (self._numbers / self.kept).tolist()
+        return query_loss, support_loss, residual, nu
+
+
+def summarize(values: Tensor) -> Evaluation:
+    """Mean and 95 % confidence interval over tasks, of the metric ``values`` ``[T, K + 1]``; of one task, NaN."""
+    number, mean = values.shape[0], values.mean(0)
+    spread = values.std(0) if number > 1 else torch.full_like(mean, float("nan"))
+    half = 1.96 * spread / number**0.5
+    return Evaluation(float(mean[-1]), float(half[-1]), mean, half, values)

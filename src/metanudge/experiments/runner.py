@@ -1,0 +1,84 @@
+"""Run the studies of an experiment, with progress, and write what they found."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from metanudge.errors import SettingsError
+from metanudge.experiments.report import write_report
+from metanudge.experiments.study import Experiment, Study
+
+
+def reproduce(
+    experiment: Experiment, out: Path, quick: bool, seed: int, only: tuple[str, ...], console: Console
+) -> list[Study]:
+    """Run the studies and write ``metrics.json``, figures and ``report.html``.
+
+    Args:
+        experiment: What to run.
+        out: Folder to write into; made if missing. Nothing is written before every study has ended.
+        quick: Use every study's quick form.
+        seed: Seed of every study.
+        only: Names of studies; empty for all.
+        console: Where progress and the claims are shown.
+
+    Raises:
+        SettingsError: A name in ``only`` that the experiment does not have.
+    """
+    for name in only:
+        if name not in experiment.studies:
+            raise SettingsError(f"{experiment.name} has no study {name!r}; it has {', '.join(experiment.studies)}")
+    names = only or tuple(experiment.studies)
+    settings = {}
+    for name in names:
+        kind = experiment.studies[name].settings
+        settings[name] = dataclasses.replace(kind.quick() if quick else kind(), seed=seed)
+    studies, seconds = [], {}
+    torch.set_num_threads(1)  # on operations this small a second thread only waits
+    bar = Progress(
+        TextColumn("{task.description:16}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+    with bar:
+        tasks = {name: bar.add_task(name, total=1.0, start=False) for name in names}
+        for name in names:
+            bar.start_task(tasks[name])
+            begun = time.perf_counter()
+
+            def advance(share: float, task: TaskID = tasks[name]) -> None:
+                bar.update(task, completed=share)
+
+            studies.append(experiment.studies[name].run(settings[name], advance))
+            seconds[name] = round(time.perf_counter() - begun, 1)
+            bar.update(tasks[name], completed=1.0)
+            bar.stop_task(tasks[name])
+    options = (" --quick" if quick else "") + (f" --seed {seed}" if seed else "")
+    chosen = f" --only {' '.join(only)}" if only else ""
+    run = {
+        "command": f"metanudge reproduce {experiment.name}{options}{chosen}",
+        "seconds": seconds,
+        "settings": {name: dataclasses.asdict(value) for name, value in settings.items()},
+    }
+    write_report(out, experiment.title, studies, run)
+    show_claims(studies, console)
+    return studies
+
+
+def show_claims(studies: list[Study], console: Console) -> None:
+    """What was expected and what came out: a paragraph a claim, which reads at any width."""
+    for study in studies:
+        console.print(f"\n[bold]{study.title}[/bold]")
+        for claim in study.claims:
+            mark = "[green]holds[/green]" if claim.holds else "[red]does not hold[/red]"
+            console.print(f"  {mark}: {claim.statement}", highlight=False)
+            console.print(f"    expected {claim.expected}", style="dim", highlight=False)
+            console.print(f"    measured {claim.measured}", highlight=False)
