@@ -58,7 +58,7 @@ def peak_bytes(estimator: Any, solver: Any, execution: str) -> int:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 1))
     learner = mn.MetaLearner(
-        model, mn.metrics.squared_error, prox=2.0, solver=solver, estimator=estimator, execution=execution
+        model, mn.metrics.squared_error, prox=10.0, solver=solver, estimator=estimator, execution=execution
     )
     tasks = mn.tasks.sinusoid(TASKS, shots=64, queries=64)
     with LiveBytes() as live:
@@ -78,7 +78,7 @@ CASES = {
     "maml_checkpointed": (mn.MAML(checkpoint=True), "vectorized"),
     "maml": (mn.MAML(), "vectorized"),
 }
-SOLVERS = {"gradient_descent": lambda steps: mn.GradientDescent(steps, lr=0.01), "nesterov": mn.Nesterov}
+SOLVERS = {"gradient_descent": lambda steps: mn.GradientDescent(steps, lr=0.001), "nesterov": mn.Nesterov}
 
 
 def main() -> None:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from metanudge.errors import SettingsError
 from metanudge.experiments.report import write_report
@@ -74,11 +77,15 @@ def reproduce(
 
 
 def show_claims(studies: list[Study], console: Console) -> None:
-    """What was expected and what came out: a paragraph a claim, which reads at any width."""
+    """What was expected and what came out: three lines a claim, which read at any width."""
+
+    def line(indent: int, text: str) -> None:
+        console.print(Padding(Text.from_markup(text), (0, 0, 0, indent)))
+
     for study in studies:
-        console.print(f"\n[bold]{study.title}[/bold]")
+        line(0, f"\n[bold]{study.title}[/bold]")
         for claim in study.claims:
             mark = "[green]holds[/green]" if claim.holds else "[red]does not hold[/red]"
-            console.print(f"  {mark}: {claim.statement}", highlight=False)
-            console.print(f"    expected {claim.expected}", style="dim", highlight=False)
-            console.print(f"    measured {claim.measured}", highlight=False)
+            line(2, f"{mark}: {escape(claim.statement)}")
+            line(4, f"[dim]expected {escape(claim.expected)}[/dim]")
+            line(4, f"measured {escape(claim.measured)}")

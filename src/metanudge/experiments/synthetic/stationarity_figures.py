@@ -9,14 +9,19 @@ from torch import Tensor
 from metanudge.experiments.study import COLOURS, LABELS, figure
 from metanudge.experiments.synthetic.stationarity_runs import Choice, Curve
 
+DASHES = {"imaml": (0, (6, 6)), "hfmaml": (3, (6, 6)), "tangent": (0, (1, 3))}
+"""Of curves that lie on each other: each shows through the gaps of the next."""
+
 
 def main_figure(curves: dict[str, Curve]) -> Figure:
     """||∇F|| against gradient evaluations, all estimators."""
-    made, (panel,) = figure(1, width=7.4, height=3.9)
+    made, (panel,) = figure(1, width=8.0, height=3.9)
     for name, curve in curves.items():
-        panel.plot(curve.evaluations, curve.norms, color=COLOURS[name], label=LABELS[name])
+        dashes = DASHES.get(name, "-")
+        panel.plot(curve.evaluations, curve.norms, color=COLOURS[name], linestyle=dashes, label=LABELS[name])
     panel.set(yscale="log", xlabel="gradient evaluations per task", ylabel="exact $\\|\\nabla F(\\theta)\\|$")
-    panel.legend(frameon=False)
+    handles, labels = panel.get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside right upper", frameon=False)
     return made
 
 
@@ -32,5 +37,6 @@ def stochastic_figure(norms: dict[str, Tensor], chosen: dict[str, Choice]) -> Fi
     left.set(yscale="log", xlabel="meta-step", ylabel="exact $\\|\\nabla F(\\theta)\\|$")
     right.set(yscale="log", xscale="log", xlabel="step size", ylabel="mean of the last quarter")
     right.set_xscale("log", base=2)
-    right.legend(frameon=False)
+    handles, labels = left.get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return made
