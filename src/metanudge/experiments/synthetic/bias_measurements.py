@@ -191,4 +191,5 @@ def compare(setting: Setting, steps: Sequence[int], lr: float, nudges: int, adva
         matched.append([error(mn.FOBMAML("forward", nu=float(nu)), number) for nu in nus])
         unmatched.append([error(UnmatchedForward(float(nu)), number) for nu in nus])
         advance(sum(steps[: index + 1]) / sum(steps))
-    return Comparison(tuple(steps), nus, torch.tensor(matched), torch.tensor(unmatched))
+    matched_errors, unmatched_errors = (torch.tensor(one, dtype=nus.dtype) for one in (matched, unmatched))
+    return Comparison(tuple(steps), nus, matched_errors, unmatched_errors)

@@ -1,0 +1,144 @@
+"""Reports, the runner and the command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from rich.console import Console
+
+import metanudge as mn
+from metanudge import cli
+from metanudge.experiments import report
+from metanudge.experiments.runner import reproduce
+from metanudge.experiments.study import Claim, Entry, Experiment, Study, figure
+from metanudge.experiments.synthetic import EXPERIMENT
+
+
+@dataclass(frozen=True)
+class Settings:
+    number: int = 3
+    seed: int = 0
+
+    @classmethod
+    def quick(cls) -> Settings:
+        return cls(number=1)
+
+
+def study(settings: Settings, advance) -> Study:
+    advance(0.5)
+    made, (axis,) = figure()
+    axis.plot([0, settings.number])
+    claims = [
+        Claim("a < b & c", "[expected]", "measured", settings.number == 3),
+        Claim("never", "1", f"{settings.seed}", False),
+    ]
+    metrics = {"value": torch.tensor([1.0, float("nan")]), "number": settings.number}
+    return Study("toy", "A toy", "First.\n\nSecond <b>.", claims, metrics, {"toy_figure": (made, 'A "caption"')})
+
+
+def failing(settings: Settings, advance) -> Study:
+    raise mn.NonFiniteError("no figure today")
+
+
+TOY = Experiment("toys", "Toys", {"toy": Entry(Settings, study), "failing": Entry(Settings, failing)})
+
+
+@pytest.fixture
+def threads():
+    """The runner sets the number of threads; other tests keep theirs."""
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
+
+
+@pytest.fixture
+def console():
+    return Console(width=60, record=True, force_terminal=False)
+
+
+@pytest.mark.usefixtures("threads")
+def test_reproduce_writes_everything(tmp_path, console):
+    out = tmp_path / "new" / "folder"
+    reproduce(TOY, out, quick=False, seed=4, only=("toy",), console=console)
+    assert {path.name for path in out.iterdir()} == {
+        "metrics.json",
+        "report.html",
+        "toy_figure.png",
+        "toy_figure.svg",
+    }
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["toy"] == {"value": [1.0, None], "number": 3}
+    assert metrics["run"]["settings"] == {"toy": {"number": 3, "seed": 4}}
+    assert metrics["run"]["command"] == "metanudge reproduce toys --seed 4 --only toy"
+    assert metrics["run"]["versions"]["torch"] == torch.__version__
+    assert [claim["holds"] for claim in metrics["claims"]] == [True, False]
+    page = (out / "report.html").read_text()
+    assert "2 claims checked, 1 hold" in page
+    assert "a &lt; b &amp; c" in page
+    assert "Second &lt;b&gt;." in page
+    assert 'alt="A &quot;caption&quot;"' in page
+    shown = console.export_text()
+    assert "[expected]" in shown
+    assert "does not hold: never" in shown
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_study_that_fails_leaves_old_results_alone(tmp_path, console):
+    (tmp_path / "metrics.json").write_text("old")
+    with pytest.raises(mn.NonFiniteError):
+        reproduce(TOY, tmp_path, quick=True, seed=0, only=(), console=console)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_an_unknown_study_is_refused_before_any_work(tmp_path, console):
+    with pytest.raises(mn.SettingsError, match="no study 'other'; it has toy, failing"):
+        reproduce(TOY, tmp_path / "out", quick=True, seed=0, only=("other",), console=console)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_are_the_same_for_the_same_figure():
+    made, (axis,) = figure()
+    axis.plot([0, 1, 0])
+    for kind in ("png", "svg"):
+        assert report.render(made, kind) == report.render(made, kind)
+
+
+def test_command_line_runs_a_study(tmp_path, capsys, monkeypatch, threads):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("metanudge.experiments.synthetic.EXPERIMENT", TOY)
+    assert cli.main(["reproduce", "synthetic", "--quick", "--only", "toy"]) == 0
+    assert (tmp_path / "results" / "synthetic-partial" / "report.html").exists()
+    assert "synthetic-partial/report.html" in capsys.readouterr().out.replace("\n", "")
+    assert cli.main(["reproduce", "synthetic", "--out", "elsewhere", "--only", "toy"]) == 0
+    assert json.loads((tmp_path / "elsewhere" / "metrics.json").read_text())["toy"]["number"] == 3
+
+
+def test_command_line_tells_what_went_wrong(tmp_path, capsys, monkeypatch, threads):
+    monkeypatch.setattr("metanudge.experiments.synthetic.EXPERIMENT", TOY)
+    assert cli.main(["reproduce", "synthetic", "--out", str(tmp_path), "--only", "failing"]) == 2
+    assert "metanudge: no figure today" in capsys.readouterr().err
+    assert cli.main(["reproduce", "synthetic", "--only", "nothing"]) == 2
+    assert "no study 'nothing'" in capsys.readouterr().err
+
+
+def test_command_line_version(capsys):
+    assert cli.main(["version"]) == 0
+    assert capsys.readouterr().out.strip() == mn.__version__
+
+
+@pytest.mark.parametrize("arguments", [[], ["reproduce"], ["reproduce", "nothing"], ["dance"]])
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err
+
+
+def test_every_study_has_a_quick_form_with_a_seed():
+    assert list(EXPERIMENT.studies) == ["bias", "stationarity", "smoothness", "meta_optimizers"]
+    for entry in EXPERIMENT.studies.values():
+        assert entry.settings.quick() != entry.settings()
+        assert entry.settings().seed == 0
