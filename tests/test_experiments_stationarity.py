@@ -12,11 +12,11 @@ import metanudge as mn
 from metanudge.diagnostics import ExactMetaObjective
 from metanudge.experiments.report import plain
 from metanudge.experiments.synthetic import stationarity
-from metanudge.experiments.synthetic.stationarity import StationaritySettings, last_quarter
+from metanudge.experiments.synthetic.noise import choose, last_quarter
+from metanudge.experiments.synthetic.stationarity import StationaritySettings
 from metanudge.experiments.synthetic.stationarity_runs import (
     Noise,
     Problem,
-    choose,
     curve_of,
     descend,
     full_batch,

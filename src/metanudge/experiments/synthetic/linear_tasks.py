@@ -61,7 +61,7 @@ class LinearTasks:
     def __init__(self, tasks: Tasks, prox: float, penalty: Callable[[Tensor], Penalty] = pseudo_huber) -> None:
         self.tasks, self.prox, self._penalty = tasks, prox, penalty
         (self._x, self._y), (self._xq, self._yq) = ((part.inputs, part.targets.mT) for part in tasks)
-        _, self._points, dimension = self._x.shape
+        self.number, self._points, dimension = self._x.shape
         self._eye = torch.eye(dimension, dtype=self._x.dtype)
         self._outer = (self._x[..., None] * self._x[..., None, :]).flatten(2) / self._points
         self.query_hessian = 2 * self._xq.mT @ self._xq / self._points  # [T, d, d]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -31,13 +31,18 @@ class MetaOptimizersSettings:
     lrs: tuple[float, ...] = (0.32, 1.0, 3.2, 10.0, 32.0, 100.0, 320.0, 1000.0)  # η, of every method
     times: tuple[int, ...] = (1, 3, 10, 30, 100)  # iterations in which a geometric schedule halves or doubles η
     max_steps: tuple[float, ...] = (3.2, 10.0, 32.0, 100.0)  # γ, of clipping: up to more than the distance
-    seed: int = 0  # of tasks and directions
+    minibatch: int = 2  # tasks in a noisy step: a quarter of them
+    noisy_steps: int = 150  # the step size falling linearly to zero; the last quarter counts
+    noisy_lrs: tuple[float, ...] = (0.01, 0.032, 0.1, 0.32, 1.0, 3.2, 10.0, 32.0, 100.0)  # η, of every method
+    repeats: int = 3  # noisy runs of the chosen setting; it is tuned on another one
+    seed: int = 0  # of tasks, directions and minibatches
 
     @classmethod
     def quick(cls) -> MetaOptimizersSettings:
         """Return a form that takes a few seconds: one start, a nearer target, a coarser grid."""
         lrs, max_steps = (0.1, 1.0, 10.0, 100.0, 1000.0), (1.0, 10.0, 100.0)
-        return cls(starts=1, target=1e-2, budget=400, lrs=lrs, times=(3, 30), max_steps=max_steps)
+        shorter = cls(starts=1, target=1e-2, budget=400, lrs=lrs, times=(3, 30), max_steps=max_steps)
+        return replace(shorter, noisy_steps=80, noisy_lrs=(0.32, 1.0, 3.2, 10.0, 32.0), repeats=1)
 
 
 class Candidate(NamedTuple):
@@ -57,11 +62,11 @@ METHODS: dict[str, Callable[[nn.Parameter, Candidate], Optimizer]] = {
 
 
 def shape(schedule: str, t: int) -> float:
-    """Factor on η at iteration t: ``constant``, ``root_T`` = 1 / sqrt(1 + t / T), ``halving_T``, ``doubling_T``."""
+    """Factor on η at iteration t: constant, root_T (1 / sqrt(1 + t / T)), halving_T, doubling_T, linear_T (0 at T)."""
     kind, _, time = schedule.partition("_")
     at = t / float(time or 1)
     factors = {"constant": 1.0, "root": (1 + at) ** -0.5, "halving": 0.5**at, "doubling": 2.0 ** min(at, 100.0)}
-    factor: float = factors[kind]
+    factor: float = max(1 - at, 0.0) if kind == "linear" else factors[kind]
     return factor
 
 

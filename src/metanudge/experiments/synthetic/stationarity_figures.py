@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from metanudge.experiments.study import COLOURS, LABELS, figure
-from metanudge.experiments.synthetic.stationarity_runs import Choice, Curve
+from metanudge.experiments.synthetic.stationarity_runs import Curve
 
 DASHES = {"imaml": (0, (6, 6)), "hfmaml": (3, (6, 6)), "tangent": (0, (1, 3))}
 """Of curves that lie on each other: each shows through the gaps of the next."""
@@ -22,21 +20,4 @@ def main_figure(curves: dict[str, Curve]) -> Figure:
     panel.set(yscale="log", xlabel="gradient evaluations per task", ylabel="exact $\\|\\nabla F(\\theta)\\|$")
     handles, labels = panel.get_legend_handles_labels()
     made.legend(handles, labels, loc="outside right upper", frameon=False)
-    return made
-
-
-def stochastic_figure(norms: dict[str, Tensor], chosen: dict[str, Choice]) -> Figure:
-    """||∇F|| over the meta-steps at the tuned step sizes, and its last quarter over all step sizes."""
-    made, (left, right) = figure(2, width=4.2, height=3.4)
-    for name, runs in norms.items():
-        steps = torch.arange(1, runs.shape[1] + 1)
-        left.plot(steps, runs.mean(0), color=COLOURS[name], label=LABELS[name])
-        left.fill_between(steps, runs.amin(0), runs.amax(0), color=COLOURS[name], alpha=0.15, linewidth=0)
-        scores = chosen[name].scores
-        right.plot(list(scores), list(scores.values()), "o-", markersize=3.5, color=COLOURS[name], label=LABELS[name])
-    left.set(yscale="log", xlabel="meta-step", ylabel="exact $\\|\\nabla F(\\theta)\\|$")
-    right.set(yscale="log", xscale="log", xlabel="step size", ylabel="mean of the last quarter")
-    right.set_xscale("log", base=2)
-    handles, labels = left.get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return made

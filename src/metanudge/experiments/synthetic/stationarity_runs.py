@@ -77,27 +77,6 @@ def descend(
         yield Point(evaluations, nn.utils.parameters_to_vector(parameters).detach())
 
 
-class Choice(NamedTuple):
-    """A tuned step size.
-
-    Attributes:
-        step_size: Of the grid, the one with the smallest score.
-        at_edge: Whether it is the smallest or the largest of the grid.
-        scores: The score of every step size.
-    """
-
-    step_size: float
-    at_edge: bool
-    scores: dict[float, float]
-
-
-def choose(step_sizes: Sequence[float], score: Callable[[float], float]) -> Choice:
-    """Try all of a grid."""
-    scores = {size: score(size) for size in step_sizes}
-    best = min(step_sizes, key=scores.__getitem__)
-    return Choice(best, best in (min(step_sizes), max(step_sizes)), scores)
-
-
 def full_batch(problem: Problem, estimator: Estimator, inner_steps: int, step_size: float) -> Iterator[Point]:
     """Plain meta-descent from 0 on all tasks, without end."""
     learner = problem.learner(estimator, inner_steps)
