@@ -214,7 +214,7 @@ def claims(metrics: dict[str, Any]) -> list[Claim]:
             ratio >= 1000 and drift < 0.01,
         ),
         Claim(
-            "Under task noise, clipped steps and normalised ones with momentum beat plain ones, even on saturating losses",
+            "Under task noise, clipped and normalised steps beat plain ones, even on losses that saturate",
             "mean norm of ∇F in the last quarter below SGD's, each at its tuned step size",
             ", ".join(f"{name.replace('_', ' with ')} {norm:.3f}" for name, norm in noisy.items()),
             max(noisy["clipped"], noisy["normalized_momentum"]) < noisy["sgd"],
@@ -240,5 +240,6 @@ def summary(metrics: dict[str, Any]) -> str:
         f"{found['hessian_norm_far']:.2f} against {found['hessian_norm_near']:.2f}: where plain descent would have to "
         "be careful it may in fact take longer steps. Clipping at the tuned step size changes next to nothing; "
         "normalised steps of a length that comes home in time are too long near the solution until the schedule has "
-        "shortened them, and momentum overshoots. The study of meta-optimizers repeats the comparison where the smoothness does grow."
+        "shortened them, and momentum overshoots. The study of meta-optimizers repeats the comparison where the "
+        "smoothness does grow."
     )
