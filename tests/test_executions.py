@@ -224,6 +224,11 @@ def test_an_optimizer_that_mixes_its_parameters() -> None:
     assert 0 < float(flat_gradient(model).norm()) <= 5 * 0.1 + 1e-12
 
 
+def test_an_optimizer_by_name_is_refused() -> None:
+    with pytest.raises(mn.SettingsError, match="factory must be a function"):
+        mn.TorchOptimizer("adam", 5)
+
+
 def test_lbfgs_is_refused() -> None:
     made = PROBLEMS["ridge"]()
     solver = mn.TorchOptimizer(lambda p: torch.optim.LBFGS(p), steps=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 import warnings
 
 import pytest
@@ -553,6 +554,8 @@ GOOD = mn.Batch(X, Y)
         ((X, Y), "expected a list of mn.Tasks, found Tensor"),
         ([mn.Tasks(mn.Batch(X[0], Y[0]), mn.Batch(X[0], Y[0])), GOOD], "expected a list of mn.Tasks, found Batch"),
         (X, "expected mn.Tasks or a list of mn.Tasks, got Tensor"),
+        (mn.Tasks((X, Y), GOOD), r"the support of mn.Tasks must be mn.Batch\(inputs, targets\), got tuple"),
+        ([mn.Tasks(mn.Batch(X[0], Y[0]), (X[0], Y[0]))], "the query of mn.Tasks must be mn.Batch.*got tuple"),
         (mn.Tasks(mn.Batch(X.to("meta"), Y), GOOD), r"model is on cpu but a tensor of the tasks on meta.*\.to\(\)"),
     ],
     ids=[
@@ -566,6 +569,8 @@ GOOD = mn.Batch(X, Y)
         "pair",
         "batch in list",
         "tensor",
+        "plain pair",
+        "plain pair in list",
         "device",
     ],
 )
@@ -602,6 +607,7 @@ def test_bad_settings(settings: dict, words: str) -> None:
         {"solver": mn.Nesterov},
         {"solver": 16},
         {"adapt_only": 3},
+        {"solver": None, "query_loss": 3},
         {"adapt_only": [nn.Parameter(torch.zeros(1))]},
     ],
     ids=str,
@@ -618,6 +624,24 @@ def test_what_is_no_model_or_no_loss() -> None:
         mn.MetaLearner(squared_error, squared_error)
     with pytest.raises(mn.SettingsError, match="a loss must be a function"):
         mn.MetaLearner(made.make(), "mse")
+
+
+def test_a_metric_by_name_is_refused() -> None:
+    made = PROBLEMS["ridge"]()
+    with pytest.raises(mn.SettingsError, match=r"metric must be a function.*got 'accuracy'"):
+        learner_of(made).evaluate(made.tasks, metric="accuracy")
+
+
+def test_inference_mode_is_named() -> None:
+    made = PROBLEMS["ridge"]()
+    with torch.inference_mode(), pytest.raises(mn.LossError, match="inference_mode"):
+        learner_of(made).evaluate(made.tasks)
+
+
+def test_an_evaluation_is_shown_on_one_line() -> None:
+    made = PROBLEMS["ridge"]()
+    shown = repr(learner_of(made, solver=mn.Nesterov(3)).evaluate(made.tasks))
+    assert re.fullmatch(r"Evaluation\(mean=\S+, ci95=\S+, tasks=\d+, steps=3\)", shown)
 
 
 def test_errors_are_of_one_family() -> None:

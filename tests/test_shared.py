@@ -226,8 +226,9 @@ def test_frozen_parameters_are_left_alone(estimator: object, execution: str) -> 
         lambda name, parameter: name.startswith("head"),
         lambda name, parameter: parameter.numel() <= HIDDEN and "body" not in name,
         "head.[wb]*",
+        "head",
     ],
-    ids=["pattern", "names", "everything", "predicate", "shape", "class"],
+    ids=["pattern", "names", "everything", "predicate", "shape", "class", "module"],
 )
 def test_ways_to_name_the_adapted_parameters(adapt_only: object) -> None:
     """Only the adapted ones move in ``adapt``."""

@@ -36,6 +36,8 @@ def check_stack(tasks: Tasks, device: torch.device) -> int:
         raise TasksError(f"expected mn.Tasks(support=..., query=...), got {type(tasks).__name__}")
     sizes = set()
     for part, batch in zip(Tasks._fields, tasks, strict=True):
+        if not isinstance(batch, Batch):
+            raise TasksError(f"the {part} of mn.Tasks must be mn.Batch(inputs, targets), got {type(batch).__name__}")
         found = leaves(batch)
         if not found:
             raise TasksError(f"the {part} batch holds no tensor")

@@ -42,9 +42,9 @@ class MetaLearner:
         execution: "vectorized" (all tasks at once under vmap), "in_place" (the live module, ``.backward()`` only), or
             "auto": in place when the solver is a torch optimizer, the model is compiled or sharded, or more than ten
             million parameters are adapted; otherwise vectorised.
-        adapt_only: Parameters the inner problem adapts: a name, patterns such as ``"head.*"``, or a predicate
-            ``(name, parameter) -> bool``; None for all. Other trainable parameters are shared by all tasks and get
-            their own exact meta-gradient; frozen ones cost nothing.
+        adapt_only: Parameters the inner problem adapts: names of parameters or modules (``"head"``), patterns
+            (``"*.bias"``), or a predicate ``(name, parameter) -> bool``; None for all. Other trainable parameters are
+            shared by all tasks and get their own exact meta-gradient; frozen ones cost nothing.
         chunk_size: Tasks at once in the vectorised execution; None for all.
         query_loss: The loss that judges adapted models, in the form of ``loss``; None for ``loss`` itself.
 
@@ -230,11 +230,14 @@ class MetaLearner:
 
         Raises:
             TasksError: No tasks, or mismatched ones.
+            SettingsError: A metric that is no function.
             LossError: A loss or metric that is not a scalar.
 
         Cost: K gradients and K + 1 forward passes a task.
         """
         function = self.losses[Role.QUERY] if metric is None else metric
+        if not callable(function):
+            raise SettingsError(f"metric must be a function metric(model, batch) -> scalar tensor, got {function!r}")
         values = [self._curves(group, function) for group in groups(tasks)]
         if not values:
             raise TasksError("there are no tasks to evaluate; the iterable was empty")

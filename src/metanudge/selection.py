@@ -11,7 +11,7 @@ from torch import nn
 from metanudge.errors import SettingsError
 
 AdaptOnly = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
-"""A name or pattern (``"head.*"``), several of them, or a predicate ``(name, parameter) -> bool``."""
+"""Names of parameters or modules, patterns (``"*.bias"``), or a predicate ``(name, parameter) -> bool``."""
 
 
 class Selection(NamedTuple):
@@ -50,20 +50,26 @@ def select_parameters(model: nn.Module, adapt_only: AdaptOnly | None) -> Selecti
         patterns = _patterns(adapt_only)
         every = [name for same in names.values() for name in same]
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in every):
+            if not any(_matches(name, pattern) for name in every):
                 raise SettingsError(
-                    f"adapt_only={pattern!r} matches no parameter of the model; its parameters are {', '.join(every)}"
+                    f"adapt_only={pattern!r} matches no parameter or module of the model; "
+                    f"its parameters are {', '.join(every)}"
                 )
         chosen = {
             first
             for first, parameter in trainable.items()
-            if any(fnmatchcase(name, pattern) for name in names[id(parameter)] for pattern in patterns)
+            if any(_matches(name, pattern) for name in names[id(parameter)] for pattern in patterns)
         }
         asked = f"adapt_only={patterns!r}"
     adapted = tuple(name for name in trainable if name in chosen)
     if not adapted:
         raise SettingsError(f"{asked} leaves no trainable parameter to adapt; trainable are {', '.join(trainable)}")
     return Selection(adapted, tuple(name for name in trainable if name not in chosen))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether the parameter, or a module that holds it, goes by ``pattern``."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")
 
 
 def _patterns(adapt_only: str | Iterable[str]) -> tuple[str, ...]:

@@ -174,6 +174,11 @@ class Evaluation(NamedTuple):
     curve_ci95: Tensor
     values: Tensor
 
+    def __repr__(self) -> str:
+        """On one line, without the tables."""
+        tasks, points = self.values.shape
+        return f"Evaluation(mean={self.mean:.4g}, ci95={self.ci95:.2g}, tasks={tasks}, steps={points - 1})"
+
 
 class HessianProduct(Protocol):
     """``v -> d/d eps`` of the support gradient along ``phi + eps v``.

@@ -58,8 +58,8 @@ def require_graph(loss: Tensor) -> None:
     if not loss.requires_grad:
         raise LossError(
             "the loss does not depend on the adapted parameters: no gradient reaches them. Look for .detach(), "
-            ".item(), torch.no_grad() or parameters read before the call in the loss or the model, or for a wrong "
-            "adapt_only"
+            ".item(), torch.no_grad() or parameters read before the call in the loss or the model, for a wrong "
+            "adapt_only, or for torch.inference_mode() around the call"
         )
 
 

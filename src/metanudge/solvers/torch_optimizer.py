@@ -36,7 +36,8 @@ class TorchOptimizer:
         steps: Number of steps K >= 1.
 
     Raises:
-        SettingsError: ``steps`` is not a whole number >= 1, or (at the first solve) the optimizer needs a closure.
+        SettingsError: ``steps`` is not a whole number >= 1, ``factory`` is no function, or (at the first solve) the
+            optimizer needs a closure.
 
     Example:
         >>> import torch, metanudge as mn
@@ -51,6 +52,11 @@ class TorchOptimizer:
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
+        if not callable(self.factory):
+            raise SettingsError(
+                "factory must be a function from parameters to a torch.optim optimizer, such as "
+                f"lambda p: torch.optim.AdamW(p, lr=1e-3), got {self.factory!r}"
+            )
 
     def plan(self, energy: Energy, start: Params) -> None:
         """Nothing to measure."""
