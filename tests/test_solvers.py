@@ -338,6 +338,20 @@ def test_a_nudged_solve_repeats_decisions_and_does_not_make_its_own(solver: str)
         assert (before is None and after is None) or torch.equal(before, after)
 
 
+@pytest.mark.parametrize("solver", [mn.Nesterov(25, lr=0.15, momentum=0.95), mn.Nesterov(60, tol=1e-3)])
+def test_a_nudged_solve_follows_the_decisions_of_the_free_one(solver: mn.Nesterov) -> None:
+    """A fixed schedule of gradient steps on a quadratic is affine in the nudge; with restarts of its own not."""
+    losses = quadratics([3.0, 2.0, 1.0, 0.5], [0.3, 9.0, 0.1, 0.2])
+    start, slope = lanes(START, -START), lanes(torch.linspace(3, -8, 4).double(), START)
+    free, schedule = solve(solver, energy_of(losses), start)
+    nus = [torch.full((2, 1), size).double() for size in (4.0, 8.0)]
+    energies = [energy_of(losses, nu=nu, slope=slope) for nu in nus]
+    once, twice = (replay(solver, energy, start, schedule)["phi"] - free["phi"] for energy in energies)
+    torch.testing.assert_close(twice, 2 * once, rtol=1e-11, atol=1e-11)
+    own = solve(solver, energies[1], start).schedule.decisions
+    assert len(own) != len(schedule.decisions) or not torch.equal(torch.stack(own), torch.stack(schedule.decisions))
+
+
 def test_every_solve_starts_from_a_fresh_state() -> None:
     """Momentum and Adam's means do not leak from one solve into the next."""
     for solver in (SAME["momentum"][0], SAME["adam"][0], SAME["torch_optimizer"][0]):
