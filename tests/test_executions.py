@@ -224,6 +224,12 @@ def test_an_optimizer_that_mixes_its_parameters() -> None:
     assert 0 < float(flat_gradient(model).norm()) <= 5 * 0.1 + 1e-12
 
 
+def test_a_factory_that_makes_no_optimizer_is_refused() -> None:
+    made = PROBLEMS["ridge"]()
+    with pytest.raises(mn.SettingsError, match=r"must return a torch\.optim optimizer, got None"):
+        estimate(made, mn.FOBMAML(), mn.TorchOptimizer(lambda parameters: None, 3))
+
+
 def test_an_optimizer_by_name_is_refused() -> None:
     with pytest.raises(mn.SettingsError, match="factory must be a function"):
         mn.TorchOptimizer("adam", 5)

@@ -590,7 +590,7 @@ def test_bad_tasks(tasks: object, words: str) -> None:
         ({"prox": float("nan")}, "prox must be"),
         ({"prox": "large"}, "prox must be"),
         ({"prox": True}, "prox must be"),
-        ({"query_loss": 3}, r"a loss must be a function loss\(model, batch\)"),
+        ({"query_loss": 3}, r"query_loss must be a function loss\(model, batch\)"),
     ],
 )
 def test_bad_settings(settings: dict, words: str) -> None:
@@ -606,6 +606,12 @@ def test_bad_settings(settings: dict, words: str) -> None:
         {"solver": "nesterov"},
         {"solver": mn.Nesterov},
         {"solver": 16},
+        {"solver": torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)},
+        {"solver": mn.MAML()},
+        {"estimator": mn.Nesterov(4)},
+        {"query_loss": nn.CrossEntropyLoss},
+        {"query_loss": nn.CrossEntropyLoss()},
+        {"adapt_only": nn.Linear},
         {"adapt_only": 3},
         {"solver": None, "query_loss": 3},
         {"adapt_only": [nn.Parameter(torch.zeros(1))]},
@@ -622,7 +628,7 @@ def test_what_is_no_model_or_no_loss() -> None:
     made = PROBLEMS["ridge"]()
     with pytest.raises(mn.SettingsError, match=r"model must be a torch\.nn\.Module, got function"):
         mn.MetaLearner(squared_error, squared_error)
-    with pytest.raises(mn.SettingsError, match="a loss must be a function"):
+    with pytest.raises(mn.SettingsError, match="loss must be a function"):
         mn.MetaLearner(made.make(), "mse")
 
 
@@ -642,6 +648,27 @@ def test_an_evaluation_is_shown_on_one_line() -> None:
     made = PROBLEMS["ridge"]()
     shown = repr(learner_of(made, solver=mn.Nesterov(3)).evaluate(made.tasks))
     assert re.fullmatch(r"Evaluation\(mean=\S+, ci95=\S+, tasks=\d+, steps=3\)", shown)
+
+
+def test_the_wrong_part_is_named() -> None:
+    with pytest.raises(mn.SettingsError, match=r"solver must be an object such as mn\.Nesterov\(steps=16\), got MAML"):
+        learner_of(PROBLEMS["ridge"](), solver=mn.MAML())
+
+
+def test_a_learner_shows_its_settings() -> None:
+    shown = repr(mn.MetaLearner(nn.Linear(1, 1), squared_error, prox=0.5, execution="in_place"))
+    for part in ("Linear", "prox=0.5", "Nesterov(steps=16", "FOBMAML(scheme='symmetric'", "'in_place'"):
+        assert part in shown
+
+
+@pytest.mark.parametrize("metric", [mn.metrics.accuracy, mn.metrics.squared_error])
+def test_metrics_do_not_broadcast(metric: object) -> None:
+    """Predictions [n, 1] against targets [n] would average over n x n pairs; class indices [n, 1] over n x n, too."""
+    x = torch.zeros(2, 5, 1)
+    tasks = mn.Tasks(*(mn.Batch(x, x[..., 0] if metric is mn.metrics.squared_error else x),) * 2)
+    learner = mn.MetaLearner(nn.Linear(1, 1), lambda m, b: m(b.inputs).square().mean())
+    with pytest.raises(mn.LossError, match="must be equal"):
+        learner.evaluate(tasks, metric)
 
 
 def test_errors_are_of_one_family() -> None:

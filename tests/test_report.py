@@ -99,6 +99,13 @@ def test_an_unknown_study_is_refused_before_any_work(tmp_path, console):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_in_the_place_of_the_folder_is_told_before_any_work(tmp_path, console):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(mn.SettingsError, match="is a file"):
+        reproduce(TOY, tmp_path / "file", quick=True, seed=0, only=("failing",), console=console)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_pictures_are_the_same_for_the_same_figure():
     made, (axis,) = figure()
     axis.plot([0, 1, 0])
@@ -124,8 +131,9 @@ def test_command_line_tells_what_went_wrong(tmp_path, capsys, monkeypatch, threa
     assert "no study 'nothing'" in capsys.readouterr().err
 
 
-def test_command_line_version(capsys):
-    assert cli.main(["version"]) == 0
+@pytest.mark.parametrize("arguments", [["version"], ["--version"]])
+def test_command_line_version(arguments, capsys):
+    assert cli.main(arguments) == 0
     assert capsys.readouterr().out.strip() == mn.__version__
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
@@ -55,11 +56,12 @@ Command = Annotated[Reproduce, tyro.conf.subcommand("reproduce")] | Annotated[Ve
 
 def main(arguments: list[str] | None = None) -> int:
     """Run ``metanudge`` and return its exit status: 0 done, 2 wrong usage or failure."""
+    given = sys.argv[1:] if arguments is None else arguments
     command = tyro.cli(
         Command,
         prog="metanudge",
         description=metanudge.__doc__,
-        args=arguments,
+        args=["version"] if given == ["--version"] else given,
     )
     console = Console()
     try:

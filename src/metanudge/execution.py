@@ -36,6 +36,7 @@ class Lent(NamedTuple):
 class Execution(Protocol):
     """What the learner asks of either execution."""
 
+    name: ClassVar[str]
     lacks: ClassVar[frozenset[Need]]
 
     def lend(
@@ -72,6 +73,7 @@ class Vectorized:
         chunk_size: Tasks at once; None for all.
     """
 
+    name: ClassVar[str] = "vectorized"
     lacks: ClassVar[frozenset[Need]] = frozenset({Need.LIVE_MODULE})
 
     model: nn.Module
@@ -109,6 +111,7 @@ class InPlace:
         losses: The user's support and query loss.
     """
 
+    name: ClassVar[str] = "in_place"
     lacks: ClassVar[frozenset[Need]] = frozenset({Need.DOUBLE_BACKWARD})
 
     model: nn.Module

@@ -18,6 +18,7 @@ from metanudge.estimators import FOBMAML, Estimator
 from metanudge.execution import Execution, choose_execution
 from metanudge.oracle import Tally
 from metanudge.selection import AdaptOnly, Selection, select_parameters
+from metanudge.settings import check_function, check_part
 from metanudge.solvers import Nesterov, Solver
 from metanudge.solvers.loop import solve
 from metanudge.types import Batch, Evaluation, LossFunction, MetaStep, Need, Params, Role, Tasks
@@ -37,8 +38,8 @@ class MetaLearner:
         model: Any ``nn.Module``; its parameters are θ.
         loss: ``loss(model, batch) -> scalar``, for one task's batch.
         prox: Proximal weight λ >= 0; most estimators need it positive.
-        solver: How the inner problem is solved.
-        estimator: How the meta-gradient is formed.
+        solver: How the inner problem is solved; None for ``Nesterov(steps=16)``.
+        estimator: How the meta-gradient is formed; None for ``FOBMAML()``.
         execution: "vectorized" (all tasks at once under vmap), "in_place" (the live module, ``.backward()`` only), or
             "auto": in place when the solver is a torch optimizer, the model is compiled or sharded, or more than ten
             million parameters are adapted; otherwise vectorised.
@@ -78,9 +79,9 @@ class MetaLearner:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise SettingsError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        for given in (loss, query_loss):
-            if given is not None and not callable(given):
-                raise SettingsError(f"a loss must be a function loss(model, batch) -> scalar tensor, got {given!r}")
+        for argument, function in (("loss", loss), ("query_loss", query_loss)):
+            if function is not None:
+                check_function(argument, function, "loss(model, batch) -> scalar tensor")
         if isinstance(prox, bool) or not isinstance(prox, int | float) or not 0 <= prox < float("inf"):
             raise SettingsError(f"prox must be a finite number of at least 0, got {prox!r}")
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
@@ -90,12 +91,8 @@ class MetaLearner:
         self.prox = float(prox)
         self.solver: Solver = Nesterov(steps=16) if solver is None else solver
         self.estimator: Estimator = FOBMAML() if estimator is None else estimator
-        for part, method in ((self.solver, "step"), (self.estimator, "needs")):
-            if isinstance(part, type) or not hasattr(part, method):
-                raise SettingsError(
-                    f"expected an object such as mn.Nesterov(steps=16) or mn.FOBMAML(), got {part!r}; names and "
-                    "classes are not enough"
-                )
+        check_part("solver", self.solver, "settle", "mn.Nesterov(steps=16)")
+        check_part("estimator", self.estimator, "rule", "mn.FOBMAML()")
         self.adapt_only = adapt_only
         selection = select_parameters(model, adapt_only)
         self.execution: Execution = choose_execution(execution, model, self.losses, selection, self.solver, chunk_size)
@@ -116,6 +113,13 @@ class MetaLearner:
             for need in part.needs & missing:
                 raise SettingsError(f"{type(part).__name__} can not run here: {need.reason}. {need.cure}")
         return selection
+
+    def __repr__(self) -> str:
+        """Settings on one line."""
+        return (
+            f"MetaLearner({type(self.model).__name__}, prox={self.prox:g}, solver={self.solver}, "
+            f"estimator={self.estimator}, execution={self.execution.name!r})"
+        )
 
     @property
     def _device(self) -> torch.device:
@@ -236,8 +240,7 @@ class MetaLearner:
         Cost: K gradients and K + 1 forward passes a task.
         """
         function = self.losses[Role.QUERY] if metric is None else metric
-        if not callable(function):
-            raise SettingsError(f"metric must be a function metric(model, batch) -> scalar tensor, got {function!r}")
+        check_function("metric", function, "metric(model, batch) -> scalar tensor")
         values = [self._curves(group, function) for group in groups(tasks)]
         if not values:
             raise TasksError("there are no tasks to evaluate; the iterable was empty")

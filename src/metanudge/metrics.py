@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from metanudge.errors import LossError
 from metanudge.types import Batch
+
+
+def _same_shape(first: str, a: Tensor, second: str, b: Tensor) -> None:
+    """Refuse what would broadcast, and give a wrong number without a word."""
+    if a.shape != b.shape:
+        raise LossError(
+            f"{first} have the shape {tuple(a.shape)} of one task, but {second} {tuple(b.shape)}; they must be equal"
+        )
 
 
 def accuracy(model: nn.Module, batch: Batch) -> Tensor:
@@ -14,6 +23,9 @@ def accuracy(model: nn.Module, batch: Batch) -> Tensor:
         model: Maps inputs ``[n, ...]`` to logits ``[n, classes]``.
         batch: Targets are class indices ``[n]``.
 
+    Raises:
+        LossError: Shapes that do not fit.
+
     Example:
         >>> import torch, metanudge as mn
         >>> batch = mn.Batch(torch.eye(3), torch.tensor([0, 1, 0]))
@@ -21,6 +33,7 @@ def accuracy(model: nn.Module, batch: Batch) -> Tensor:
         0.667
     """
     logits: Tensor = model(batch.inputs)
+    _same_shape("logits without their last axis", logits[..., 0], "class indices as targets", batch.targets)
     hits: Tensor = logits.argmax(-1) == batch.targets
     return hits.to(logits.dtype).mean()
 
@@ -32,6 +45,9 @@ def squared_error(model: nn.Module, batch: Batch) -> Tensor:
         model: Maps inputs ``[n, ...]`` to predictions in the shape of the targets.
         batch: Targets ``[n, ...]``.
 
+    Raises:
+        LossError: Predictions of another shape.
+
     Example:
         >>> import torch, metanudge as mn
         >>> batch = mn.Batch(torch.ones(4, 1), torch.zeros(4, 1))
@@ -39,5 +55,6 @@ def squared_error(model: nn.Module, batch: Batch) -> Tensor:
         1.0
     """
     predictions: Tensor = model(batch.inputs)
+    _same_shape("predictions", predictions, "targets", batch.targets)
     error: Tensor = predictions - batch.targets
     return error.square().mean()

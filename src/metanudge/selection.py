@@ -43,7 +43,7 @@ def select_parameters(model: nn.Module, adapt_only: AdaptOnly | None) -> Selecti
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)  # a tied parameter answers to each of its names
-    if callable(adapt_only):
+    if callable(adapt_only) and not isinstance(adapt_only, type):
         chosen = {name for name, parameter in trainable.items() if adapt_only(name, parameter)}
         asked = "the predicate given as adapt_only"
     else:
@@ -72,7 +72,7 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")
 
 
-def _patterns(adapt_only: str | Iterable[str]) -> tuple[str, ...]:
+def _patterns(adapt_only: object) -> tuple[str, ...]:
     patterns = (adapt_only,) if isinstance(adapt_only, str) else adapt_only
     if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
         raise SettingsError(

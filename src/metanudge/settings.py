@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from torch import nn
+
 from metanudge.errors import SettingsError
 
 
@@ -25,3 +27,15 @@ def check_fraction(**settings: float) -> None:
     for name, value in settings.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
             raise SettingsError(f"{name} must be a number in [0, 1), got {value!r}")
+
+
+def check_function(argument: str, given: object, form: str) -> None:
+    """Raise a SettingsError for what is no function of a model and a batch: a name, a class, a module of torch.nn."""
+    if not callable(given) or isinstance(given, type | nn.modules.loss._Loss):
+        raise SettingsError(f"{argument} must be a function {form}, got {given!r}")
+
+
+def check_part(argument: str, given: object, attribute: str, example: str) -> None:
+    """Raise a SettingsError for a name, a class, or an object of another kind."""
+    if isinstance(given, type) or not hasattr(given, attribute):
+        raise SettingsError(f"{argument} must be an object such as {example}, got {given!r}")

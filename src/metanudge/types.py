@@ -96,12 +96,12 @@ class Schedule(NamedTuple):
     """What a solver decided on the free problem and every nudged solve replays (theory: matched solves).
 
     Attributes:
-        plan: Step sizes and the like, measured once at the start; whatever the solver returns from ``plan``.
-        decisions: One entry per step taken: what the solver decided there, or None.
+        plan: What was measured once at the start; whatever the solver returns from ``plan``.
+        decisions: One entry per step taken: whatever the solver decided there, or None.
     """
 
     plan: Any
-    decisions: list[Tensor | None]
+    decisions: list[Any]
 
 
 class Solution(NamedTuple):

@@ -46,7 +46,7 @@ class FOBMAML:
         scheme: A name in ``STENCILS`` ("forward", "symmetric", "fourth_order") or a ``Stencil``.
         nudge: "full" or "linear".
         nu: The nudge ν > 0, or "auto".
-        steps: Steps of a nudged solve, at most those of the solver; None for as many as the free solve took.
+        steps: Steps of a nudged solve, at most those of the solver; None for as many.
         start: Where nudged solves begin: at the free "solution", or at the "initialization" θ, where the free solve
             serves as the node 0.
 
@@ -63,7 +63,7 @@ class FOBMAML:
     """
 
     rule: ClassVar[str] = "λ (φ(-ν) - φ(+ν)) / 2ν"
-    cost: ClassVar[str] = "K + 4K' (linear nudge: K + 2K')"
+    cost: ClassVar[str] = "K + 2 + 4K' (linear nudge: K + 2 + 2K')"
     memory: ClassVar[str] = "one step + 3 parameter copies"
     bias: ClassVar[str] = "→ 0: δ^(p/(p+1)) at worst, contraction^K' + ν^p when matched"
 
@@ -102,11 +102,13 @@ class FOBMAML:
         free = solve_free(problem, solver)
         nu = self._nudge_size(problem, free)
         slope = free.slope if self.nudge == "linear" else None
-        start = free.phi if self.start == "solution" else problem.losses.spread(problem.theta)
+        at_solution = self.start == "solution"
+        start = free.phi if at_solution else problem.losses.spread(problem.theta)
+        schedule = solver.settle(free.schedule) if at_solution else free.schedule
 
         def partial_at(energy: Energy) -> Params:
-            at_free_solution = energy.nu is None and self.start == "initialization"
-            phi = free.phi if at_free_solution else replay(solver, energy, start, free.schedule, self.steps)
+            solved = energy.nu is None and not at_solution
+            phi = free.phi if solved else replay(solver, energy, start, schedule, self.steps)
             return problem.meta_partial(energy, phi, free.step)
 
         rows = dict(zip(self.stencil.nodes, self.stencil.weights, strict=True))

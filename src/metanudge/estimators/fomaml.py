@@ -26,11 +26,11 @@ class FOMAML:
     Example:
         >>> import metanudge as mn
         >>> mn.FOMAML().cost
-        'K + 1'
+        'K + 2'
     """
 
     rule: ClassVar[str] = "∇f(φ_K)"
-    cost: ClassVar[str] = "K + 1"
+    cost: ClassVar[str] = "K + 2"
     memory: ClassVar[str] = "one step"
     bias: ClassVar[str] = "irreducible: (I + H/λ) ∇F instead of ∇F"
 

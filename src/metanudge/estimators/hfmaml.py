@@ -83,11 +83,11 @@ class HFMAML:
     Example:
         >>> import metanudge as mn
         >>> mn.HFMAML().cost
-        '3K + 1'
+        '3K + 2'
     """
 
     rule: ClassVar[str] = "walk the stored trajectory back, Hv from two gradients"
-    cost: ClassVar[str] = "3K + 1"
+    cost: ClassVar[str] = "3K + 2"
     memory: ClassVar[str] = "K parameter copies"
     bias: ClassVar[str] = "finite-difference error, for F_K"
 

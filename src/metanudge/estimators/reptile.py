@@ -34,7 +34,7 @@ class Reptile:
     """
 
     rule: ClassVar[str] = "θ - φ_K"
-    cost: ClassVar[str] = "K"
+    cost: ClassVar[str] = "K + 2"
     memory: ClassVar[str] = "one step"
     bias: ClassVar[str] = "irreducible: ignores the query loss"
 

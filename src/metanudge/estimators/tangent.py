@@ -46,8 +46,9 @@ class Tangent:
         \nabla_\theta F = -\lambda z, \qquad
         \nabla_w F = \partial_w f + \partial_w \partial_\phi \hat f \; z
 
-    The solver replays its free solve on this quadratic, from z = 0: for gradient descent and Nesterov it is exactly the
-    limit ν → 0 of ``FOBMAML``, without a ν to choose; with a converged solve it is the exact meta-gradient.
+    The solver runs on this quadratic from z = 0, by the schedule that nudged solves have: for gradient descent and
+    Nesterov it is exactly the limit ν → 0 of ``FOBMAML``, without a ν to choose; with a converged solve it is the exact
+    meta-gradient.
     Cost per task: K + 2 + 2 K' gradients (one more for exact products). Memory: two activations ("exact") or one step.
 
     Args:
@@ -66,7 +67,7 @@ class Tangent:
     """
 
     rule: ClassVar[str] = "z ← z - a [(H + λ) z + ∇f], -λ z"
-    cost: ClassVar[str] = "K + 1 + 2K'"
+    cost: ClassVar[str] = "K + 2 + 2K'"
     memory: ClassVar[str] = "two activations"
     bias: ClassVar[str] = "→ 0: δ + contraction^K'"
 
@@ -87,7 +88,7 @@ class Tangent:
         product = hessian_product(problem, free, self.products, self.displacement)
         origin = tree.zeros(free.phi)
         energy = Energy(Linearized(problem.losses, product, free.slope), origin, problem.prox)
-        z = replay(solver, energy, origin, free.schedule)
+        z = replay(solver, energy, origin, solver.settle(free.schedule))
         gradient = tree.scale(-problem.prox, z)
         if problem.losses.shared:
             image = product(z)

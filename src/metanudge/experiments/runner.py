@@ -32,11 +32,13 @@ def reproduce(
         console: Where progress and the claims are shown.
 
     Raises:
-        SettingsError: A name in ``only`` that the experiment does not have.
+        SettingsError: A name in ``only`` that the experiment does not have, or a file where the folder belongs.
     """
     for name in only:
         if name not in experiment.studies:
             raise SettingsError(f"{experiment.name} has no study {name!r}; it has {', '.join(experiment.studies)}")
+    if out.exists() and not out.is_dir():
+        raise SettingsError(f"the results go into a folder, but {out} is a file")
     names = only or tuple(experiment.studies)
     settings = {}
     for name in names:

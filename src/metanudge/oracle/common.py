@@ -42,14 +42,14 @@ def scalar_loss(function: LossFunction, model: nn.Module, batch: Batch) -> Tenso
     """
     loss = function(model, batch)
     if not isinstance(loss, Tensor):
-        raise LossError(f"the loss must return a scalar tensor, but returned {type(loss).__name__}")
+        raise LossError(f"the loss (or metric) must return a scalar tensor, but returned {type(loss).__name__}")
     if loss.ndim != 0:
         raise LossError(
-            f"the loss must return one number per task, but returned a tensor of shape {tuple(loss.shape)}; "
-            "reduce it over the examples with .mean() or .sum()"
+            f"the loss (or metric) must return one number per task, but returned a tensor of shape "
+            f"{tuple(loss.shape)}; reduce it over the examples with .mean() or .sum()"
         )
     if not loss.is_floating_point():
-        raise LossError(f"the loss must be a floating-point number, but has dtype {loss.dtype}")
+        raise LossError(f"the loss (or metric) must be a floating-point number, but has dtype {loss.dtype}")
     return loss
 
 

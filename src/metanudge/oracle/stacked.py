@@ -209,9 +209,9 @@ def _explained() -> Iterator[None]:
         if not re.search(r"vmap|batching rule", str(error), re.IGNORECASE):
             raise
         raise LossError(
-            "the model or the loss does something that torch.func.vmap can not do for many tasks at once (it looks at "
-            "a value with .item() or if, or uses an operation without a batching rule, such as nn.GRU). Give the "
-            f'MetaLearner execution="in_place", which runs any model. PyTorch said: {error}'
+            "the model, the loss or the metric does something that torch.func.vmap can not do for many tasks at once "
+            "(it looks at a value with .item() or if, or uses an operation without a batching rule, such as nn.GRU). "
+            f'Give the MetaLearner execution="in_place", which runs any model. PyTorch said: {error}'
         ) from error
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from metanudge import tree
 from metanudge.energy import Energy
 from metanudge.settings import check_fraction, check_positive, check_steps
-from metanudge.types import Need, Params
+from metanudge.types import Need, Params, Schedule
 
 
 class State(NamedTuple):
@@ -71,7 +71,7 @@ class Adam:
         """Both means at zero."""
         return State(start, tree.zeros(start), tree.zeros(start))
 
-    def step(self, energy: Energy, plan: None, state: State, index: int, decision: Tensor | None) -> tuple[State, None]:
+    def step(self, energy: Energy, plan: None, state: State, index: int, decision: None) -> tuple[State, None]:
         """One Adam step."""
         beta1, beta2 = self.betas
         gradient = energy.gradient(state.phi, index)
@@ -82,6 +82,10 @@ class Adam:
             lambda p, m, s: p - self.lr * (m / unbias1) / (_safe_sqrt(s / unbias2) + self.eps), state.phi, mean, square
         )
         return State(phi, mean, square), None
+
+    def settle(self, schedule: Schedule) -> Schedule:
+        """The same steps everywhere."""
+        return schedule
 
     def point(self, state: State) -> Params:
         """Phi."""

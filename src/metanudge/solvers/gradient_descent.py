@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from torch import Tensor
-
 from metanudge import tree
 from metanudge.energy import Energy
 from metanudge.settings import check_fraction, check_positive, check_steps
-from metanudge.types import Need, Params
+from metanudge.types import Need, Params, Schedule
 
 
 class State(NamedTuple):
@@ -63,12 +61,16 @@ class GradientDescent:
         """Begin at rest."""
         return State(start, None)
 
-    def step(self, energy: Energy, plan: None, state: State, index: int, decision: Tensor | None) -> tuple[State, None]:
+    def step(self, energy: Energy, plan: None, state: State, index: int, decision: None) -> tuple[State, None]:
         """Follow the velocity."""
         velocity = energy.gradient(state.phi, index)
         if state.velocity is not None and self.momentum:
             velocity = tree.axpy(self.momentum, state.velocity, velocity)
         return State(tree.axpy(-self.lr, velocity, state.phi), velocity), None
+
+    def settle(self, schedule: Schedule) -> Schedule:
+        """The same steps everywhere."""
+        return schedule
 
     def point(self, state: State) -> Params:
         """Phi."""

@@ -1,16 +1,15 @@
-"""Seam 2: how an inner problem is solved. One loop for every solver; a solver is four small methods.
+"""Seam 2: how an inner problem is solved. One loop for every solver; a solver is six small methods.
 
-A solve leaves a *schedule*: the step sizes measured at its start and the decisions (restarts, stops) taken on the way.
-The nudged solves replay it, so that they differ from the free solve, and from each other, in the nudge alone: their
-solve errors then cancel in the finite difference (docs/theory.md, matched solves).
+A solve leaves a *schedule*: what was measured at its start, and the decisions (step sizes, restarts, stops) taken on
+the way. The nudged solves replay it, or what the solver makes of it for solves that begin at the solution, so that they
+differ from each other in the nudge alone: their solve errors then cancel in the finite difference (docs/theory.md,
+matched solves).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
-
-from torch import Tensor
 
 from metanudge.energy import Energy
 from metanudge.types import Need, Params, Schedule, Solution
@@ -43,8 +42,12 @@ class Solver(Protocol):
         """Fresh state at ``start``."""
         ...
 
-    def step(self, energy: Energy, plan: Any, state: Any, index: int, decision: Tensor | None) -> tuple[Any, Any]:
+    def step(self, energy: Energy, plan: Any, state: Any, index: int, decision: Any) -> tuple[Any, Any]:
         """One step. Replay ``decision`` if given, else decide; return the new state and the decision."""
+        ...
+
+    def settle(self, schedule: Schedule) -> Schedule:
+        """From what the free solve did, what nudged solves do that begin at its solution."""
         ...
 
     def point(self, state: Any) -> Params:
@@ -86,14 +89,14 @@ def solve(solver: Solver, energy: Energy, start: Params, observe: Observer | Non
 
 
 def replay(solver: Solver, energy: Energy, start: Params, schedule: Schedule, steps: int | None = None) -> Params:
-    """Solve a nudged problem as the free one was solved: same number of steps, step sizes, decisions; fresh state.
+    """Solve a problem by a schedule: its number of steps, step sizes, decisions; fresh state.
 
     Args:
         solver: The solver that made ``schedule``.
         energy: The nudged problem.
         start: Where to begin.
-        schedule: What the free solve left.
-        steps: Fewer steps than the free solve took; None for as many.
+        schedule: What the free solve left, or that settled.
+        steps: Fewer steps than the schedule has; None for as many.
     """
     taken = len(schedule.decisions)
     state = solver.init(energy, start, schedule.plan)

@@ -13,22 +13,39 @@ from metanudge.curvature import lipschitz_constant
 from metanudge.energy import Energy
 from metanudge.errors import SettingsError
 from metanudge.settings import check_fraction, check_positive, check_steps
-from metanudge.types import Need, Params
+from metanudge.types import Need, Params, Schedule
 
 
-class Plan(NamedTuple):
-    """Step size and momentum, numbers or ``[*L]``; momentum None for the schedule k / (k + 3)."""
+class Decision(NamedTuple):
+    """What a step of the free solve decided, ``[*L]`` each: which lanes move, which restart, and the step size."""
 
+    active: Tensor
+    restart: Tensor
     lr: Tensor | float
-    momentum: Tensor | float | None
+
+
+@dataclass(frozen=True)
+class Secant:
+    """What the next step size rests on; a dataclass, so that trees of tensors, and autograd, do not look inside.
+
+    Attributes:
+        constant: L so far, ``[*L]``.
+        y: The last point.
+        pull: ∇f̂ there.
+    """
+
+    constant: Tensor
+    y: Params
+    pull: Params
 
 
 class State(NamedTuple):
-    """Iterate x, extrapolated point y, and the lanes still at work, ``[*L]`` (None before the first step)."""
+    """Iterate x, extrapolated point y, the lanes still at work (None before the first step), and the last secant."""
 
     x: Params
     y: Params
     active: Tensor | None
+    secant: Secant | None
 
 
 @dataclass(frozen=True)
@@ -39,12 +56,14 @@ class Nesterov:
         x_{k+1} = y_k - a \nabla E(y_k), \qquad y_{k+1} = x_{k+1} + \beta (x_{k+1} - x_k), \qquad
         \beta = \frac{\sqrt\kappa - 1}{\sqrt\kappa + 1}, \quad \kappa = \frac{1}{a \lambda}
 
-    With ``lr="auto"``, a = 1 / (1.5 L + λ), L estimated per task at the start of the solve (power iteration on
-    differences of two gradients). Without a proximal term β = k / (k + 3). Restart: where <∇E(y_k), x_{k+1} - x_k> > 0
-    the momentum is dropped. Nudged solves replay step sizes, restarts and stops of the free solve.
+    With ``lr="auto"``, a = 1 / (1.2 L + λ) for every task and step. L is estimated at the start of the solve, by power
+    iteration on differences of two gradients, and raised to ||∇f̂(y_k) - ∇f̂(y_{k-1})|| / ||y_k - y_{k-1}|| wherever the
+    way shows more curvature, which costs no gradient. Without a proximal term β = k / (k + 3). Restart: where
+    <∇E(y_k), x_{k+1} - x_k> > 0 the momentum is dropped. Nudged solves from the start replay step sizes, restarts and
+    stops of the free solve; those from its solution its restarts, with its last step size, and take all ``steps``.
 
     Cost: one gradient of the energy a step, and ``power_iterations + 1`` support gradients for L.
-    Memory: phi and three copies.
+    Memory: phi and five copies.
 
     Args:
         steps: Number of steps K >= 1 (at most, with ``tol``).
@@ -93,54 +112,69 @@ class Nesterov:
         """The proximal problem where ``tol`` is to measure the balance of its forces."""
         return frozenset() if self.tol is None else frozenset({Need.PROXIMAL_TERM})
 
-    def plan(self, energy: Energy, start: Params) -> Plan:
-        """Measure the curvature at ``start``; numbers, not part of any graph."""
-        lr: Tensor | float
-        if isinstance(self.lr, str):
-            with torch.no_grad():
-                constant = lipschitz_constant(energy, tree.detach(start), self.power_iterations, step=0)
-                # a flat loss without proximal term has no scale of its own: take unit steps
-                inverse = 1.5 * constant + energy.prox
-                lr = torch.where(inverse > 0, 1 / inverse.clamp_min(1e-30), torch.ones_like(inverse))
-        else:
-            lr = self.lr
-        if not isinstance(self.momentum, str):
-            return Plan(lr, self.momentum)
-        if energy.prox == 0:
-            return Plan(lr, None)
-        root = (lr * energy.prox) ** 0.5
-        beta = (1 - root) / (1 + root)
-        return Plan(lr, beta.clamp_min(0.0) if isinstance(beta, Tensor) else max(beta, 0.0))
+    def plan(self, energy: Energy, start: Params) -> Tensor | None:
+        """Measure the curvature at ``start``, ``[*L]``; a number, not part of any graph."""
+        if not isinstance(self.lr, str):
+            return None
+        with torch.no_grad():
+            return lipschitz_constant(energy, tree.detach(start), self.power_iterations, step=0)
 
-    def init(self, energy: Energy, start: Params, plan: Plan) -> State:
+    def init(self, energy: Energy, start: Params, plan: Tensor | None) -> State:
         """Begin at rest."""
-        return State(start, start, None)
+        return State(start, start, None, None)
 
     def step(
-        self, energy: Energy, plan: Plan, state: State, index: int, decision: Tensor | None
-    ) -> tuple[State, Tensor]:
-        """One accelerated step; the decision is ``[2, *L]``: which lanes move, which of them restart."""
+        self, energy: Energy, plan: Tensor | None, state: State, index: int, decision: Decision | None
+    ) -> tuple[State, Decision]:
+        """One accelerated step."""
         pull, push = energy.forces(state.y, index)
         gradient = tree.add(pull, push)
-        x = tree.axpy(-plan.lr, gradient, state.y)
+        secant = None if plan is None or decision is not None else _secant(energy, plan, state, pull)
+        lr = self._lr(energy, secant) if decision is None else decision.lr
+        x = tree.axpy(-lr, gradient, state.y)
         move = tree.subtract(x, state.x)
         if decision is None:
-            decision = self._decide(energy, state, pull, push, move)
-        active, restart = decision
-        momentum = index / (index + 3) if plan.momentum is None else plan.momentum
-        keep = (~restart).to(next(iter(x.values())).dtype)
-        y = tree.axpy(momentum * keep, move, x)
+            decision = self._decide(energy, state, pull, push, move, lr)
+        keep = (~decision.restart).to(next(iter(x.values())).dtype)
+        y = tree.axpy(self._momentum(energy, lr, index) * keep, move, x)
         if self.tol is not None:
-            x, y = tree.select(active, x, state.x), tree.select(active, y, state.y)
-        return State(x, y, active), decision
+            x, y = tree.select(decision.active, x, state.x), tree.select(decision.active, y, state.y)
+        return State(x, y, decision.active, secant), decision
 
-    def _decide(self, energy: Energy, state: State, pull: Params, push: Params, move: Params) -> Tensor:
+    def _lr(self, energy: Energy, secant: Secant | None) -> Tensor | float:
+        if secant is None:
+            assert not isinstance(self.lr, str)
+            return self.lr
+        inverse = 1.2 * secant.constant + energy.prox
+        # a flat loss without proximal term has no scale of its own: take unit steps
+        return torch.where(inverse > 0, 1 / inverse.clamp_min(1e-30), torch.ones_like(inverse))
+
+    def _momentum(self, energy: Energy, lr: Tensor | float, index: int) -> Tensor | float:
+        if not isinstance(self.momentum, str):
+            return self.momentum
+        if energy.prox == 0:
+            return index / (index + 3)
+        root = (lr * energy.prox) ** 0.5
+        beta = (1 - root) / (1 + root)
+        return beta.clamp_min(0.0) if isinstance(beta, Tensor) else max(beta, 0.0)
+
+    def _decide(
+        self, energy: Energy, state: State, pull: Params, push: Params, move: Params, lr: Tensor | float
+    ) -> Decision:
         with torch.no_grad():
             uphill = energy.losses.inner(tree.add(pull, push), move) > 0
             active = torch.ones_like(uphill) if state.active is None else state.active
             if self.tol is not None:
                 active = active & (energy.relative_residual(pull, push) > self.tol)
-            return torch.stack([active, uphill if self.restart else torch.zeros_like(uphill)])
+            return Decision(active, uphill & active if self.restart else torch.zeros_like(uphill), lr)
+
+    def settle(self, schedule: Schedule) -> Schedule:
+        """At the solution: the step size that suits the curvature there, and no early stop."""
+        last = schedule.decisions[-1]
+        always, never = torch.ones_like(last.active), torch.zeros_like(last.restart)
+        decisions = [Decision(always, one.restart, last.lr) for one in schedule.decisions]
+        decisions += [Decision(always, never, last.lr)] * (self.steps - len(decisions))
+        return schedule._replace(decisions=decisions)
 
     def point(self, state: State) -> Params:
         """The iterate x."""
@@ -149,3 +183,17 @@ class Nesterov:
     def finished(self, state: State) -> bool:
         """With a tolerance: whether every lane has reached it."""
         return self.tol is not None and state.active is not None and not bool(state.active.any())
+
+
+def _secant(energy: Energy, plan: Tensor, state: State, pull: Params) -> Secant:
+    """Raise L to the slope of ∇f̂ between the last point and this one."""
+    with torch.no_grad():
+        y, pull = tree.detach(state.y), tree.detach(pull)
+        if state.secant is None:
+            return Secant(plan, y, pull)
+        way, change = tree.subtract(y, state.secant.y), tree.subtract(pull, state.secant.pull)
+        length, constant = energy.norm(way), state.secant.constant
+        slope = energy.norm(change) / length.clamp_min(1e-30)
+        # a shorter way's slope is round-off
+        told = (length > torch.finfo(length.dtype).eps ** 0.5 * energy.norm(y)) & (slope > constant)
+        return Secant(torch.where(told, slope, constant), y, pull)

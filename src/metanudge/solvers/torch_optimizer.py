@@ -13,7 +13,7 @@ from metanudge import tree
 from metanudge.energy import Energy
 from metanudge.errors import SettingsError
 from metanudge.settings import check_steps
-from metanudge.types import Need, Params
+from metanudge.types import Need, Params, Schedule
 
 
 class State(NamedTuple):
@@ -65,6 +65,8 @@ class TorchOptimizer:
         """The module's parameters at ``start`` and a fresh optimizer on them."""
         phi = energy.losses.steppable(start)
         optimizer = self.factory(list(phi.values()))
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise SettingsError(f"the factory of TorchOptimizer must return a torch.optim optimizer, got {optimizer!r}")
         if isinstance(optimizer, torch.optim.LBFGS):
             raise SettingsError(
                 "TorchOptimizer can not drive L-BFGS, which evaluates the loss on its own; "
@@ -72,13 +74,17 @@ class TorchOptimizer:
             )
         return State(optimizer, phi)
 
-    def step(self, energy: Energy, plan: None, state: State, index: int, decision: Tensor | None) -> tuple[State, None]:
+    def step(self, energy: Energy, plan: None, state: State, index: int, decision: None) -> tuple[State, None]:
         """One step of the optimizer."""
         gradient = energy.gradient(state.phi, index)
         for name, parameter in state.phi.items():
             parameter.grad = gradient[name]
         state.optimizer.step()
         return state, None
+
+    def settle(self, schedule: Schedule) -> Schedule:
+        """The same steps everywhere."""
+        return schedule
 
     def point(self, state: State) -> Params:
         """A copy of phi; the parameters themselves move on."""
