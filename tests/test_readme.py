@@ -11,7 +11,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 def test_example_runs():
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     found = {}
-    exec(code.replace("range(100)", "range(3)").replace("sinusoid(200", "sinusoid(20"), found)
+    exec(code.replace("range(200)", "range(3)").replace("sinusoid(200", "sinusoid(20"), found)
     assert found["scores"].curve.shape == (17,)
     assert found["step"].dropped_tasks == 0
 
