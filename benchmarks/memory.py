@@ -67,8 +67,8 @@ def peak_bytes(estimator: Any, solver: Any, execution: str) -> int:
 
 
 CASES = {
-    "fobmaml_vectorized": (mn.FOBMAML(), "vectorized"),
-    "fobmaml_linear_vectorized": (mn.FOBMAML(nudge="linear"), "vectorized"),
+    "fobmaml_vectorized": (mn.FOBMAML(nudge="full"), "vectorized"),
+    "fobmaml_linear_vectorized": (mn.FOBMAML(), "vectorized"),
     "fobmaml_in_place": (mn.FOBMAML(), "in_place"),
     "fomaml": (mn.FOMAML(), "vectorized"),
     "reptile": (mn.Reptile(), "vectorized"),

@@ -54,8 +54,9 @@ def main() -> None:
     tasks = mn.tasks.sinusoid(TASKS)
     contenders = {
         "higher_maml_loop": higher_loop(tasks),
-        "fobmaml_symmetric_full": library(tasks, mn.FOBMAML()),
-        "fobmaml_symmetric_linear": library(tasks, mn.FOBMAML(nudge="linear")),
+        "fobmaml_symmetric_full": library(tasks, mn.FOBMAML(nudge="full")),
+        "fobmaml_symmetric_linear": library(tasks, mn.FOBMAML(steps=STEPS)),
+        "fobmaml_default": library(tasks, mn.FOBMAML()),
         "maml": library(tasks, mn.MAML()),
         "fomaml": library(tasks, mn.FOMAML()),
         "imaml": library(tasks, mn.IMAML()),

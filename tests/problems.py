@@ -346,14 +346,15 @@ def single_tasks(tasks: mn.Tasks) -> list[mn.Tasks]:
 ONE_SIDED = mn.Stencil(nodes=(0, 1, 2), weights=(-3 / 2, 2, -1 / 2), order=2)
 
 ESTIMATORS: dict[str, object] = {
-    "symmetric": mn.FOBMAML(),
-    "forward": mn.FOBMAML("forward"),
-    "fourth_order": mn.FOBMAML("fourth_order"),
-    "one_sided": mn.FOBMAML(ONE_SIDED),
-    "linear": mn.FOBMAML(nudge="linear"),
-    "linear_forward": mn.FOBMAML("forward", nudge="linear"),
-    "from_theta": mn.FOBMAML(start="initialization"),
-    "from_theta_forward": mn.FOBMAML("forward", start="initialization"),
+    "symmetric": mn.FOBMAML(nudge="full"),
+    "forward": mn.FOBMAML("forward", nudge="full"),
+    "fourth_order": mn.FOBMAML("fourth_order", nudge="full"),
+    "one_sided": mn.FOBMAML(ONE_SIDED, nudge="full"),
+    "linear": mn.FOBMAML(),
+    "linear_forward": mn.FOBMAML("forward"),
+    "linear_fourth_order": mn.FOBMAML("fourth_order"),
+    "from_theta": mn.FOBMAML(nudge="full", start="initialization"),
+    "from_theta_forward": mn.FOBMAML("forward", nudge="full", start="initialization"),
     "maml": mn.MAML(),
     "maml_checkpointed": mn.MAML(checkpoint=True),
     "fomaml": mn.FOMAML(),

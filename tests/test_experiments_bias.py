@@ -71,7 +71,7 @@ def test_estimates_from_exact_solutions_are_the_learners(setting, scheme):
     model = logistic_model(4)
     with torch.no_grad():
         model.weight.copy_(setting.theta)
-    estimator = mn.FOBMAML(scheme, nu=nu)
+    estimator = mn.FOBMAML(scheme, nudge="full", nu=nu)
     mn.MetaLearner(model, logistic_loss, prox=1.5, solver=mn.Nesterov(150), estimator=estimator).backward(setting.tasks)
     torch.testing.assert_close(found, model.weight.grad[0], rtol=1e-11, atol=1e-12)
 

@@ -41,7 +41,7 @@ def test_full_nudge_is_the_stencil_of_exact_solutions(scheme: str) -> None:
         problem, stencil = PROBLEMS[name](), SCHEMES[scheme]
         expected = problem.finite_difference(stencil.nodes, stencil.weights, nu=0.05)
         assert distance(expected, problem.meta_gradient()) > 1e-7
-        assert distance(estimate(problem, mn.FOBMAML(stencil, nu=0.05), SOLVER), expected) < 1e-10
+        assert distance(estimate(problem, mn.FOBMAML(stencil, nudge="full", nu=0.05), SOLVER), expected) < 1e-10
 
 
 @pytest.mark.parametrize("nu", [1e-3, 1.0, 1e3])
@@ -56,7 +56,7 @@ def test_linear_nudge_is_exact_at_any_nu_on_a_quadratic(scheme: str, nu: float) 
 def test_full_nudge_is_not_exact_on_a_quadratic(scheme: str) -> None:
     """It bends the energy: on ridge its error is the order's, and at nu = 0.1 plain to see."""
     problem = PROBLEMS["ridge"]()
-    found = estimate(problem, mn.FOBMAML(SCHEMES[scheme], nu=0.1), SOLVER)
+    found = estimate(problem, mn.FOBMAML(SCHEMES[scheme], nudge="full", nu=0.1), SOLVER)
     assert 1e-4 < distance(found, problem.meta_gradient()) < 1
 
 

@@ -210,7 +210,8 @@ def test_the_step_shrinks_where_the_way_shows_more_curvature() -> None:
     assert float(sizes[0]) > 10 * float(sizes[-1])
     assert bool((sizes.diff() <= 0).all())
     assert float(sizes[-1]) == pytest.approx(1 / (1.2 * 40 + PROX), rel=0.3)
-    settled = solver.settle(free.schedule).decisions
+    settled = solver.settle(free.schedule, 50).decisions
+    assert len(settled) == 50
     assert {float(one.lr) for one in settled} == {float(sizes[-1])}
     pull, push = energy.forces(free.params, 0)
     assert float(energy.relative_residual(pull, push)) < 1e-3
@@ -219,7 +220,7 @@ def test_the_step_shrinks_where_the_way_shows_more_curvature() -> None:
 def test_a_task_solved_at_once_has_a_meta_gradient_all_the_same() -> None:
     """With a tolerance the free solve may stop where it begins; its nudged solves must not."""
     made = PROBLEMS["ridge"]()
-    found = estimate(made, mn.FOBMAML(), mn.Nesterov(150, tol=0.9))
+    found = estimate(made, mn.FOBMAML(nudge="full"), mn.Nesterov(150, tol=0.9))
     assert distance(found, made.meta_gradient()) < 1e-7
 
 
@@ -421,14 +422,18 @@ def test_random_state_is_equal_across_nodes(scheme: str) -> None:
         model,
         made.loss,
         solver=mn.GradientDescent(steps, lr=0.1),
-        estimator=mn.FOBMAML(scheme, nudge="linear", nu=0.1),
+        estimator=mn.FOBMAML(scheme, nu=0.1, steps=steps),
         execution="in_place",
     )
     learner.backward(single_tasks(made.tasks)[:1])
     nodes = len(mn.STENCILS[scheme].nodes)
-    free, judged, nudged = model.drawn[:steps], model.drawn[steps : steps + 2], model.drawn[steps + 2 :]
+    free, judged = model.drawn[:steps], model.drawn[steps : steps + 2]
+    start, nudged, bound = model.drawn[steps + 2], model.drawn[steps + 3 : -4], model.drawn[-4:]
     assert len(set(free + judged)) == steps + 2  # different from step to step, and support from query
-    assert nudged == free * nodes
+    assert start == free[0]
+    support, query = judged
+    assert nudged == [*free, support] * nodes
+    assert bound == [query, support, support, support]
 
 
 @pytest.mark.parametrize("execution", ["vectorized", "in_place"])

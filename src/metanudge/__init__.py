@@ -8,6 +8,7 @@ from metanudge.errors import (
     NonFiniteWarning,
     SettingsError,
     TasksError,
+    UnsolvedWarning,
 )
 from metanudge.estimators import (
     ESTIMATORS,
@@ -54,6 +55,7 @@ __all__ = [
     "Tasks",
     "TasksError",
     "TorchOptimizer",
+    "UnsolvedWarning",
     "metrics",
     "optim",
     "tasks",

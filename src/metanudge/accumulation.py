@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +14,19 @@ from metanudge.energy import InnerProblem
 from metanudge.types import Estimate, Evaluation, Params
 
 
+class Numbers(NamedTuple):
+    """What ``MetaStep`` says of the kept tasks."""
+
+    query_loss: float
+    support_loss: float
+    residual: float
+    error_bound: float
+    amplified_tasks: int
+    nu: float
+
+
 class FiniteMean:
-    """Running sums over the tasks whose losses and meta-gradient are finite.
+    """Running sums over the tasks whose solves did not diverge and whose losses and meta-gradient are finite.
 
     Attributes:
         total: Tasks seen.
@@ -22,7 +35,7 @@ class FiniteMean:
     def __init__(self) -> None:
         self.total = 0
         self._kept = torch.zeros(())
-        self._numbers = torch.zeros(4)
+        self._numbers = torch.zeros(7)
         self._gradient: dict[str, Tensor] = {}
 
     @property
@@ -34,10 +47,22 @@ class FiniteMean:
         """Add the tasks of one problem; ``named`` sums over their lanes. Nothing is copied to the host."""
         square = problem.losses.inner(estimate.gradient, estimate.gradient)
         valid = square.isfinite() & estimate.query_loss.isfinite() & estimate.support_loss.isfinite()
+        valid = valid & ~estimate.diverged
         gradient = named(tree.select(valid, estimate.gradient, tree.zeros(estimate.gradient)))
         self._gradient = tree.add(self._gradient, gradient) if self._gradient else tree.clone(gradient)
-        numbers = torch.stack([estimate.query_loss, estimate.support_loss, estimate.residual, estimate.nu])
-        numbers, mask = numbers.reshape(4, -1).double(), valid.reshape(-1)
+        amplified = (estimate.size > (1 + 1e-6) * estimate.slope).to(estimate.size.dtype)
+        numbers = torch.stack(
+            [
+                estimate.query_loss,
+                estimate.support_loss,
+                estimate.residual,
+                estimate.nu,
+                estimate.error,
+                estimate.size,
+                amplified,
+            ]
+        )
+        numbers, mask = numbers.reshape(len(numbers), -1).double(), valid.reshape(-1)
         self.total += mask.numel()
         self._kept = self._kept.to(mask.device) + mask.sum()
         self._numbers = self._numbers.to(numbers) + numbers.where(mask, 0.0).sum(1)
@@ -46,10 +71,11 @@ class FiniteMean:
         """The mean meta-gradient, by parameter name."""
         return {name: total / self.kept for name, total in self._gradient.items()}
 
-    def numbers(self) -> tuple[float, float, float, float]:
-        """Mean query loss, support loss, residual and nudge."""
-        query_loss, support_loss, residual, nu = (self._numbers / self.kept).tolist()
-        return query_loss, support_loss, residual, nu
+    def numbers(self) -> Numbers:
+        """Means over the kept tasks."""
+        query_loss, support_loss, residual, nu, error, size, amplified = (self._numbers / self.kept).tolist()
+        bound = error / size if size else error * math.inf if error else 0.0
+        return Numbers(query_loss, support_loss, residual, bound, round(amplified * self.kept), nu)
 
 
 def summarize(values: Tensor) -> Evaluation:

@@ -96,17 +96,14 @@ class InnerProblem:
         """E(·; θ, ν); free without ``nu``, linearly nudged with ``slope``."""
         return Energy(self.losses, self.theta, self.prox, nu, slope)
 
-    def meta_partial(self, energy: Energy, phi: Params, step: int) -> Params:
-        """∂E/∂θ = λ (θ - φ) and, where parameters are shared, ∂E/∂w = ∂f̂/∂w + ν ∂f/∂w (linear nudge: ∂f̂/∂w)."""
-        partial = tree.scale(-1.0, energy.push(phi))
-        if not self.losses.shared:
-            return partial
-        shared = self.shared_gradient(Role.SUPPORT, phi, step)
+    def partials(self, energy: Energy, phi: Params, step: int) -> tuple[Params, Params]:
+        """∂E/∂φ, and ∂E/∂ω: ∂E/∂θ = λ (θ - φ) and ∂E/∂w = ∂f̂/∂w + ν ∂f/∂w (linear nudge: ∂f̂/∂w)."""
+        _, pull = self.losses.value_and_all_gradients(Role.SUPPORT, phi, step)
         if energy.nu is not None and energy.slope is None:
-            shared = tree.axpy(energy.nu, self.shared_gradient(Role.QUERY, phi, step), shared)
-        return partial | shared
-
-    def shared_gradient(self, role: Role, phi: Params, step: int) -> Params:
-        """∂f̂/∂w or ∂f/∂w."""
-        _, gradient = self.losses.value_and_all_gradients(role, phi, step)
-        return {name: gradient[name] for name in self.losses.shared}
+            _, query = self.losses.value_and_all_gradients(Role.QUERY, phi, step)
+            pull = tree.axpy(energy.nu, query, pull)
+        push = energy.push(phi)
+        force = {name: pull[name] + push[name] for name in phi}
+        if energy.nu is not None and energy.slope is not None:
+            force = tree.axpy(energy.nu, energy.slope, force)
+        return force, tree.scale(-1.0, push) | {name: pull[name] for name in self.losses.shared}

@@ -23,5 +23,9 @@ class NonFiniteError(MetanudgeError, ArithmeticError):
     """No task of a step had a finite loss and meta-gradient."""
 
 
+class UnsolvedWarning(UserWarning):
+    """The inner problems are so far from solved that the meta-gradient is rough."""
+
+
 class NonFiniteWarning(UserWarning):
-    """Some tasks of a step were left out because their loss or meta-gradient was not finite."""
+    """Some tasks of a step were left out: their solve diverged, or a loss or meta-gradient was not finite."""

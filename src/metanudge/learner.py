@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from metanudge import advice
 from metanudge.accumulation import FiniteMean, summarize
 from metanudge.batching import as_stacks, groups
-from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, TasksError
+from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, TasksError, UnsolvedWarning
 from metanudge.estimators import FOBMAML, Estimator
 from metanudge.execution import Execution, choose_execution
 from metanudge.oracle import Tally
@@ -97,7 +98,7 @@ class MetaLearner:
         selection = select_parameters(model, adapt_only)
         self.execution: Execution = choose_execution(execution, model, self.losses, selection, self.solver, chunk_size)
         self._selection()
-        self._warned = False
+        self._told: set[type[Warning]] = set()
 
     def _selection(self) -> Selection:
         """Select parameters of the model as it is now, and refuse what can not work with them."""
@@ -128,8 +129,8 @@ class MetaLearner:
     def backward(self, tasks: Tasks | Sequence[Tasks]) -> MetaStep:
         """Add the meta-gradient of F to ``.grad``, as ``loss.backward()`` would.
 
-        Tasks whose loss or meta-gradient is not finite are left out of the mean, with one warning. On any error the
-        model and its gradients are as they were.
+        Tasks whose solve diverges, or whose loss or meta-gradient is not finite, are left out of the mean, with one
+        warning. On any error the model and its gradients are as they were.
 
         Args:
             tasks: A stack of tasks, or a list of single ones of any sizes (equal ones are stacked).
@@ -141,6 +142,11 @@ class MetaLearner:
             TasksError: Tasks that are empty, mismatched, or on another device than the model.
             LossError: A loss that is not a scalar or does not depend on the adapted parameters.
             NonFiniteError: No task was finite.
+
+        Warns:
+            NonFiniteWarning: Tasks were left out; once.
+            UnsolvedWarning: The residual is above 0.3, or most meta-gradients are longer than their query gradients,
+                with the steps or the proximal weight that would do; once, for estimators that rest on the solution.
 
         Cost: that of the estimator, times the number of tasks.
         """
@@ -156,18 +162,25 @@ class MetaLearner:
         dropped = mean.total - mean.kept
         if mean.kept == 0:
             raise NonFiniteError(
-                f"none of the {mean.total} tasks had a finite loss and meta-gradient, so nothing was changed; look for "
+                f"none of the {mean.total} tasks had a solve that did not diverge and a finite loss and meta-gradient, "
+                "so nothing was changed; look for "
                 "non-finite inputs, or let the inner solver take smaller steps (lr) or hold it closer (prox)"
             )
-        if dropped and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{dropped} of {mean.total} tasks had no finite loss or meta-gradient and were left out of the mean "
-                "(MetaStep.dropped_tasks counts them from now on); let the inner solver take smaller steps (lr) "
-                "or hold it closer (prox)",
+        numbers = mean.numbers()
+        if dropped:
+            self._tell_once(
                 NonFiniteWarning,
-                stacklevel=3,
+                f"{dropped} of {mean.total} tasks diverged, or had no finite loss or meta-gradient, and were left out "
+                "of the mean (MetaStep.dropped_tasks counts them from now on); let the inner solver take smaller steps "
+                "(lr) or hold it closer (prox)",
             )
+        if Need.PROXIMAL_TERM in self.estimator.needs:
+            if numbers.residual > advice.ROUGH:
+                told = advice.unsolved(numbers.residual, self.solver.steps, self.prox)
+                self._tell_once(UnsolvedWarning, told)
+            elif 2 * numbers.amplified_tasks > mean.kept:
+                told = advice.amplified(numbers.amplified_tasks, mean.kept, self.prox)
+                self._tell_once(UnsolvedWarning, told)
         parameters = dict(self.model.named_parameters())
         gradient = mean.gradient()
         for name, leaf in gradient.items():
@@ -175,7 +188,12 @@ class MetaLearner:
             leaf = leaf.to(parameter.dtype)
             parameter.grad = leaf.clone() if parameter.grad is None else parameter.grad + leaf
         norm = torch.stack([leaf.double().square().sum() for leaf in gradient.values()]).sum().sqrt()
-        return MetaStep(*mean.numbers(), float(norm), dropped, tally.gradients)
+        return MetaStep(*numbers, float(norm), dropped, tally.gradients)
+
+    def _tell_once(self, kind: type[Warning], text: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
+            warnings.warn(text, kind, stacklevel=4)
 
     def adapt(self, support: Batch) -> nn.Module:
         """Adapt to one task: a new module of the same class; this learner's model is untouched.

@@ -125,6 +125,10 @@ class Estimate(NamedTuple):
         support_loss: fhat(phi), ``[*L]``.
         residual: Relative inner residual (see ``Energy.relative_residual``), ``[*L]``, in [0, 1].
         nu: The nudge used, ``[*L]``; zero for estimators without one.
+        error: Bound on the distance from the meta-gradient of F, in the adapted parameters, ``[*L]``; NaN without one.
+        size: Norm of ``gradient`` in the adapted parameters, ``[*L]``.
+        slope: Norm of ∇f(phi) in the adapted parameters, ``[*L]``.
+        diverged: Whether the free solve ended above where it began, ``[*L]``.
     """
 
     gradient: Params
@@ -132,6 +136,10 @@ class Estimate(NamedTuple):
     support_loss: Tensor
     residual: Tensor
     nu: Tensor
+    error: Tensor
+    size: Tensor
+    slope: Tensor
+    diverged: Tensor
 
 
 class MetaStep(NamedTuple):
@@ -141,9 +149,14 @@ class MetaStep(NamedTuple):
         query_loss: Mean query loss after adaptation: the meta-objective F.
         support_loss: Mean support loss after adaptation.
         residual: Mean relative inner residual in [0, 1]: 0 solved, 1 not begun; NaN where prox is 0.
+        error_bound: Bound on a task's error ||g - ∇F|| relative to ||g||, means over tasks of both, in the adapted
+            parameters: 0.1 is 10 %. It holds where the support loss is convex, and is wide where the solves are not
+            done (docs/theory.md); NaN for estimators without one.
+        amplified_tasks: Tasks whose meta-gradient is longer than their query gradient. Where the inner problem is
+            convex that can not be: ``prox`` is too small, or their nudged solves diverge.
         nu: Mean nudge (0 for estimators without one).
         gradient_norm: Euclidean norm of the mean meta-gradient that was added to ``.grad``.
-        dropped_tasks: Tasks left out because their loss or meta-gradient was not finite.
+        dropped_tasks: Tasks left out because their solve diverged, or their loss or meta-gradient was not finite.
         gradient_evaluations: Gradients of one loss of one task; a Hessian product counts 2, a step that is
             backpropagated through counts 3.
     """
@@ -151,6 +164,8 @@ class MetaStep(NamedTuple):
     query_loss: float
     support_loss: float
     residual: float
+    error_bound: float
+    amplified_tasks: int
     nu: float
     gradient_norm: float
     dropped_tasks: int
@@ -227,6 +242,10 @@ class LossGradients(InnerGradients, Protocol):
         """``function`` (a loss or a metric) on the task's batch, ``[*L]``, no gradient."""
         ...
 
+    def loss(self, role: Role, phi: Params) -> Tensor:
+        """The loss alone, ``[*L]``, no gradient."""
+        ...
+
     def hessian_product(self, phi: Params, step: int) -> HessianProduct:
         """Exact products with the Hessian of the support loss at ``phi``, by double backward."""
         ...
@@ -239,10 +258,13 @@ class LossGradients(InnerGradients, Protocol):
         """One copy a task: ``[*shape]`` to ``[*L, *shape]``, without further nodes."""
         ...
 
-    def stencil_sum(
-        self, nodes: tuple[float, ...], weights: tuple[float, ...], term: Callable[[Tensor], Params]
-    ) -> Params:
-        """``sum_k weights[k] * term(nodes[k])``: at once along the node axis, or one after the other."""
+    def stencil_sums(
+        self,
+        nodes: tuple[float, ...],
+        rows: tuple[tuple[float, ...], ...],
+        term: Callable[[Tensor], tuple[Params, ...]],
+    ) -> list[tuple[Params, ...]]:
+        """``sum_k weights[k] * term(nodes[k])`` for every row of weights: at once along the node axis, or in turn."""
         ...
 
     def count(self, gradients: int) -> None:

@@ -48,6 +48,7 @@ class FreeSolve(NamedTuple):
         query_loss: ``[*L]``.
         support_loss: ``[*L]``.
         residual: Relative inner residual, ``[*L]``.
+        diverged: Whether the solve ended above where it began, ``[*L]``.
     """
 
     phi: Params
@@ -57,6 +58,7 @@ class FreeSolve(NamedTuple):
     query_loss: Tensor
     support_loss: Tensor
     residual: Tensor
+    diverged: Tensor
 
     @property
     def slope(self) -> Params:
@@ -67,14 +69,21 @@ class FreeSolve(NamedTuple):
         """∂f/∂w(φ(0)): what the shared parameters do to the query loss without moving φ."""
         return {name: self.query_gradient[name] for name in problem.losses.shared}
 
-    def estimate(self, gradient: Params, nu: Tensor | None = None) -> Estimate:
+    def estimate(
+        self, problem: InnerProblem, gradient: Params, nu: Tensor | None = None, error: Tensor | None = None
+    ) -> Estimate:
         """Complete an estimate."""
+        norm = problem.energy().norm
         return Estimate(
             gradient,
             self.query_loss,
             self.support_loss,
             self.residual,
             torch.zeros_like(self.residual) if nu is None else nu,
+            torch.full_like(self.residual, float("nan")) if error is None else error,
+            norm({name: gradient[name] for name in self.phi}),
+            norm(self.slope),
+            self.diverged,
         )
 
 
@@ -91,6 +100,25 @@ def judge(problem: InnerProblem, phi: Params, schedule: Schedule, step: int) -> 
     losses = problem.losses
     support_loss, pull = losses.value_and_gradient(Role.SUPPORT, phi, step)
     energy = problem.energy()
-    residual = energy.relative_residual(pull, energy.push(phi))
+    push = energy.push(phi)
     query_loss, query_gradient = losses.value_and_all_gradients(Role.QUERY, phi, step)
-    return FreeSolve(phi, schedule, step, query_gradient, query_loss, support_loss, residual)
+    return FreeSolve(
+        phi,
+        schedule,
+        step,
+        query_gradient,
+        query_loss,
+        support_loss,
+        energy.relative_residual(pull, push),
+        _diverged(problem, support_loss, push),
+    )
+
+
+def _diverged(problem: InnerProblem, support_loss: Tensor, push: Params) -> Tensor:
+    """Whether E(φ) is far above E(θ): ten times its size, and more than round-off or a draw of dropout would do."""
+    start = problem.losses.loss(Role.SUPPORT, problem.losses.spread(problem.theta))
+    rise = support_loss - start
+    if problem.prox > 0:
+        rise = rise + problem.losses.inner(push, push) / (2 * problem.prox)
+    far: Tensor = rise > 10 * start.abs() + torch.finfo(start.dtype).eps ** 0.5
+    return far

@@ -12,6 +12,7 @@ from metanudge import tree
 from metanudge.energy import Energy, InnerProblem
 from metanudge.errors import SettingsError
 from metanudge.estimators.base import FreeSolve, solve_free
+from metanudge.estimators.certificate import Nudged, error_bound
 from metanudge.estimators.stencil import STENCILS, Stencil
 from metanudge.settings import check_positive, check_steps
 from metanudge.solvers.loop import Solver, replay
@@ -31,22 +32,26 @@ class FOBMAML:
     matched: same start, steps, step sizes, restarts, random state.
 
     The nudge. With "full", ν multiplies the query loss (the paper's form); with "linear" only its gradient at φ(0):
-    one query gradient in all, and no truncation error where the support loss is quadratic.
+    one query gradient in all, no truncation error where the support loss is quadratic, and no query loss to bend the
+    inner problem; it is the better one at equal cost (results/solves).
 
-    ν by default. Round-off contributes about ε s / ν and truncation (ν / s)^p (how far the solution is displaced) and,
-    with the full nudge, ν^p (how much the query loss bends the energy), where s = λ ||φ(0)|| / ||∇f(φ(0))|| is the
-    nudge that would displace φ by its own norm and ε the unit round-off. Hence, per task,
-    ν = ε^(1/(p+1)) min(s, s^(1/(p+1))), and without the second term for the linear nudge.
+    ν by default, per task. Let s = λ ||φ(0)|| / ||∇f(φ(0))||, the nudge that would displace φ by its own norm, so that
+    d = ν / s is the relative displacement; round-off contributes about ε / d and truncation d^p. With the linear nudge
+    d = ε^(1/(p+1)), where the two meet, or (ρ/10)^(1/p) if that is larger, but at most 1/20, ρ being the residual:
+    truncation then stays far below what an unfinished solve leaves anyway, and the larger displacement averages over
+    kinks and sharp bends of the loss. With the full nudge ν = ε^(1/(p+1)) min(s, s^(1/(p+1))); the second term is for
+    ν^p, how much the query loss bends the energy.
 
-    Cost per task, K inner and K' nudged steps: K + 2 + 4 K' gradients (symmetric, full; K' = K by default), forward
-    K + 2 + 3 K', or 2 K' less one K' each with the linear nudge. Memory: that of one gradient, and three copies of the
-    adapted parameters (in place); nothing grows with K.
+    Cost per task, K inner and K' nudged steps, N nodes other than 0: K + 6 + N (K' + 1) gradients with the linear
+    nudge, K + 6 + 2 N (K' + 1) with the full one; N is 2 for "symmetric". Of the 6, two judge the free solution and
+    four make the bound ``MetaStep.error_bound`` (none from the "initialization"). Memory: that of one gradient, and a
+    dozen copies of the adapted parameters (in place); nothing grows with K.
 
     Args:
         scheme: A name in ``STENCILS`` ("forward", "symmetric", "fourth_order") or a ``Stencil``.
-        nudge: "full" or "linear".
+        nudge: "linear" or "full".
         nu: The nudge ν > 0, or "auto".
-        steps: Steps of a nudged solve, at most those of the solver; None for as many.
+        steps: Steps K' of a nudged solve; None for twice those of the solver (linear) or as many (full): equal cost.
         start: Where nudged solves begin: at the free "solution", or at the "initialization" θ, where the free solve
             serves as the node 0.
 
@@ -58,17 +63,17 @@ class FOBMAML:
 
     Example:
         >>> import metanudge as mn
-        >>> mn.FOBMAML(scheme="fourth_order", nudge="linear").stencil.order
+        >>> mn.FOBMAML(scheme="fourth_order").stencil.order
         4
     """
 
     rule: ClassVar[str] = "λ (φ(-ν) - φ(+ν)) / 2ν"
-    cost: ClassVar[str] = "K + 2 + 4K' (linear nudge: K + 2 + 2K')"
-    memory: ClassVar[str] = "one step + 3 parameter copies"
+    cost: ClassVar[str] = "K + 8 + 2K' (full nudge: K + 10 + 4K')"
+    memory: ClassVar[str] = "one step + a dozen parameter copies"
     bias: ClassVar[str] = "→ 0: δ^(p/(p+1)) at worst, contraction^K' + ν^p when matched"
 
     scheme: str | Stencil = "symmetric"
-    nudge: Literal["full", "linear"] = "full"
+    nudge: Literal["linear", "full"] = "linear"
     nu: float | Literal["auto"] = "auto"
     steps: int | None = None
     start: Literal["solution", "initialization"] = "solution"
@@ -76,8 +81,8 @@ class FOBMAML:
     def __post_init__(self) -> None:
         if isinstance(self.scheme, str) and self.scheme not in STENCILS:
             raise SettingsError(f"scheme must be a mn.Stencil or one of {', '.join(STENCILS)}, got {self.scheme!r}")
-        if self.nudge not in ("full", "linear"):
-            raise SettingsError(f'nudge must be "full" or "linear", got {self.nudge!r}')
+        if self.nudge not in ("linear", "full"):
+            raise SettingsError(f'nudge must be "linear" or "full", got {self.nudge!r}')
         if self.start not in ("solution", "initialization"):
             raise SettingsError(f'start must be "solution" or "initialization", got {self.start!r}')
         if self.nu != "auto":
@@ -100,39 +105,64 @@ class FOBMAML:
     def __call__(self, problem: InnerProblem, solver: Solver) -> Estimate:
         """Solve the free problem, then one matched problem a node."""
         free = solve_free(problem, solver)
-        nu = self._nudge_size(problem, free)
+        nu, displacement = self._nudge_size(problem, free)
         slope = free.slope if self.nudge == "linear" else None
         at_solution = self.start == "solution"
         start = free.phi if at_solution else problem.losses.spread(problem.theta)
-        schedule = solver.settle(free.schedule) if at_solution else free.schedule
+        schedule = solver.settle(free.schedule, self._steps(solver)) if at_solution else free.schedule
 
-        def partial_at(energy: Energy) -> Params:
+        def partials_at(energy: Energy) -> tuple[Params, Params]:
             solved = energy.nu is None and not at_solution
-            phi = free.phi if solved else replay(solver, energy, start, schedule, self.steps)
-            return problem.meta_partial(energy, phi, free.step)
+            phi = free.phi if solved else replay(solver, energy, start, schedule)
+            return problem.partials(energy, phi, free.step)
 
-        rows = dict(zip(self.stencil.nodes, self.stencil.weights, strict=True))
-        # node 0 is the free problem and needs no query gradient
-        weight_at_zero = rows.pop(0, None)
-        total = problem.losses.stencil_sum(
-            tuple(rows), tuple(rows.values()), lambda node: partial_at(problem.energy(nu * node, slope))
+        stencil = self.stencil
+        rows = {node: pair for node, *pair in zip(stencil.nodes, stencil.weights, stencil.values, strict=True)}
+        at_zero = rows.pop(0, None)  # node 0 is the free problem and needs no query gradient
+        sums = problem.losses.stencil_sums(
+            tuple(rows),
+            tuple(zip(*rows.values(), strict=True)),
+            lambda node: partials_at(problem.energy(nu * node, slope)),
         )
-        if weight_at_zero is not None:
-            total = tree.axpy(weight_at_zero, partial_at(problem.energy()), total)
-        gradient = tree.scale(1 / nu, total)
+        if at_zero is not None:
+            found = partials_at(problem.energy())
+            sums = [
+                tuple(tree.axpy(weight, one, total) for one, total in zip(found, both, strict=True))
+                for weight, both in zip(at_zero, sums, strict=True)
+            ]
+        derivative, (middle_force, middle_partial) = sums
+        force, gradient = (tree.scale(1 / nu, part) for part in derivative)
+
+        def moved(partial: Params) -> Params:
+            """-∂E/∂θ / λ, which is φ - θ, or its derivative."""
+            return {name: -partial[name] / problem.prox for name in free.phi}
+
+        error = None
+        if at_solution:
+            middle = tree.add(moved(middle_partial), problem.losses.spread(problem.theta))
+            error = error_bound(problem, free, Nudged(nu, displacement, moved(gradient), force, middle, middle_force))
         if self.nudge == "linear":
             gradient |= {name: gradient[name] + leaf for name, leaf in free.direct(problem).items()}
-        return free.estimate(gradient, nu)
+        return free.estimate(problem, gradient, nu, error)
 
-    def _nudge_size(self, problem: InnerProblem, free: FreeSolve) -> Tensor:
-        energy = problem.energy()
+    def _steps(self, solver: Solver) -> int:
+        if self.steps is not None:
+            return self.steps
+        return 2 * solver.steps if self.nudge == "linear" else solver.steps
+
+    def _nudge_size(self, problem: InnerProblem, free: FreeSolve) -> tuple[Tensor, Tensor]:
+        """ν, and the relative displacement r = ν / s."""
+        energy, order = problem.energy(), self.stencil.order
         norm = energy.norm(free.phi)
-        if self.nu != "auto":
-            return torch.full_like(norm, self.nu)
-        power = 1 / (self.stencil.order + 1)
         size = torch.where(norm > 0, norm, torch.ones_like(norm))
         largest = 1e6  # keeps ν finite where the query gradient vanishes
         s = (size * problem.prox / energy.norm(free.slope).clamp_min(1e-30)).clamp_max(largest)
-        relative = s if self.nudge == "linear" else torch.minimum(s, s**power)
-        nu: Tensor = relative * torch.finfo(norm.dtype).eps ** power
-        return nu
+        if self.nu != "auto":
+            nu = torch.full_like(norm, self.nu)
+            return nu, nu / s
+        least = torch.finfo(norm.dtype).eps ** (1 / (order + 1))
+        if self.nudge == "full":
+            nu = least * torch.minimum(s, s ** (1 / (order + 1)))
+            return nu, nu / s
+        displacement = (free.residual / 10).pow(1 / order).clamp(least, max(least, 1 / 20))
+        return displacement * s, displacement

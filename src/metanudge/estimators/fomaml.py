@@ -42,4 +42,4 @@ class FOMAML:
     def __call__(self, problem: InnerProblem, solver: Solver) -> Estimate:
         """Solve and differentiate the query loss."""
         free = solve_free(problem, solver)
-        return free.estimate(free.query_gradient)
+        return free.estimate(problem, free.query_gradient)

@@ -80,7 +80,7 @@ class IMAML:
             image = product(v)
             shared = {name: image[name] for name in problem.losses.shared}
             gradient = v | tree.axpy(-1 / problem.prox, shared, free.direct(problem))
-        return free.estimate(gradient)
+        return free.estimate(problem, gradient)
 
 
 def conjugate_gradients(losses: LossGradients, system: HessianProduct, right: Params, steps: int, tol: float) -> Params:

@@ -36,6 +36,11 @@ class Stencil:
     weights: tuple[float, ...]
     order: int
 
+    @property
+    def values(self) -> tuple[float, ...]:
+        """Lagrange's weights v_k of the value at zero: h(0) = Σ v_k h(n_k ν) + O(ν^N), N the number of nodes."""
+        return tuple(math.prod(other / (other - node) for other in self.nodes if other != node) for node in self.nodes)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "nodes", tuple(self.nodes))
         object.__setattr__(self, "weights", tuple(self.weights))

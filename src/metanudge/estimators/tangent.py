@@ -88,9 +88,9 @@ class Tangent:
         product = hessian_product(problem, free, self.products, self.displacement)
         origin = tree.zeros(free.phi)
         energy = Energy(Linearized(problem.losses, product, free.slope), origin, problem.prox)
-        z = replay(solver, energy, origin, solver.settle(free.schedule))
+        z = replay(solver, energy, origin, solver.settle(free.schedule, solver.steps))
         gradient = tree.scale(-problem.prox, z)
         if problem.losses.shared:
             image = product(z)
             gradient |= tree.add({name: image[name] for name in problem.losses.shared}, free.direct(problem))
-        return free.estimate(gradient)
+        return free.estimate(problem, gradient)

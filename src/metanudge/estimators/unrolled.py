@@ -75,7 +75,7 @@ def unroll(
         cotangents = pulled[len(wanted) :]
     assert free is not None
     gradient |= {name: gradient[name] + leaf for name, leaf in free.direct(problem).items()}
-    return free.estimate(gradient)
+    return free.estimate(problem, gradient)
 
 
 def _moves(leaf: Any) -> bool:

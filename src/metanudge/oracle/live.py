@@ -110,6 +110,9 @@ class LiveLosses:
         with torch.no_grad():
             return self._evaluate(function, role, phi, 0)
 
+    def loss(self, role: Role, phi: Params) -> Tensor:  # noqa: D102
+        return self.value(self.losses[role], role, phi)
+
     def hessian_product(self, phi: Params, step: int) -> HessianProduct:  # noqa: D102
         raise NotImplementedError("the live module is never differentiated twice")
 
@@ -122,15 +125,23 @@ class LiveLosses:
     def inner(self, a: Params, b: Params) -> Tensor:  # noqa: D102
         return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
 
-    def stencil_sum(  # noqa: D102
-        self, nodes: tuple[float, ...], weights: tuple[float, ...], term: Callable[[Tensor], Params]
-    ) -> Params:
+    def stencil_sums(  # noqa: D102
+        self,
+        nodes: tuple[float, ...],
+        rows: tuple[tuple[float, ...], ...],
+        term: Callable[[Tensor], tuple[Params, ...]],
+    ) -> list[tuple[Params, ...]]:
         like = next(iter(self.live.values.values()))
-        total: Params = {}
-        for node, weight in zip(nodes, weights, strict=True):
-            found = term(like.new_tensor(node))
-            total = tree.axpy(weight, found, total) if total else tree.scale(weight, found)
-        return total
+        totals: list[tuple[Params, ...]] = []
+        for node, *weights in zip(nodes, *rows, strict=True):
+            terms = term(like.new_tensor(node))
+            if not totals:
+                totals = [tuple(tree.zeros(one) for one in terms) for _ in rows]
+            totals = [
+                tuple(tree.axpy(weight, one, total) for one, total in zip(terms, sums, strict=True))
+                for weight, sums in zip(weights, totals, strict=True)
+            ]
+        return totals
 
     def steppable(self, start: Params) -> Params:  # noqa: D102
         self.live.load(start)

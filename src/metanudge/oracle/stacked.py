@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,9 @@ class StackedLosses:
         with torch.no_grad():
             return self._evaluate({role: function}, phi | self.shared, 0)[role]
 
+    def loss(self, role: Role, phi: Params) -> Tensor:  # noqa: D102
+        return self.value(self.losses[role], role, phi)
+
     def hessian_product(self, phi: Params, step: int) -> HessianProduct:  # noqa: D102
         phi = self._leaves(phi)
         everything = phi | self._leaves(self._lanes(self.shared, 1))
@@ -134,13 +138,19 @@ class StackedLosses:
         products = [(a[name] * b[name]).sum(-1) for name in a]
         return torch.stack(products).sum(0) if len(products) > 1 else products[0]
 
-    def stencil_sum(  # noqa: D102
-        self, nodes: tuple[float, ...], weights: tuple[float, ...], term: Callable[[Tensor], Params]
-    ) -> Params:
+    def stencil_sums(  # noqa: D102
+        self,
+        nodes: tuple[float, ...],
+        rows: tuple[tuple[float, ...], ...],
+        term: Callable[[Tensor], tuple[Params, ...]],
+    ) -> list[tuple[Params, ...]]:
         like = self.packing.reference
         terms = term(like.new_tensor(nodes).unsqueeze(0))
-        weight = like.new_tensor(weights).reshape(1, -1, 1)
-        return tree.tree_map(lambda leaf: (weight.to(leaf.dtype) * leaf).sum(1, keepdim=True), terms)
+
+        def weighted(weights: Tensor, leaf: Tensor) -> Tensor:
+            return (weights.to(leaf.dtype).reshape(1, -1, 1) * leaf).sum(1, keepdim=True)
+
+        return [tuple(tree.tree_map(partial(weighted, like.new_tensor(row)), one) for one in terms) for row in rows]
 
     def steppable(self, start: Params) -> Params:  # noqa: D102
         raise NotImplementedError("a torch optimizer steps one task, not a stack of them")

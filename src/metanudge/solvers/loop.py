@@ -46,8 +46,8 @@ class Solver(Protocol):
         """One step. Replay ``decision`` if given, else decide; return the new state and the decision."""
         ...
 
-    def settle(self, schedule: Schedule) -> Schedule:
-        """From what the free solve did, what nudged solves do that begin at its solution."""
+    def settle(self, schedule: Schedule, steps: int) -> Schedule:
+        """From what the free solve did, the ``steps`` of nudged solves that begin at its solution."""
         ...
 
     def point(self, state: Any) -> Params:
@@ -88,7 +88,7 @@ def solve(solver: Solver, energy: Energy, start: Params, observe: Observer | Non
     return Solution(solver.point(state), schedule)
 
 
-def replay(solver: Solver, energy: Energy, start: Params, schedule: Schedule, steps: int | None = None) -> Params:
+def replay(solver: Solver, energy: Energy, start: Params, schedule: Schedule) -> Params:
     """Solve a problem by a schedule: its number of steps, step sizes, decisions; fresh state.
 
     Args:
@@ -96,9 +96,7 @@ def replay(solver: Solver, energy: Energy, start: Params, schedule: Schedule, st
         energy: The nudged problem.
         start: Where to begin.
         schedule: What the free solve left, or that settled.
-        steps: Fewer steps than the schedule has; None for as many.
     """
-    taken = len(schedule.decisions)
     state = solver.init(energy, start, schedule.plan)
-    state = advance(solver, energy, schedule, state, range(taken if steps is None else min(steps, taken)))
+    state = advance(solver, energy, schedule, state, range(len(schedule.decisions)))
     return solver.point(state)

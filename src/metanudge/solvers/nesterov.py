@@ -168,12 +168,12 @@ class Nesterov:
                 active = active & (energy.relative_residual(pull, push) > self.tol)
             return Decision(active, uphill & active if self.restart else torch.zeros_like(uphill), lr)
 
-    def settle(self, schedule: Schedule) -> Schedule:
+    def settle(self, schedule: Schedule, steps: int) -> Schedule:
         """At the solution: the step size that suits the curvature there, and no early stop."""
         last = schedule.decisions[-1]
         always, never = torch.ones_like(last.active), torch.zeros_like(last.restart)
-        decisions = [Decision(always, one.restart, last.lr) for one in schedule.decisions]
-        decisions += [Decision(always, never, last.lr)] * (self.steps - len(decisions))
+        decisions = [Decision(always, one.restart, last.lr) for one in schedule.decisions[:steps]]
+        decisions += [Decision(always, never, last.lr)] * (steps - len(decisions))
         return schedule._replace(decisions=decisions)
 
     def point(self, state: State) -> Params:

@@ -159,7 +159,7 @@ class UnmatchedForward:
         free = solve_free(problem, solver)
         nu = torch.full_like(free.query_loss, self.nu)
         phi = replay(solver, problem.energy(nu), free.phi, free.schedule)
-        return free.estimate(tree.scale(problem.prox / nu, tree.subtract(free.phi, phi)), nu)
+        return free.estimate(problem, tree.scale(problem.prox / nu, tree.subtract(free.phi, phi)), nu)
 
 
 class Comparison(NamedTuple):
@@ -188,7 +188,7 @@ def compare(setting: Setting, steps: Sequence[int], lr: float, nudges: int, adva
 
     matched, unmatched = [], []
     for index, number in enumerate(steps):
-        matched.append([error(mn.FOBMAML("forward", nu=float(nu)), number) for nu in nus])
+        matched.append([error(mn.FOBMAML("forward", nudge="full", nu=float(nu)), number) for nu in nus])
         unmatched.append([error(UnmatchedForward(float(nu)), number) for nu in nus])
         advance(sum(steps[: index + 1]) / sum(steps))
     matched_errors, unmatched_errors = (torch.tensor(one, dtype=nus.dtype) for one in (matched, unmatched))

@@ -90,9 +90,9 @@ class StationaritySettings:
 def estimators(features: int) -> dict[str, Estimator]:
     """All of the library's, under the names of the metrics; iMAML may take d steps, which solve exactly."""
     return {
-        "fobmaml_symmetric": mn.FOBMAML("symmetric"),
-        "fobmaml_forward": mn.FOBMAML("forward"),
-        "fobmaml_fourth_order": mn.FOBMAML("fourth_order"),
+        "fobmaml_symmetric": mn.FOBMAML("symmetric", nudge="full"),
+        "fobmaml_forward": mn.FOBMAML("forward", nudge="full"),
+        "fobmaml_fourth_order": mn.FOBMAML("fourth_order", nudge="full"),
         "maml": mn.MAML(),
         "imaml": mn.IMAML(cg_steps=features),
         "hfmaml": mn.HFMAML(),

@@ -124,7 +124,7 @@ class Noise(NamedTuple):
 
 def noisy_norms(problem: Problem, make: MakeOptimizer, noise: Noise, inner_steps: int, step_size: float) -> Tensor:
     """||∇F|| at the start and after every meta-step on minibatches; the step size falls linearly to zero."""
-    learner = problem.learner(mn.FOBMAML(), inner_steps, noise.start)
+    learner = problem.learner(mn.FOBMAML(nudge="full"), inner_steps, noise.start)
     optimizer = make(learner.model.parameters(), step_size)
     total = len(noise.minibatches)
     scheduler = LambdaLR(optimizer, lambda step: 1 - step / total)

@@ -1,0 +1,85 @@
+"""How far an estimate by nudged solves can be from the meta-gradient, from what the solves leave behind."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metanudge import tree
+from metanudge.energy import InnerProblem
+from metanudge.estimators.base import FreeSolve
+from metanudge.types import Params, Role
+
+COST = 4
+"""Gradients that ``error_bound`` takes."""
+
+
+class Nudged(NamedTuple):
+    """What the nudged solves gave, interpolated over their nodes.
+
+    Attributes:
+        nu: ν, ``[*L]``.
+        displacement: Relative displacement of the solution, ``[*L]``.
+        derivative: u = dφ/dν.
+        force: r, what is left of the forces: dν-derivative of ∂E/∂φ at the nudged points; 0 for perfect solves.
+        middle: φ̄, the points' value at ν = 0.
+        middle_force: Mean of the forces at the points, their value at ν = 0.
+    """
+
+    nu: Tensor
+    displacement: Tensor
+    derivative: Params
+    force: Params
+    middle: Params
+    middle_force: Params
+
+
+def error_bound(problem: InnerProblem, free: FreeSolve, nudged: Nudged) -> Tensor:
+    r"""Bound on ||g - ∇F|| in the adapted parameters, ``[*L]``, where the support loss is convex.
+
+    With g = -λ u and (H̄ + λ) u = r - ∇f(φ₀), H̄ the mean Hessian between the nudged points, and with A⁻¹ <= 1/λ,
+
+    .. math::
+        \|g - \nabla F\| \le \|r\| + \|\nabla f(\phi_0) - \nabla f(\phi^*)\| + \|(\bar H - H^*) z\|
+
+    The nudged solves go on where the free one ended, so φ̄ is nearer to φ* than φ₀ is: at most t = ||∇E(φ̄)|| / λ over
+    ||φ̄ - φ₀|| of their distance is left. What changed from φ₀ to φ̄ is measured, in the query gradient and in the
+    Hessian along u; what is left to change is at most as much, times t; the Hessian's change between the points, whose
+    linear part a symmetric stencil cancels, enters by its square; and the last digits have their share:
+
+    .. math::
+        \|r\| + (1 + t) \|\Delta \nabla f\| + \|\Delta H u\|
+            + \frac{\|\text{even part of } \nabla \hat f / \nu\|^2}{\|\nabla f\|} + \frac{\epsilon}{3 \, d} \|\nabla f\|
+
+    with d the relative displacement. All but the last three terms is a theorem; those are first-order estimates.
+    Cost: 4 gradients.
+    """
+    losses, energy, norm = problem.losses, problem.energy(), problem.energy().norm
+    nu, u, slope = nudged.nu, nudged.derivative, norm(free.slope)
+
+    def pull(phi: Params) -> Params:
+        return losses.value_and_gradient(Role.SUPPORT, phi, free.step)[1]
+
+    _, query = losses.value_and_gradient(Role.QUERY, nudged.middle, free.step)
+    change_of_slope = norm(tree.subtract(query, free.slope))
+    middle_force = tree.add(pull(nudged.middle), energy.push(nudged.middle))
+    even = norm(tree.subtract(nudged.middle_force, middle_force)) / nu
+
+    curvature = tree.subtract(tree.axpy(-problem.prox, u, nudged.force), free.slope)  # H̄ u = r - λ u - ∇f
+    ahead, behind = (pull(tree.axpy(sign * nu, u, free.phi)) for sign in (1, -1))
+    curvature_at_free = tree.scale(1 / (2 * nu), tree.subtract(ahead, behind))
+    change_of_curvature = norm(tree.subtract(curvature, curvature_at_free))
+
+    tiny = torch.finfo(slope.dtype).tiny
+    gone = norm(tree.subtract(nudged.middle, free.phi))
+    left = (norm(middle_force) / problem.prox / gone.clamp_min(tiny)).clamp_max(1e3)
+    round_off = torch.finfo(slope.dtype).eps / (3 * nudged.displacement) * slope
+    return (
+        norm(nudged.force)
+        + (1 + left) * change_of_slope
+        + change_of_curvature
+        + even**2 / slope.clamp_min(tiny)
+        + round_off
+    )

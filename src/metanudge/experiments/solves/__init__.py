@@ -1,0 +1,1 @@
+"""``metanudge reproduce solves``."""

@@ -1,0 +1,178 @@
+"""The bound on an estimate's error, the alarm, the guard against diverged solves, and what the user is told."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+import metanudge as mn
+from metanudge import advice
+from metanudge.experiments.solves.random_problems import random_problems
+from problems import PROBLEMS, Problem, distance, hessian, slope
+
+EXECUTIONS = ["vectorized", "in_place"]
+
+
+def step_on(made: Problem, solver: object, task: int | None = None, **settings: object) -> tuple[mn.MetaStep, Tensor]:
+    model = made.make()
+    tasks = made.tasks
+    if task is not None:
+        tasks = mn.Tasks(*(mn.Batch(*(x[task : task + 1] for x in batch)) for batch in tasks))
+    step = mn.MetaLearner(model, made.loss, prox=made.prox, solver=solver, **settings).backward(tasks)
+    return step, torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+
+
+def test_the_bound_holds_on_random_convex_problems() -> None:
+    """The study ``solves`` runs 200; here are 40 others, with as many steps as they happen to have."""
+    ratios = []
+    for problem in random_problems(40, seed=7):
+        error, size, bound = problem.measure(mn.FOBMAML())
+        assert error <= bound * size
+        ratios.append(bound * size / error)
+    assert sum(ratio < 10 for ratio in ratios) >= 20
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "forward", "fourth_order"])
+@pytest.mark.parametrize("nudge", ["linear", "full"])
+@pytest.mark.parametrize("steps", [4, 12, 40])
+@pytest.mark.parametrize("problem", ["ridge", "logistic"])
+def test_the_bound_holds_task_by_task(problem: str, steps: int, nudge: str, scheme: str) -> None:
+    made = PROBLEMS[problem]()
+    for i, (task, phi) in enumerate(zip(made.plain, made.solutions(), strict=True)):
+        eye = torch.eye(len(phi), dtype=phi.dtype)
+        exact = made.prox * torch.linalg.solve(hessian(task.support, phi) + made.prox * eye, slope(task.query, phi))
+        step, found = step_on(made, mn.Nesterov(steps), i, estimator=mn.FOBMAML(scheme, nudge=nudge))
+        assert float((found - exact).norm()) <= step.error_bound * float(found.norm())
+        assert step.error_bound < 100
+
+
+def test_the_bound_is_its_formula() -> None:
+    """Naive: the same five terms by dense linear algebra on a quadratic, where all but two of them are exact."""
+    made = PROBLEMS["ridge"]()
+    steps, lr, nu = 4, 0.1, 0.1
+    task, theta, prox = made.plain[0], made.theta, made.prox
+
+    def descend(start: Tensor, count: int, pull: Tensor | float = 0.0) -> Tensor:
+        phi = start
+        for _ in range(count):
+            phi = phi - lr * (slope(task.support, phi) + pull + prox * (phi - theta))
+        return phi
+
+    phi0 = descend(theta, steps)
+    g = slope(task.query, phi0)
+    ends = {sign: descend(phi0, 2 * steps, sign * nu * g) for sign in (-1, 1)}
+    u = (ends[1] - ends[-1]) / (2 * nu)
+    force = {s: slope(task.support, ends[s]) + s * nu * g + prox * (ends[s] - theta) for s in ends}
+    r = (force[1] - force[-1]) / (2 * nu)
+    middle = (ends[1] + ends[-1]) / 2
+    change = (slope(task.query, middle) - g).norm()
+    left = (slope(task.support, middle) + prox * (middle - theta)).norm() / prox / (middle - phi0).norm()
+    displacement = nu * float(g.norm()) / (prox * float(phi0.norm()))
+    bound = r.norm() + (1 + left) * change + torch.finfo(torch.float64).eps / (3 * displacement) * g.norm()
+    step, found = step_on(made, mn.GradientDescent(steps, lr=lr), 0, estimator=mn.FOBMAML(nu=nu))
+    assert distance(found, -prox * u) < 1e-12
+    assert step.error_bound == pytest.approx(float(bound / found.norm()), rel=1e-9)
+
+
+@pytest.mark.parametrize("problem", ["ridge", "logistic", "mlp"])
+def test_both_executions_certify_the_same(problem: str) -> None:
+    made = PROBLEMS[problem]()
+    bounds = [step_on(made, mn.Nesterov(8), execution=execution)[0].error_bound for execution in EXECUTIONS]
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-6)
+
+
+def test_the_bound_shrinks_as_the_solve_converges() -> None:
+    made = PROBLEMS["logistic"]()
+    bounds = [step_on(made, mn.Nesterov(steps))[0].error_bound for steps in (4, 16, 64)]
+    assert bounds[0] > 10 * bounds[1] > 100 * bounds[2]
+
+
+@pytest.mark.parametrize(
+    "estimator", [mn.MAML(), mn.FOMAML(), mn.Reptile(), mn.FOBMAML(start="initialization")], ids=str
+)
+def test_who_has_no_bound_says_so(estimator: object) -> None:
+    assert math.isnan(step_on(PROBLEMS["logistic"](), mn.Nesterov(8), estimator=estimator)[0].error_bound)
+
+
+class Saddle(torch.nn.Module):
+    """Two parameters, one of them with negative curvature in the support loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phi = torch.nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64))
+
+
+def saddle_loss(model: Saddle, batch: mn.Batch) -> Tensor:
+    return (batch.inputs * model.phi.square()).sum() / 2 + (batch.targets * model.phi).sum()
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_the_alarm(execution: str) -> None:
+    """Curvatures (1, -0.8), prox 1: λ / (H + λ) is (1/2, 5): the second task's query gradient is amplified fivefold."""
+    curvatures = torch.tensor([[1.0, 0.0], [1.0, -0.8]]).double()
+    pulls = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).double()
+    tasks = mn.Tasks(mn.Batch(curvatures, torch.zeros(2, 2).double()), mn.Batch(torch.zeros(2, 2).double(), pulls))
+    model = Saddle()
+    learner = mn.MetaLearner(model, saddle_loss, prox=1.0, solver=mn.Nesterov(100), execution=execution)
+    step = learner.backward(tasks)
+    torch.testing.assert_close(model.phi.grad, torch.tensor([0.25, 2.5]).double(), rtol=1e-6, atol=1e-9)
+    assert step.amplified_tasks == 1
+    with pytest.warns(mn.UnsolvedWarning, match="1 of 1 tasks.*raise prox to about 3"):
+        learner.backward(mn.Tasks(*(mn.Batch(*(x[1:] for x in batch)) for batch in tasks)))
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("estimator", [mn.FOBMAML(), mn.MAML(), mn.FOMAML()], ids=str)
+def test_a_solve_that_ends_above_its_start_is_left_out(estimator: object, execution: str) -> None:
+    """Finite, but exploded: not a meta-gradient."""
+    if isinstance(estimator, mn.MAML) and execution == "in_place":
+        pytest.skip("unrolls")
+    made = PROBLEMS["ridge"]()
+    inputs = made.tasks.support.inputs.clone()
+    inputs[2] *= 30
+    tasks = mn.Tasks(mn.Batch(inputs, made.tasks.support.targets), made.tasks.query)
+    settings = {"prox": made.prox, "solver": mn.GradientDescent(4, lr=0.1), "estimator": estimator}
+    learner, rest = (mn.MetaLearner(made.make(), made.loss, execution=execution, **settings) for _ in range(2))
+    with pytest.warns(mn.NonFiniteWarning, match="1 of 3 tasks diverged"):
+        step = learner.backward(tasks)
+    rest.backward(mn.Tasks(*(mn.Batch(*(x[:2] for x in batch)) for batch in made.tasks)))
+    assert step.dropped_tasks == 1
+    for one, other in zip(learner.model.parameters(), rest.model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_a_task_that_is_solved_where_it_begins_has_not_diverged() -> None:
+    made = PROBLEMS["ridge"]()
+    solved = mn.Batch(made.tasks.support.inputs, made.tasks.support.inputs @ made.theta.reshape(-1, 1).squeeze(-1))
+    model = made.make()
+    learner = mn.MetaLearner(model, made.loss, prox=made.prox, estimator=mn.FOMAML())
+    assert learner.backward(mn.Tasks(solved, made.tasks.query)).dropped_tasks == 0
+
+
+def test_the_user_is_told_once_and_what_to_do() -> None:
+    made = PROBLEMS["logistic"]()
+    learner = mn.MetaLearner(made.make(), made.loss, prox=0.05, solver=mn.GradientDescent(8, lr=0.05))
+    with pytest.warns(mn.UnsolvedWarning) as caught:
+        step = learner.backward(made.tasks)
+    more, closer = advice.cure(step.residual, 8, 0.05)
+    (told,) = (str(one.message) for one in caught)
+    assert f"{100 * step.residual:.0f} % from solved" in told
+    assert f"steps from 8 to about {more}" in told
+    assert f"prox from 0.05 to about {closer:g}" in told
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner.backward(made.tasks)
+        fomaml = mn.MetaLearner(made.make(), made.loss, prox=0.05, solver=learner.solver, estimator=mn.FOMAML())
+        fomaml.backward(made.tasks)  # does not rest on the solution
+
+
+def test_the_advice_follows_from_geometric_convergence() -> None:
+    assert advice.cure(0.4, 8, 0.1) == (27, pytest.approx(2.0))
+    steps, _ = advice.cure(0.5, 10, 1.0)
+    assert 0.5 ** (steps / 10) <= advice.DONE < 0.5 ** ((steps - 1) / 10)
+    assert advice.rounded(0.034) == pytest.approx(0.04)
+    assert advice.rounded(20.0) == pytest.approx(20.0)
