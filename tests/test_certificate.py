@@ -51,7 +51,7 @@ def test_the_bound_holds_task_by_task(problem: str, steps: int, nudge: str, sche
 
 
 def test_the_bound_is_its_formula() -> None:
-    """Naive: the same five terms by dense linear algebra on a quadratic, where all but two of them are exact."""
+    """Naive: the same terms by dense linear algebra on a quadratic, where all but two of them are exact."""
     made = PROBLEMS["ridge"]()
     steps, lr, nu = 4, 0.1, 0.1
     task, theta, prox = made.plain[0], made.theta, made.prox
@@ -72,7 +72,8 @@ def test_the_bound_is_its_formula() -> None:
     change = (slope(task.query, middle) - g).norm()
     left = (slope(task.support, middle) + prox * (middle - theta)).norm() / prox / (middle - phi0).norm()
     displacement = nu * float(g.norm()) / (prox * float(phi0.norm()))
-    bound = r.norm() + (1 + left) * change + torch.finfo(torch.float64).eps / (3 * displacement) * g.norm()
+    floor = displacement**2 / 4 + torch.finfo(torch.float64).eps / (2 * displacement)
+    bound = r.norm() + (1 + left) * change + floor * g.norm()
     step, found = step_on(made, mn.GradientDescent(steps, lr=lr), 0, estimator=mn.FOBMAML(nu=nu))
     assert distance(found, -prox * u) < 1e-12
     assert step.error_bound == pytest.approx(float(bound / found.norm()), rel=1e-9)

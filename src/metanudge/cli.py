@@ -19,7 +19,7 @@ from metanudge.errors import MetanudgeError
 class Reproduce:
     """Reproduce a result: writes metrics.json, figures (PNG and SVG) and report.html."""
 
-    experiment: tyro.conf.Positional[Literal["synthetic"]]
+    experiment: tyro.conf.Positional[Literal["synthetic", "solves"]]
     """Which result."""
     out: Path | None = None
     """Folder to write into; by default results/EXPERIMENT, with --only results/EXPERIMENT-partial."""

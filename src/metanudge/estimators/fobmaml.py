@@ -140,7 +140,8 @@ class FOBMAML:
         error = None
         if at_solution:
             middle = tree.add(moved(middle_partial), problem.losses.spread(problem.theta))
-            error = error_bound(problem, free, Nudged(nu, displacement, moved(gradient), force, middle, middle_force))
+            nudged = Nudged(nu, displacement, moved(gradient), force, middle, middle_force)
+            error = error_bound(problem, free, nudged, self.stencil.order)
         if self.nudge == "linear":
             gradient |= {name: gradient[name] + leaf for name, leaf in free.direct(problem).items()}
         return free.estimate(problem, gradient, nu, error)

@@ -1,1 +1,12 @@
-"""``metanudge reproduce solves``."""
+"""``metanudge reproduce solves``: inner solves that converge without tuning, and the numbers that say whether they did."""
+
+from metanudge.experiments.solves import sinusoid
+from metanudge.experiments.study import Entry, Experiment
+
+EXPERIMENT = Experiment(
+    name="solves",
+    title="Inner solves",
+    studies={
+        "sinusoid": Entry(sinusoid.SinusoidSettings, sinusoid.run),
+    },
+)
