@@ -8,50 +8,17 @@ Run: ``make bench``; the committed result is results/benchmarks/memory.json.
 from __future__ import annotations
 
 import json
-import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import metanudge as mn
+from metanudge.diagnostics.memory import LiveBytes
 from metanudge.experiments.report import versions
 
 TASKS = 4  # in place, one of them is alive at a time
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages made inside the context and still alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.alive: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        result = function(*arguments, **(keywords or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.see(tensor.untyped_storage())
-        return result
-
-    def see(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage until it is freed; Python's object for it lives exactly as long."""
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.alive:
-            return
-        self.alive.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.gone, key, size)
-
-    def gone(self, key: int, size: int) -> None:
-        """A storage was freed."""
-        self.alive.discard(key)
-        self.now -= size
 
 
 def peak_bytes(estimator: Any, solver: Any, execution: str) -> int:

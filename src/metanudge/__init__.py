@@ -1,6 +1,7 @@
 """Meta-learning for PyTorch with first derivatives only."""
 
 from metanudge import metrics, optim, tasks
+from metanudge.diagnostics import Check, check
 from metanudge.errors import (
     LossError,
     MetanudgeError,
@@ -39,6 +40,7 @@ __all__ = [
     "STENCILS",
     "Adam",
     "Batch",
+    "Check",
     "Evaluation",
     "GradientDescent",
     "LossError",
@@ -56,6 +58,7 @@ __all__ = [
     "TasksError",
     "TorchOptimizer",
     "UnsolvedWarning",
+    "check",
     "metrics",
     "optim",
     "tasks",

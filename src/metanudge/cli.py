@@ -12,7 +12,9 @@ import tyro
 from rich.console import Console
 
 import metanudge
+from metanudge.diagnostics import check
 from metanudge.errors import MetanudgeError
+from metanudge.loading import load_learner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,36 @@ class Reproduce:
 
 
 @dataclasses.dataclass(frozen=True)
+class Check:
+    """How far the estimate is from the exact meta-gradient, on your own model and tasks, and what would mend it."""
+
+    target: tyro.conf.Positional[str]
+    """FILE.py:FUNCTION or package.module:FUNCTION; the function returns (learner, tasks)."""
+    max_tasks: int = 4
+    """Tasks to use, the first ones."""
+    reference_steps: int = 400
+    """Steps of the reference's solve."""
+    out: Path | None = None
+    """Folder to write check.json, check.png and check.svg into; by default nothing is written."""
+
+    def run(self, console: Console) -> int:
+        """Check, print and write."""
+        loaded = load_learner(self.target)
+        with console.status("comparing with the exact meta-gradient"):
+            found = check(loaded.learner, loaded.tasks, max_tasks=self.max_tasks, reference_steps=self.reference_steps)
+        console.print(str(found).removesuffix(found.verdict), highlight=False, soft_wrap=True)
+        console.print(found.verdict, style="green" if found.good else "yellow", highlight=False)
+        console.print(f"Compared with: {found.reference}.", style="dim", highlight=False)
+        if self.out is not None:
+            from metanudge.experiments.report import write_figure  # plotting libraries load only when they are needed
+
+            record = found._asdict() | {"rows": [row._asdict() for row in found.rows]}
+            write_figure(self.out, "check", found.figure(), record)
+            console.print(f"Written to [bold]{self.out}[/bold]", highlight=False)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Version:
     """Show the version."""
 
@@ -51,7 +83,11 @@ class Version:
         return 0
 
 
-Command = Annotated[Reproduce, tyro.conf.subcommand("reproduce")] | Annotated[Version, tyro.conf.subcommand("version")]
+Command = (
+    Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
+    | Annotated[Check, tyro.conf.subcommand("check")]
+    | Annotated[Version, tyro.conf.subcommand("version")]
+)
 
 
 def main(arguments: list[str] | None = None) -> int:

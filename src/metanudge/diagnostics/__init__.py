@@ -1,5 +1,6 @@
 """Looking at a meta-learning problem: exact references, and what limits an estimate."""
 
+from metanudge.diagnostics.check import Check, CheckRow, Recommendation, check
 from metanudge.diagnostics.exact import ExactMetaObjective
 
-__all__ = ["ExactMetaObjective"]
+__all__ = ["Check", "CheckRow", "ExactMetaObjective", "Recommendation", "check"]

@@ -46,8 +46,6 @@ details {{ margin-top: 2rem; }} pre {{ background: #f6f6f6; padding: .8rem; over
 def write_report(out: Path, title: str, studies: list[Study], run: Mapping[str, Any]) -> None:
     """Write ``metrics.json``, ``<figure>.png``, ``<figure>.svg`` and ``report.html`` into ``out``.
 
-    Every file is first written beside its place and then moved there, so that a reader never meets half of one.
-
     Args:
         out: The folder, made if missing.
         title: Heading of the page.
@@ -74,7 +72,19 @@ def write_report(out: Path, title: str, studies: list[Study], run: Mapping[str, 
         sections="\n".join(section(study) for study in studies),
         run=html.escape(json.dumps(plain(record), indent=1, ensure_ascii=False)),
     )
-    for name, content in {**pictures, "metrics.json": text.encode() + b"\n", "report.html": page.encode()}.items():
+    _write(out, {**pictures, "metrics.json": text.encode() + b"\n", "report.html": page.encode()})
+
+
+def write_figure(out: Path, stem: str, drawn: Any, record: Mapping[str, Any]) -> None:
+    """Write one figure and the numbers behind it: ``stem.png``, ``stem.svg`` and ``stem.json``."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(plain({**record, "versions": versions()}), indent=1, ensure_ascii=False, allow_nan=False)
+    _write(out, {f"{stem}.{kind}": render(drawn, kind) for kind in ("png", "svg")} | {f"{stem}.json": text.encode()})
+
+
+def _write(out: Path, contents: Mapping[str, bytes]) -> None:
+    """Every file is first written beside its place and then moved there: a reader never meets half of one."""
+    for name, content in contents.items():
         unfinished = out / f".{name}.part"
         unfinished.write_bytes(content)
         os.replace(unfinished, out / name)  # noqa: PTH105

@@ -1,4 +1,4 @@
-"""``metanudge reproduce solves``: inner solves that converge without tuning, and the numbers that say whether they did."""
+"""``metanudge reproduce solves``: inner solves that converge without tuning, and numbers that say whether they did."""
 
 from metanudge.experiments.solves import sinusoid
 from metanudge.experiments.study import Entry, Experiment

@@ -1,0 +1,81 @@
+"""The user's own learner and tasks, by name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from metanudge.errors import SettingsError
+from metanudge.learner import MetaLearner
+from metanudge.types import Tasks
+
+FORM = "a function without arguments that returns (learner, tasks) or (learner, tasks, optimizer)"
+
+
+class Loaded(NamedTuple):
+    """What the user's function returned."""
+
+    learner: MetaLearner
+    tasks: Tasks | Iterable[Tasks]
+    optimizer: torch.optim.Optimizer | None
+
+
+def load_learner(target: str) -> Loaded:
+    """Call the function that ``target`` names.
+
+    Args:
+        target: "package.module:function" or "path/to/file.py:function".
+
+    Raises:
+        SettingsError: No such file, module or function, or one that returns something else. What the user's own code
+            raises passes through.
+    """
+    place, colon, name = target.rpartition(":")
+    if not colon or not place or not name:
+        raise SettingsError(
+            f"expected FILE.py:FUNCTION or package.module:FUNCTION, got {target!r}; the function is {FORM}"
+        )
+    function = getattr(_module(place), name, None)
+    if not callable(function):
+        raise SettingsError(f"{place} has no function {name!r}; it should be {FORM}")
+    return _unpacked(function(), target)
+
+
+def _module(place: str) -> Any:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    if not place.endswith(".py"):
+        try:
+            found = importlib.util.find_spec(place)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            raise SettingsError(f"there is no module {place!r}, neither installed nor below {here}")
+        return importlib.import_module(place)
+    path = Path(place)
+    if not path.is_file():
+        raise SettingsError(f"there is no file {place}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # so that its classes can be pickled
+    spec.loader.exec_module(module)
+    return module
+
+
+def _unpacked(found: Any, target: str) -> Loaded:
+    parts = tuple(found) if isinstance(found, tuple) and not isinstance(found, Tasks) else (found,)
+    if len(parts) not in (2, 3) or not isinstance(parts[0], MetaLearner):
+        raise SettingsError(f"{target} should be {FORM}, but it returned {type(found).__name__}")
+    optimizer = parts[2] if len(parts) == 3 else None
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise SettingsError(f"{target} returned {type(optimizer).__name__} where a torch optimizer belongs")
+    return Loaded(parts[0], parts[1], optimizer)
