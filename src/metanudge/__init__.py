@@ -26,6 +26,7 @@ from metanudge.estimators import (
 from metanudge.learner import MetaLearner
 from metanudge.solvers import SOLVERS, Adam, GradientDescent, Nesterov, TorchOptimizer
 from metanudge.types import Batch, Evaluation, MetaStep, Tasks
+from metanudge.warm_start import WarmStart
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ __all__ = [
     "TasksError",
     "TorchOptimizer",
     "UnsolvedWarning",
+    "WarmStart",
     "check",
     "metrics",
     "optim",

@@ -86,11 +86,15 @@ class InnerProblem:
         losses: Gradients of f̂ and f in all parameters.
         theta: The initialisation, ``[*L, *shape]`` up to broadcasting.
         prox: λ >= 0.
+        tasks: How many tasks the lanes hold.
+        start: Where the free solve begins, a lane a task; None for θ.
     """
 
     losses: LossGradients
     theta: Params
     prox: float
+    tasks: int = 1
+    start: Params | None = None
 
     def energy(self, nu: Tensor | None = None, slope: Params | None = None) -> Energy:
         """E(·; θ, ν); free without ``nu``, linearly nudged with ``slope``."""

@@ -27,10 +27,14 @@ class Lent(NamedTuple):
     Attributes:
         problems: The inner problems, in order.
         named: Sum over the lanes of one problem, by parameter name.
+        rows: Adapted parameters of the lanes of one problem as ``[T, P]``.
+        lanes: And back.
     """
 
     problems: Iterator[InnerProblem]
     named: Callable[[Params], dict[str, Tensor]]
+    rows: Callable[[Params], Tensor]
+    lanes: Callable[[Tensor], Params]
 
 
 class Execution(Protocol):
@@ -92,14 +96,21 @@ class Vectorized:
             for stack in stacks:
                 for chunk, number in split(stack, self.chunk_size):
                     losses = StackedLosses(call, self.losses, packing, shared, chunk, number, first, random, tally)
-                    yield InnerProblem(losses, theta, prox)
+                    yield InnerProblem(losses, theta, prox, number)
                     first += number
 
         def named(params: Params) -> dict[str, Tensor]:
             return packing.unpack(tree.tree_map(lambda leaf: leaf.sum((0, 1)), params))
 
+        def rows(params: Params) -> Tensor:
+            return torch.cat([leaf.squeeze(1) for leaf in params.values()], dim=1)
+
+        def lanes(found: Tensor) -> Params:
+            parts = torch.split(found, [leaf.shape[-1] for leaf in theta.values()], dim=1)
+            return {key: part.unsqueeze(1).to(theta[key]) for key, part in zip(theta, parts, strict=True)}
+
         with _kept(self.model) as random:
-            yield Lent(problems(random), named)
+            yield Lent(problems(random), named, rows, lanes)
 
 
 @dataclass(frozen=True)
@@ -127,9 +138,18 @@ class InPlace:
                 losses = LiveLosses(live, self.losses, selection.shared, task, index, random, tally)
                 yield InnerProblem(losses, theta, prox)
 
+        def rows(params: Params) -> Tensor:
+            return torch.cat([leaf.reshape(1, -1) for leaf in params.values()], dim=1)
+
+        def lanes(found: Tensor) -> Params:
+            parts = torch.split(found[0], [leaf.numel() for leaf in theta.values()])
+            return {
+                name: part.reshape(theta[name].shape).to(theta[name]) for name, part in zip(theta, parts, strict=True)
+            }
+
         try:
             with _kept(self.model) as random:
-                yield Lent(problems(random), dict)
+                yield Lent(problems(random), dict, rows, lanes)
         finally:
             live.give_back()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -23,6 +25,7 @@ from metanudge.settings import check_function, check_part
 from metanudge.solvers import Nesterov, Solver
 from metanudge.solvers.loop import solve
 from metanudge.types import Batch, Evaluation, LossFunction, MetaStep, Need, Params, Role, Tasks
+from metanudge.warm_start import WarmStart
 
 
 class MetaLearner:
@@ -49,6 +52,7 @@ class MetaLearner:
             shared by all tasks and get their own exact meta-gradient; frozen ones cost nothing.
         chunk_size: Tasks at once in the vectorised execution; None for all.
         query_loss: The loss that judges adapted models, in the form of ``loss``; None for ``loss`` itself.
+        warm_start: Begin inner solves of ``backward`` at the tasks' last solutions; ``mn.WarmStart()``.
 
     Raises:
         SettingsError: Settings that can not work, alone or together, with the reason and the cure.
@@ -77,6 +81,7 @@ class MetaLearner:
         adapt_only: AdaptOnly | None = None,
         chunk_size: int | None = None,
         query_loss: LossFunction | None = None,
+        warm_start: WarmStart | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise SettingsError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -94,6 +99,7 @@ class MetaLearner:
         self.estimator: Estimator = FOBMAML() if estimator is None else estimator
         check_part("solver", self.solver, "settle", "mn.Nesterov(steps=16)")
         check_part("estimator", self.estimator, "rule", "mn.FOBMAML()")
+        self.warm_start = warm_start
         self.adapt_only = adapt_only
         selection = select_parameters(model, adapt_only)
         self.execution: Execution = choose_execution(execution, model, self.losses, selection, self.solver, chunk_size)
@@ -110,6 +116,8 @@ class MetaLearner:
             missing.add(Need.DIFFERENTIABLE_SOLVER)
         if selection.shared:
             missing.add(Need.NO_SHARED_PARAMETERS)
+        if self.warm_start is not None:
+            missing.add(Need.START_AT_THETA)
         for part in (self.estimator, self.solver):
             for need in part.needs & missing:
                 raise SettingsError(f"{type(part).__name__} can not run here: {need.reason}. {need.cure}")
@@ -126,7 +134,7 @@ class MetaLearner:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def backward(self, tasks: Tasks | Sequence[Tasks]) -> MetaStep:
+    def backward(self, tasks: Tasks | Sequence[Tasks], indices: Sequence[int] | None = None) -> MetaStep:
         """Add the meta-gradient of F to ``.grad``, as ``loss.backward()`` would.
 
         Tasks whose solve diverges, or whose loss or meta-gradient is not finite, are left out of the mean, with one
@@ -134,6 +142,7 @@ class MetaLearner:
 
         Args:
             tasks: A stack of tasks, or a list of single ones of any sizes (equal ones are stacked).
+            indices: With a warm start: which task of the finite set each one is, a whole number a task.
 
         Returns:
             What was done, as numbers.
@@ -142,6 +151,7 @@ class MetaLearner:
             TasksError: Tasks that are empty, mismatched, or on another device than the model.
             LossError: A loss that is not a scalar or does not depend on the adapted parameters.
             NonFiniteError: No task was finite.
+            SettingsError: A warm start without ``indices``, or the other way round.
 
         Warns:
             NonFiniteWarning: Tasks were left out; once.
@@ -150,12 +160,41 @@ class MetaLearner:
 
         Cost: that of the estimator, times the number of tasks.
         """
-        stacks, _ = as_stacks(tasks, self._device)
+        stacks, places = as_stacks(tasks, self._device)
+        order = iter(self._in_order(indices, places))
         tally, mean = Tally(), FiniteMean()
+        solved: list[tuple[list[int], Tensor]] = []
         with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, tally) as lent:
             for problem in lent.problems:
-                mean.add(problem, self.estimator(problem, self.solver), lent.named)
-        return self._deposit(mean, tally)
+                if self.warm_start is not None:
+                    known = list(islice(order, problem.tasks))
+                    rows = lent.rows(problem.losses.spread(problem.theta))
+                    problem = replace(problem, start=lent.lanes(self.warm_start.get(known, rows)))
+                estimate = self.estimator(problem, self.solver)
+                mean.add(problem, estimate, lent.named)
+                if self.warm_start is not None:
+                    diverged = estimate.diverged.reshape(-1, 1)
+                    solved.append((known, lent.rows(estimate.solution).masked_fill(diverged, float("nan")).cpu()))
+        step = self._deposit(mean, tally)
+        if self.warm_start is not None:
+            for known, rows in solved:
+                self.warm_start.put(known, rows)
+        return step
+
+    def _in_order(self, indices: Sequence[int] | None, places: list[int]) -> list[int]:
+        """The indices in the order in which the tasks are solved."""
+        if (indices is None) != (self.warm_start is None):
+            given, wanted = ("no ", "give indices=[...]") if indices is None else ("", "give the learner a warm_start")
+            raise SettingsError(f"backward got {given}indices of tasks: indices and warm_start go together; {wanted}")
+        if indices is None:
+            return places
+        listed = [int(index) for index in indices]
+        if len(listed) != len(places) or len(set(listed)) < len(listed):
+            raise SettingsError(
+                f"indices must name every task once, {len(places)} different whole numbers, got {len(listed)} of which "
+                f"{len(set(listed))} differ"
+            )
+        return [listed[place] for place in places]
 
     def _deposit(self, mean: FiniteMean, tally: Tally) -> MetaStep:
         """Add the mean to ``.grad``."""

@@ -76,6 +76,10 @@ class Need(Enum):
         "it steps the parameters of the live module, which tasks can not share in the vectorized execution",
         'Use execution="in_place" or "auto", or the solvers GradientDescent, Nesterov or Adam.',
     )
+    START_AT_THETA = (
+        "it differentiates the solver's way from the initialisation, and with a warm start solves begin elsewhere",
+        "Use FOBMAML, IMAML or Tangent, which rest on the solution alone, or no warm start.",
+    )
     NO_SHARED_PARAMETERS = (
         "it defines no gradient for trainable parameters that are not adapted",
         "Freeze them with requires_grad_(False), adapt them too, or use another estimator.",
@@ -129,6 +133,7 @@ class Estimate(NamedTuple):
         size: Norm of ``gradient`` in the adapted parameters, ``[*L]``.
         slope: Norm of ∇f(phi) in the adapted parameters, ``[*L]``.
         diverged: Whether the free solve ended above where it began, ``[*L]``.
+        solution: φ(0), ``[*L, *shape]``.
     """
 
     gradient: Params
@@ -140,6 +145,7 @@ class Estimate(NamedTuple):
     size: Tensor
     slope: Tensor
     diverged: Tensor
+    solution: Params
 
 
 class MetaStep(NamedTuple):

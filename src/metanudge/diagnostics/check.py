@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -406,8 +406,7 @@ def _with_steps(solver: Any, steps: int) -> Solver | None:
     """None for a solver that is no dataclass."""
     if not dataclasses.is_dataclass(solver) or isinstance(solver, type):
         return None
-    changed: Solver = dataclasses.replace(solver, steps=steps)
-    return changed
+    return cast(Solver, dataclasses.replace(solver, steps=steps))
 
 
 def _short(estimator: Any) -> str:

@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from metanudge import tree
 from metanudge.energy import InnerProblem
 from metanudge.solvers.loop import Solver, solve
 from metanudge.types import Estimate, Need, Params, Role, Schedule
@@ -84,15 +85,27 @@ class FreeSolve(NamedTuple):
             norm({name: gradient[name] for name in self.phi}),
             norm(self.slope),
             self.diverged,
+            self.phi,
         )
 
 
 def solve_free(problem: InnerProblem, solver: Solver) -> FreeSolve:
-    """Solve the free problem from θ and evaluate both losses at its solution: K + 2 gradients."""
-    energy = problem.energy()
+    """Solve the free problem and evaluate both losses at its solution: K + 2 gradients.
+
+    It begins at θ, or at the problem's own start where the energy is lower there.
+    """
     start = problem.losses.spread(problem.theta)
-    phi, schedule = solve(solver, energy, start)
+    if problem.start is not None:
+        better = _value(problem, problem.start) < _value(problem, start)
+        start = tree.select(better, problem.start, start)
+    phi, schedule = solve(solver, problem.energy(), start)
     return judge(problem, phi, schedule, solver.steps)
+
+
+def _value(problem: InnerProblem, phi: Params) -> Tensor:
+    """E(φ), ``[*L]``."""
+    distance = tree.subtract(phi, problem.losses.spread(problem.theta))
+    return problem.losses.loss(Role.SUPPORT, phi) + problem.prox / 2 * problem.losses.inner(distance, distance)
 
 
 def judge(problem: InnerProblem, phi: Params, schedule: Schedule, step: int) -> FreeSolve:

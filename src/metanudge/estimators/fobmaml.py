@@ -94,8 +94,9 @@ class FOBMAML:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """The proximal problem."""
-        return frozenset({Need.PROXIMAL_TERM})
+        """The proximal problem; where nudged solves repeat the free one, that it began where they do."""
+        repeats = {Need.START_AT_THETA} if self.start == "initialization" else set()
+        return frozenset({Need.PROXIMAL_TERM} | repeats)
 
     @property
     def stencil(self) -> Stencil:

@@ -100,7 +100,7 @@ class HFMAML:
     @property
     def needs(self) -> frozenset[Need]:
         """A solver that autograd can follow."""
-        return frozenset({Need.DIFFERENTIABLE_SOLVER})
+        return frozenset({Need.DIFFERENTIABLE_SOLVER, Need.START_AT_THETA})
 
     def __call__(self, problem: InnerProblem, solver: Solver) -> Estimate:
         """Unroll and pull back."""

@@ -47,7 +47,7 @@ class MAML:
     @property
     def needs(self) -> frozenset[Need]:
         """Double backward, through the solver."""
-        return frozenset({Need.DOUBLE_BACKWARD, Need.DIFFERENTIABLE_SOLVER})
+        return frozenset({Need.DOUBLE_BACKWARD, Need.DIFFERENTIABLE_SOLVER, Need.START_AT_THETA})
 
     def __call__(self, problem: InnerProblem, solver: Solver) -> Estimate:
         """Unroll and pull back."""
