@@ -329,7 +329,8 @@ def gauss_newton_products(losses: StackedLosses) -> Products:
         def times(vector: Params) -> Params:
             losses.count(2 * next(iter(vector.values())).shape[1])
             over_nodes = vmap(one, in_dims=(0, 0, None))
-            found: Params = vmap(over_nodes)(phi, vector, losses.tasks.support.inputs)
+            here = tree.tree_map(lambda a, b: a.expand_as(b), phi, vector)
+            found: Params = vmap(over_nodes)(here, vector, losses.tasks.support.inputs)
             return found
 
         return times
@@ -337,14 +338,24 @@ def gauss_newton_products(losses: StackedLosses) -> Products:
     return at
 
 
+class Damped(NamedTuple):
+    """A trial point; then, None before the first step: the point it was tried from, its gradient, and the damping."""
+
+    phi: Params
+    anchor: Params | None
+    slope: Params | None
+    damping: Tensor | None
+
+
 @dataclass(frozen=True)
 class GaussNewton(Alternative):
-    r"""Gauss-Newton steps d, (2/n JᵀJ + λ) d = -g, by a fixed number of steps of conjugate gradients from zero.
+    r"""Damped Gauss-Newton steps d, (2/n JᵀJ + λ + μ) d = -g, by conjugate gradients from zero.
 
-    The products know one stack of tasks and its model: seam 2 shows a solver losses, and no residuals. Only for squared
-    errors. Cost of a step: 1 gradient and 2 a product; nothing is measured at the start. No guard: λ is one.
+    μ is 0 as long as ||g|| falls; where it rises the step is taken back and μ becomes 4 max(μ, λ), else μ / 4. The
+    products know one stack of tasks and its model: seam 2 shows a solver losses, and no residuals. For squared errors.
+    Cost of a step: 1 gradient and 2 a step of conjugate gradients; nothing is measured at the start.
 
-    Source: Martens, ICML 2010 (Hessian-free, Gauss-Newton products: Schraudolph, Neural Computation 14 (2002)).
+    Source: Levenberg, Quart. Appl. Math. 2 (1944); by products: Schraudolph, Neural Computation 14 (2002).
     """
 
     differentiable: ClassVar[bool] = False
@@ -356,22 +367,29 @@ class GaussNewton(Alternative):
         """Nothing to measure."""
         return torch.zeros(())
 
-    def init(self, energy: Energy, start: Params, plan: Tensor) -> Point:
-        """Begin."""
-        return Point(start)
+    def init(self, energy: Energy, start: Params, plan: Tensor) -> Damped:
+        """Know nothing."""
+        return Damped(start, None, None, None)
 
-    def step(self, energy: Energy, plan: Tensor, state: Point, index: int, decision: None) -> tuple[Point, None]:
-        """Solve the linear system, go there."""
-        inner, product = energy.losses.inner, self.products(state.phi)
-        rest = tree.scale(-1.0, energy.gradient(state.phi, index))
+    def step(self, energy: Energy, plan: Tensor, state: Damped, index: int, decision: None) -> tuple[Damped, None]:
+        """Judge the trial point, solve the linear system, and go there."""
+        phi, gradient = state.phi, energy.gradient(state.phi, index)
+        norm = energy.norm(gradient)
+        damping = torch.zeros_like(norm)
+        if state.anchor is not None and state.slope is not None and state.damping is not None:
+            fell = norm <= energy.norm(state.slope)
+            phi, gradient = tree.select(fell, phi, state.anchor), tree.select(fell, gradient, state.slope)
+            damping = torch.where(fell, state.damping / 4, 4 * state.damping.clamp_min(energy.prox))
+        inner, product = energy.losses.inner, self.products(phi)
+        rest = tree.scale(-1.0, gradient)
         found, way, square = tree.zeros(rest), rest, inner(rest, rest)
         for _ in range(self.inner_steps):
-            image = tree.axpy(energy.prox, way, product(way))
+            image = tree.axpy(energy.prox + damping, way, product(way))
             length = square / inner(way, image).clamp_min(1e-30)
             found, rest = tree.axpy(length, way, found), tree.axpy(-length, image, rest)
             last, square = square, inner(rest, rest)
             way = tree.axpy(square / last.clamp_min(1e-30), way, rest)
-        return Point(tree.add(state.phi, found)), None
+        return Damped(tree.add(phi, found), phi, gradient, damping), None
 
 
 @dataclass(frozen=True)

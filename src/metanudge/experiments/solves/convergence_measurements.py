@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 import metanudge as mn
+from metanudge import tree
 from metanudge.energy import InnerProblem
 from metanudge.estimators import Estimator
+from metanudge.estimators.base import FreeSolve, solve_free
+from metanudge.estimators.imaml import conjugate_gradients
 from metanudge.execution import Vectorized
 from metanudge.experiments.solves.alternatives import (
     LBFGS,
@@ -29,7 +32,7 @@ from metanudge.experiments.solves.problems import Inner
 from metanudge.oracle import StackedLosses, Tally
 from metanudge.selection import select_parameters
 from metanudge.solvers.loop import Solver
-from metanudge.types import Params, Role
+from metanudge.types import Need, Params, Role
 
 Make = Callable[[int, StackedLosses], Solver]
 """From a number of steps (and, for Gauss-Newton, the losses) to a solver."""
@@ -45,9 +48,15 @@ CANDIDATES: dict[str, Make] = {
     "anderson": lambda steps, _: Anderson(steps),
     "lbfgs": lambda steps, _: LBFGS(steps),
     "adam": lambda steps, _: mn.Adam(steps, lr=0.01),
-    "gauss_newton": lambda steps, losses: GaussNewton(steps, gauss_newton_products(losses)),
+    "gauss_newton_4": lambda steps, losses: GaussNewton(steps, gauss_newton_products(losses), 4),
+    "gauss_newton_16": lambda steps, losses: GaussNewton(steps, gauss_newton_products(losses), 16),
 }
 """The solvers of the study; none has a setting that depends on the problem."""
+
+
+def candidates(inner: Inner) -> dict[str, Make]:
+    """Those that can solve ``inner``: Gauss-Newton only squared errors."""
+    return {name: make for name, make in CANDIDATES.items() if inner.least_squares or "gauss" not in name}
 
 
 @contextmanager
@@ -112,14 +121,34 @@ def course(inner: Inner, make: Make, marks: tuple[int, ...]) -> Course:
     return Course(torch.stack(residuals).double(), torch.stack(forces).double())
 
 
-def amplification(inner: Inner, make: Make, estimator: Estimator, steps: int) -> Tensor:
-    r"""||meta-gradient|| / ||∇f(φ_K)||, ``[T]``; not above 1 for the exact one where the support loss is convex.
+def implicit_gradient(losses: StackedLosses, free: FreeSolve, prox: float, steps: int = 60) -> tuple[Params, Tensor]:
+    """v, (I + H/λ) v = ∇f where the free solve ended, by conjugate gradients on exact products; where it is one.
 
-    For then ∇F = (I + H/λ)⁻¹ ∇f. What is far above 1 is the solver's doing.
+    Where H + λ is not positive definite, or the products are not finite, there is no such v: ``[*L]``, False.
     """
-    norms = []
-    for rule in (estimator, mn.FOMAML()):
-        with lent(inner, Tally()) as (problem, losses):
-            found = rule(problem, make(steps, losses))
-            norms.append(problem.energy().norm(found.gradient)[:, 0])
-    return (norms[0] / norms[1].clamp_min(1e-30)).double()
+    product = losses.hessian_product(free.phi, free.step)
+
+    def system(vector: Params) -> Params:
+        return tree.axpy(1 / prox, product(vector), vector)
+
+    found = conjugate_gradients(losses, system, free.slope, steps, tol=1e-6)
+    left = tree.subtract(system(found), free.slope)
+    return found, losses.inner(left, left) <= 1e-4 * losses.inner(free.slope, free.slope)
+
+
+def errors(inner: Inner, make: Make, estimators: Mapping[str, Estimator], steps: int) -> dict[str, Tensor]:
+    """Relative errors ||g - v|| / ||v|| of meta-gradients of single tasks, by estimator; v the implicit gradient.
+
+    v is taken where the solver's ``steps`` steps end, so that it is the solver's own answer that is differentiated.
+    Tasks without a v are left out; infinite where a meta-gradient is not finite.
+    """
+    with lent(inner, Tally()) as (problem, losses):
+        solver, norm = make(steps, losses), problem.energy().norm
+        exact, there = implicit_gradient(losses, solve_free(problem, solver), problem.prox)
+        found = {}
+        for name, estimator in estimators.items():
+            if Need.DIFFERENTIABLE_SOLVER in estimator.needs and not solver.differentiable:
+                continue
+            off = norm(tree.subtract(estimator(problem, solver).gradient, exact)) / norm(exact)
+            found[name] = off[there].double().nan_to_num(math.inf, math.inf)
+    return found
