@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, jvp, vjp, vmap
+from torch.func import functional_call, vjp, vmap
 
 from metanudge import tree
 from metanudge.curvature import lipschitz_constant
@@ -310,7 +310,7 @@ Products = Callable[[Params], Callable[[Params], Params]]
 def gauss_newton_products(losses: StackedLosses) -> Products:
     r"""Products with 2/n JᵀJ, J the Jacobian of the n predictions, for ``metrics.squared_error``.
 
-    One forward-mode and one reverse-mode derivative, counted as 2 gradients.
+    By reverse mode twice; counted as 2 gradients, as every product in the library.
     """
     model = losses.call.model
 
@@ -319,9 +319,10 @@ def gauss_newton_products(losses: StackedLosses) -> Products:
             prediction: Tensor = functional_call(model, losses.packing.unpack(packed), (inputs,))
             return prediction
 
-        found: Any = jvp(predict, (packed,), (vector,))
-        prediction, change = found
-        (image,) = vjp(predict, packed)[1](2 / prediction.numel() * change)
+        prediction, pull = vjp(predict, packed)
+        # J v as the transpose of u -> Jᵀu: forward mode would compile decompositions first
+        (change,) = vjp(lambda u: pull(u)[0], torch.zeros_like(prediction))[1](vector)
+        (image,) = pull(2 / prediction.numel() * change)
         product: Params = image
         return product
 

@@ -22,27 +22,28 @@ from metanudge.experiments.solves.convergence_measurements import candidates, co
 from metanudge.experiments.solves.problems import PROBLEMS
 from metanudge.experiments.study import Advance, Claim, Study
 
-SUMMARY = """Twelve solvers, none of them tuned to a problem, solve five inner problems; the relative inner residual (0 \
-solved, 1 not begun) is shown against all the gradients a task has cost, those for the curvature included. Then the \
+SUMMARY = """\
+Twelve solvers, none of them tuned to a problem, solve five inner problems; the relative inner residual (0 solved, 1 \
+not begun) is shown against all the gradients a task has cost, those for the curvature included. Then the \
 meta-gradients that their solutions give are compared with the implicit gradient at the point where the solve ended: \
 nudged (symmetric differences of two further solves) and unrolled (the derivative of the steps).
 
 On smooth problems guarded L-BFGS gets furthest by orders of magnitude, Anderson mixing and short Barzilai-Borwein \
 steps follow, all ahead of Nesterov. On networks with kinks nothing helps: ReLU solves stall at a residual of some \
-hundredths to tenths whichever solver does the steps, and Nesterov is as good as any. Adam, with one step size for all, \
-is far behind until it has spent a hundred gradients. Gauss-Newton pays 2 gradients a product: best on the \
+hundredths to tenths whichever solver does the steps, and Nesterov is as good as any. Adam, with one step size for \
+all, is far behind until it has spent a hundred gradients. Gauss-Newton pays 2 gradients a product: best on the \
 ill-conditioned quadratic, where it is conjugate gradients, and late on networks.
 
-What it means for the default. It must never diverge, be replayable in matched nudged solves, differentiable, and flat \
-in memory. Nesterov, L following the curvature on the way, is the one that has all four, and its meta-gradients are the \
-tamest. Gradient descent, heavy ball and Nesterov with L from the start rely on a curvature that the way exceeds, and \
-diverge for single tasks; long Barzilai-Borwein steps too. Short ones and Anderson did not diverge, but what they decide \
-depends on the nudge, so their nudged solves err by several times the meta-gradient for single tasks, even on a \
-logistic problem after 16 steps. Adam's first steps have a length of their own and throw nudged solves off. \
-Gauss-Newton needs residuals, which a loss does not show. L-BFGS is the hard case: its own nudged solves are better than \
-Nesterov's where it converges within the steps (logistic, tanh), so it deserves a place as a choice for smooth models, \
-but they explode where it does not (ridge), frozen into a preconditioner they diverge, its unrolled derivative \
-explodes, and it keeps 16 copies of the parameters."""
+What it means for the default. It must never diverge, be replayable in matched nudged solves, differentiable, and \
+flat in memory. Nesterov, L following the curvature on the way, is the one that has all four, and its meta-gradients \
+are the tamest. Gradient descent, heavy ball and Nesterov with L from the start rely on a curvature that the way \
+exceeds, and diverge for single tasks; long Barzilai-Borwein steps too. Short ones and Anderson did not diverge, but \
+what they decide depends on the nudge, so their nudged solves err by several times the meta-gradient for single \
+tasks, even on a logistic problem after 16 steps. Adam's first steps have a length of their own and throw nudged \
+solves off. Gauss-Newton needs residuals, which a loss does not show. L-BFGS is the hard case: its own nudged solves \
+are better than Nesterov's where it converges within the steps (logistic, tanh), so it deserves a place as a choice \
+for smooth models, but they explode where it does not (ridge), frozen into a preconditioner they diverge, its \
+unrolled derivative explodes, and it keeps 16 copies of the parameters."""
 CAPTION = (
     "Median over tasks of the relative inner residual against gradients spent per task, by inner problem; a solve that "
     "is not finite counts as 1. Dots: the default."
@@ -89,7 +90,8 @@ def convergence(settings: ConvergenceSettings, advance: Advance) -> Study:
                 "diverged": int((~(went.force[-1] <= 1)).sum()),
                 "largest_force": float(went.force.nan_to_num(math.inf).max()),
             }
-            off = metrics[name][solver]["meta_gradient_error"] = {}
+            off: dict[str, Any] = {}
+            metrics[name][solver]["meta_gradient_error"] = off
             for steps in settings.steps:
                 found = errors(inner, make, {"nudged": mn.FOBMAML(), "unrolled": mn.MAML()}, steps)
                 if solver == "lbfgs":
@@ -144,7 +146,7 @@ def safety(metrics: Mapping[str, Any]) -> Claim:
     return Claim(
         "Nesterov, the default, never diverges",
         "no task of any problem ends non-finite, or with a larger gradient than it began with",
-        f"{lost} of {tasks} tasks; on the way the gradient grew at most {max(r['largest_force'] for r in runs):.1f}-fold",
+        f"{lost} of {tasks} tasks; on the way a gradient grew {max(r['largest_force'] for r in runs):.1f}-fold at most",
         lost == 0,
     )
 
@@ -180,9 +182,10 @@ def kinks(metrics: Mapping[str, Any], kinked: list[str]) -> Claim:
         a, b = last(metrics, name, best), last(metrics, name, "nesterov")
         told.append(f"{name} {a:.1e} ({LABELS[best]}) against {b:.1e}")
         holds = holds and b <= 2 * a
+    budget = metrics[kinked[0]]["nesterov"]["gradients"][-1]
     return Claim(
         "With ReLU the kinks decide, not the solver",
-        f"after {metrics[kinked[0]]['nesterov']['gradients'][-1]} gradients no median residual is below half of Nesterov's",
+        f"after {budget} gradients no median residual is below half of Nesterov's",
         "; ".join(told),
         holds,
     )

@@ -49,8 +49,16 @@ TITLES = {
 
 def courses(metrics: Mapping[str, Any]) -> Figure:
     """Residuals against gradients, a panel a problem, and the legend in the last place."""
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
-    with mpl.rc_context(style | {"grid.color": "#e6e6e6", "grid.linewidth": 0.6}):
+    with mpl.rc_context(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "#e6e6e6",
+            "grid.linewidth": 0.6,
+        }
+    ):
         rows = (len(metrics) + 3) // 3
         made = Figure(figsize=(10.5, 3.2 * rows), layout="constrained")
         axes = made.subplots(rows, 3, squeeze=False).flatten()
@@ -82,4 +90,4 @@ def courses(metrics: Mapping[str, Any]) -> Figure:
 
 def lowest(found: Mapping[str, Any]) -> float:
     """The smallest median of a panel."""
-    return min(min(run["median"]) for run in found.values())
+    return min(float(min(run["median"])) for run in found.values())
