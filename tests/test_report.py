@@ -71,9 +71,9 @@ def test_reproduce_writes_everything(tmp_path, console):
     }
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["toy"] == {"value": [1.0, None], "number": 3}
-    assert metrics["run"]["settings"] == {"toy": {"number": 3, "seed": 4}}
-    assert metrics["run"]["command"] == "metanudge reproduce toys --seed 4 --only toy"
-    assert metrics["run"]["versions"]["torch"] == torch.__version__
+    assert metrics["run"]["toy"]["settings"] == {"number": 3, "seed": 4}
+    assert metrics["run"]["toy"]["command"] == "metanudge reproduce toys --seed 4 --only toy"
+    assert metrics["run"]["toy"]["versions"]["torch"] == torch.__version__
     assert [claim["holds"] for claim in metrics["claims"]] == [True, False]
     page = (out / "report.html").read_text()
     assert "2 claims checked, 1 hold" in page
@@ -117,8 +117,8 @@ def test_command_line_runs_a_study(tmp_path, capsys, monkeypatch, threads):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("metanudge.experiments.synthetic.EXPERIMENT", TOY)
     assert cli.main(["reproduce", "synthetic", "--quick", "--only", "toy"]) == 0
-    assert (tmp_path / "results" / "synthetic-partial" / "report.html").exists()
-    assert "synthetic-partial/report.html" in capsys.readouterr().out.replace("\n", "")
+    assert (tmp_path / "results" / "synthetic" / "report.html").exists()
+    assert "synthetic/report.html" in capsys.readouterr().out.replace("\n", "")
     assert cli.main(["reproduce", "synthetic", "--out", "elsewhere", "--only", "toy"]) == 0
     assert json.loads((tmp_path / "elsewhere" / "metrics.json").read_text())["toy"]["number"] == 3
 

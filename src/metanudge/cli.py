@@ -24,20 +24,21 @@ class Reproduce:
     experiment: tyro.conf.Positional[Literal["synthetic", "solves"]]
     """Which result."""
     out: Path | None = None
-    """Folder to write into; by default results/EXPERIMENT, with --only results/EXPERIMENT-partial."""
+    """Folder to write into; by default results/EXPERIMENT."""
     quick: bool = False
     """The reduced form, at most a minute."""
     seed: int = 0
     """Seed of everything random."""
     only: tuple[str, ...] = ()
-    """Run these studies alone; for synthetic: bias, stationarity, smoothness, meta_optimizers."""
+    """Run these studies alone, and keep the other results in the folder. Of synthetic: bias, stationarity, smoothness,
+    meta_optimizers; of solves: convergence, quality, certificate, guards, sinusoid (the longest, about an hour)."""
 
     def run(self, console: Console) -> int:
         """Run the experiment."""
         from metanudge.experiments.runner import reproduce  # plotting libraries load only when they are needed
 
         experiment = import_module(f"metanudge.experiments.{self.experiment}").EXPERIMENT
-        out = self.out or Path("results") / (self.experiment + ("-partial" if self.only else ""))
+        out = self.out or Path("results") / self.experiment
         reproduce(experiment, out, self.quick, self.seed, self.only, console)
         console.print(f"Figures and numbers: open [bold]{out / 'report.html'}[/bold]", highlight=False)
         return 0

@@ -8,7 +8,8 @@ import io
 import json
 import os
 import platform
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 import metanudge
-from metanudge.experiments.study import Study
+from metanudge.experiments.study import Claim, Study
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -34,8 +35,8 @@ figcaption {{ font-size: .9rem; color: #555; }}
 details {{ margin-top: 2rem; }} pre {{ background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .8rem; }}
 </style></head><body>
 <h1>{title}</h1>
-<p>{count} claims checked, {holding} hold. Made by <code>{command}</code>; the numbers are in
-<a href="metrics.json">metrics.json</a>, every figure lies beside this page as PNG and SVG.</p>
+<p>{count} claims checked, {holding} hold. The numbers are in <a href="metrics.json">metrics.json</a>, every figure lies
+beside this page as PNG and SVG. Made by<br>{commands}</p>
 {claims}
 {sections}
 <details><summary>Settings and versions</summary><pre>{run}</pre></details>
@@ -43,20 +44,29 @@ details {{ margin-top: 2rem; }} pre {{ background: #f6f6f6; padding: .8rem; over
 """
 
 
-def write_report(out: Path, title: str, studies: list[Study], run: Mapping[str, Any]) -> None:
+def write_report(
+    out: Path, title: str, studies: list[Study], run: Mapping[str, Mapping[str, Any]], order: Sequence[str]
+) -> None:
     """Write ``metrics.json``, ``<figure>.png``, ``<figure>.svg`` and ``report.html`` into ``out``.
 
     Args:
         out: The folder, made if missing.
         title: Heading of the page.
         studies: What to write.
-        run: Command, settings and times, kept under the key "run" of the metrics.
+        run: Of every study: command, settings, seconds; kept under the key "run" of the metrics.
+        order: Names of all studies of the experiment. Those that are not among ``studies`` and that ``out`` already
+            holds stay in the page.
     """
     out.mkdir(parents=True, exist_ok=True)
-    record = {**run, "versions": versions()}
-    metrics: dict[str, Any] = {study.name: study.metrics for study in studies}
-    metrics["claims"] = [claim._asdict() | {"study": study.name} for study in studies for claim in study.claims]
-    metrics["run"] = record
+    kept, sections = _kept(out, [name for name in order if name not in {study.name for study in studies}])
+    sections |= {study.name: section(study) for study in studies}
+    found = kept["claims"] + [claim._asdict() | {"study": study.name} for study in studies for claim in study.claims]
+    runs = kept["run"] | {name: {**record, "versions": versions()} for name, record in run.items()}
+    names = [name for name in order if name in sections]
+    metrics = kept["metrics"] | {study.name: study.metrics for study in studies}
+    metrics = {name: metrics[name] for name in names}
+    metrics["claims"] = sorted(found, key=lambda claim: names.index(claim["study"]))
+    metrics["run"] = {name: runs[name] for name in names}
     text = json.dumps(plain(metrics), indent=1, ensure_ascii=False, allow_nan=False)
     pictures: dict[str, bytes] = {}
     for study in studies:
@@ -65,14 +75,37 @@ def write_report(out: Path, title: str, studies: list[Study], run: Mapping[str, 
                 pictures[f"{stem}.{kind}"] = render(figure, kind)
     page = PAGE.format(
         title=html.escape(title),
-        count=sum(len(study.claims) for study in studies),
-        holding=sum(claim.holds for study in studies for claim in study.claims),
-        command=html.escape(str(run.get("command", ""))),
-        claims=claims(studies),
-        sections="\n".join(section(study) for study in studies),
-        run=html.escape(json.dumps(plain(record), indent=1, ensure_ascii=False)),
+        count=len(found),
+        holding=sum(claim["holds"] for claim in found),
+        commands="<br>".join(f"<code>{html.escape(text)}</code>" for text in dict.fromkeys(_commands(metrics["run"]))),
+        claims=claims(metrics["claims"]),
+        sections="\n".join(sections[name] for name in names),
+        run=html.escape(json.dumps(plain(metrics["run"]), indent=1, ensure_ascii=False)),
     )
     _write(out, {**pictures, "metrics.json": text.encode() + b"\n", "report.html": page.encode()})
+
+
+def _commands(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [str(record.get("command", "")) for record in runs.values()]
+
+
+def _kept(out: Path, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Metrics, claims and runs of the studies in ``names`` that ``out`` holds, and their sections of the page."""
+    nothing: dict[str, Any] = {"metrics": {}, "claims": [], "run": {}}
+    if not (out / "metrics.json").is_file() or not (out / "report.html").is_file():
+        return nothing, {}
+    page = (out / "report.html").read_text()
+    sections = {
+        name: match.group(0)
+        for name in names
+        if (match := re.search(f"<section id={re.escape(html.escape(name))}>.*?</section>", page, re.DOTALL))
+    }
+    metrics = json.loads((out / "metrics.json").read_text())
+    return {
+        "metrics": {name: metrics[name] for name in sections},
+        "claims": [claim for claim in metrics["claims"] if claim["study"] in sections],
+        "run": {name: metrics["run"][name] for name in sections},
+    }, sections
 
 
 def write_figure(out: Path, stem: str, drawn: Any, record: Mapping[str, Any]) -> None:
@@ -123,21 +156,20 @@ def render(figure: Any, kind: str, dpi: int = 160) -> bytes:
     return buffer.getvalue()
 
 
-def claims(studies: list[Study]) -> str:
+def claims(found: Sequence[Mapping[str, Any]]) -> str:
     """The table of claims."""
     rows = []
-    for study in studies:
-        for claim in study.claims:
-            kind, word = ("holds", "holds") if claim.holds else ("fails", "does not hold")
-            cells = "".join(f"<td>{html.escape(text)}</td>" for text in claim[:3])
-            rows.append(f"<tr><td>{html.escape(study.name)}</td>{cells}<td class={kind}>{word}</td></tr>")
+    for claim in found:
+        kind, word = ("holds", "holds") if claim["holds"] else ("fails", "does not hold")
+        cells = "".join(f"<td>{html.escape(claim[part])}</td>" for part in ("study", *Claim._fields[:3]))
+        rows.append(f"<tr>{cells}<td class={kind}>{word}</td></tr>")
     head = "<tr><th>study</th><th>claim</th><th>expected</th><th>measured</th><th></th></tr>"
     return f"<table>{head}{''.join(rows)}</table>"
 
 
 def section(study: Study) -> str:
     """A study's heading, summary and figures; pictures are embedded, so that the page can travel alone."""
-    parts = [f"<h2>{html.escape(study.title)}</h2>"]
+    parts = [f"<section id={html.escape(study.name)}>", f"<h2>{html.escape(study.title)}</h2>"]
     parts += [f"<p>{html.escape(text)}</p>" for text in study.summary.split("\n\n")]
     for drawn, caption in study.figures.values():
         data = base64.b64encode(render(drawn, "png", dpi=110)).decode()
@@ -145,4 +177,4 @@ def section(study: Study) -> str:
             f'<figure><img alt="{html.escape(caption, quote=True)}" src="data:image/png;base64,{data}">'
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         )
-    return "\n".join(parts)
+    return "\n".join([*parts, "</section>"])

@@ -28,7 +28,7 @@ def reproduce(
         out: Folder to write into; made if missing. Nothing is written before every study has ended.
         quick: Use every study's quick form.
         seed: Seed of every study.
-        only: Names of studies; empty for all.
+        only: Names of studies, whose results then replace those in ``out``; empty for all.
         console: Where progress and the claims are shown.
 
     Raises:
@@ -68,12 +68,12 @@ def reproduce(
             bar.stop_task(tasks[name])
     options = (" --quick" if quick else "") + (f" --seed {seed}" if seed else "")
     chosen = f" --only {' '.join(only)}" if only else ""
+    command = f"metanudge reproduce {experiment.name}{options}{chosen}"
     run = {
-        "command": f"metanudge reproduce {experiment.name}{options}{chosen}",
-        "seconds": seconds,
-        "settings": {name: dataclasses.asdict(value) for name, value in settings.items()},
+        name: {"command": command, "seconds": seconds[name], "settings": dataclasses.asdict(settings[name])}
+        for name in names
     }
-    write_report(out, experiment.title, studies, run)
+    write_report(out, experiment.title, studies, run, tuple(experiment.studies))
     show_claims(studies, console)
     return studies
 

@@ -99,26 +99,23 @@ def run(settings: SinusoidSettings, advance: Advance) -> Study:
         ]
         metrics[name]["tuned"] = dict(zip(("lr", "momentum", "prox"), best[name][1:], strict=True))
     advance(1.0)
-    summary = (
-        "Test error after adaptation, by meta-step. FO-B-MAML with everything left to itself but prox, which is the "
-        "problem's; MAML through the same solver spends 3 gradients where a step is backpropagated through, and MAML "
-        "with gradient descent is tuned on the test tasks. A finite displacement of the solution averages over kinks "
-        "and over bends of the loss where the linearised inner problem is nearly singular; the exact derivative does "
-        "not, and pays for it with meta-gradients of a few tasks that drown the others."
-    )
-    return Study(
-        "sinusoid",
-        "The sinusoid, to the end",
-        summary,
-        _claims(settings, metrics),
-        metrics,
-        {
-            "sinusoid": (
-                _figure(runs),
-                "Mean test squared error over 1,000 tasks; thin lines single seeds, thick their mean.",
-            )
-        },
-    )
+    return told(settings, metrics)
+
+
+SUMMARY = (
+    "Test error after adaptation, by meta-step. FO-B-MAML with everything left to itself but prox, which is the "
+    "problem's; MAML through the same solver spends 3 gradients where a step is backpropagated through, and MAML "
+    "with gradient descent is tuned on the test tasks. A finite displacement of the solution averages over kinks "
+    "and over bends of the loss where the linearised inner problem is nearly singular; the exact derivative does "
+    "not, and pays for it with meta-gradients of a few tasks that drown the others."
+)
+CAPTION = "Mean test squared error over 1,000 tasks; thin lines single seeds, thick their mean."
+
+
+def told(settings: SinusoidSettings, metrics: dict[str, Any]) -> Study:
+    """The study, from what was measured."""
+    figures = {"sinusoid": (_figure(metrics), CAPTION)}
+    return Study("sinusoid", "The sinusoid, to the end", SUMMARY, _claims(settings, metrics), metrics, figures)
 
 
 def _rank(outcome: Outcome) -> float:
@@ -183,15 +180,15 @@ def _claims(settings: SinusoidSettings, metrics: dict[str, Any]) -> list[Claim]:
     return claims
 
 
-def _figure(runs: dict[str, dict[str, list[Outcome]]]) -> Figure:
-    made, axes = figure(columns=len(runs))
-    for axis, (name, methods) in zip(axes, runs.items(), strict=True):
-        for method, outcomes in methods.items():
-            colour = COLOURS[method]
-            for outcome in outcomes:
-                axis.plot(outcome.steps, outcome.mean, color=colour, linewidth=0.6, alpha=0.6)
-            mean = [statistics.fmean(values) for values in zip(*(outcome.mean for outcome in outcomes), strict=True)]
-            axis.plot(outcomes[0].steps, mean, color=colour, label=METHODS[method])
+def _figure(metrics: dict[str, Any]) -> Figure:
+    made, axes = figure(columns=len(metrics))
+    for axis, (name, methods) in zip(axes, metrics.items(), strict=True):
+        for method, label in METHODS.items():
+            colour, runs = COLOURS[method], methods[method]["runs"]
+            for one in runs:
+                axis.plot(one["steps"], one["mean"], color=colour, linewidth=0.6, alpha=0.6)
+            mean = [statistics.fmean(values) for values in zip(*(one["mean"] for one in runs), strict=True)]
+            axis.plot(runs[0]["steps"], mean, color=colour, label=label)
         axis.set(yscale="log", xlabel="meta-steps", ylabel="test squared error", title=name)
     axes[0].legend()
     return made

@@ -1,0 +1,161 @@
+r"""The inner problems of the study: convex, ill-conditioned, smooth, kinked, and a convolutional one.
+
+Tasks are pure functions of (seed, index); parameters are PyTorch's default draw for the seed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metanudge as mn
+from metanudge.errors import SettingsError
+from metanudge.tasks.seeding import stream
+from metanudge.types import LossFunction
+
+
+class Inner(NamedTuple):
+    """An inner problem, one a task: min over φ of f̂(φ) + prox/2 ||φ - θ||², θ the model's parameters.
+
+    Attributes:
+        model: At θ.
+        loss: f̂ and f.
+        tasks: A stack.
+        prox: λ.
+        least_squares: Whether the loss is ``metrics.squared_error``.
+    """
+
+    model: nn.Module
+    loss: LossFunction
+    tasks: mn.Tasks
+    prox: float
+    least_squares: bool
+
+
+def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A model from its default draw; the caller's generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def logistic(number: int, seed: int) -> Inner:
+    """The library's logistic tasks, 20 parameters; condition number some tens."""
+    tasks = mn.tasks.logistic(number, seed=seed)
+    return Inner(mn.tasks.logistic_model(20), mn.tasks.logistic_loss, tasks, 0.1, False)
+
+
+def ridge_tasks(number: int, seed: int, features: int = 20, condition: float = 1e4) -> mn.Tasks:
+    """Linear regressions whose inner problem has curvatures 1 to ``condition``, log-uniform, where prox is 1."""
+    spectrum = torch.logspace(0, float(np.log10(condition)), features, dtype=torch.float64) - 1
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        def rotation() -> Tensor:
+            found: Tensor = torch.linalg.qr(torch.randn(features, features, generator=generator, dtype=torch.float64))[
+                0
+            ]
+            return found
+
+        inputs = rotation() @ torch.diag((features / 2 * spectrum).sqrt()) @ rotation().T
+        return inputs, torch.randn(features, 1, generator=generator, dtype=torch.float64)
+
+    batches = []
+    for half in range(2):
+        drawn = [draw(stream(seed, 2 * index + half)) for index in range(number)]
+        batches.append(mn.Batch(*(torch.stack(same) for same in zip(*drawn, strict=True))))
+    return mn.Tasks(*batches)
+
+
+def ridge(number: int, seed: int) -> Inner:
+    """Ridge regression of condition 1e4, 20 parameters: what accelerated methods are for."""
+    model = seeded(lambda: nn.Linear(20, 1, bias=False, dtype=torch.float64), seed)
+    return Inner(model, mn.metrics.squared_error, ridge_tasks(number, seed), 1.0, True)
+
+
+def sinusoid(activation: type[nn.Module], number: int, seed: int) -> Inner:
+    """Finn's sinusoids on the network 1-40-40-1, 10 shots, at PyTorch's random initialisation."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(1, 40), activation(), nn.Linear(40, 40), activation(), nn.Linear(40, 1)
+        )  # fmt: skip
+
+    return Inner(seeded(make, seed), mn.metrics.squared_error, mn.tasks.sinusoid(number, seed=seed), 2.0, True)
+
+
+def cross_entropy(model: nn.Module, batch: mn.Batch) -> Tensor:
+    """Of class indices."""
+    return F.cross_entropy(model(batch.inputs), batch.targets)
+
+
+@cache
+def mnist1d_pool(samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """MNIST-1D as its package generates it, ``[samples, 1, 40]`` and digits; nothing is downloaded.
+
+    Raises:
+        SettingsError: The package is not installed.
+
+    Source: Greydanus & Kobak, ICML 2024.
+    """
+    try:
+        from mnist1d.data import get_dataset_args, make_dataset
+    except ImportError as error:
+        raise SettingsError(
+            "the inner problem mnist1d needs the package mnist1d; install it with pip install -c constraints.txt "
+            "'.[mnist1d]', or leave the problem out"
+        ) from error
+    arguments = get_dataset_args()
+    arguments.num_samples, arguments.train_split, arguments.seed = samples, 1.0, seed
+    kept = random.getstate(), np.random.get_state()  # the package seeds the global generators
+    try:
+        made = make_dataset(arguments)
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+    return torch.tensor(made["x"], dtype=torch.float32).unsqueeze(1), torch.tensor(made["y"], dtype=torch.int64)
+
+
+def mnist1d_tasks(number: int, seed: int, shots: int = 5, samples: int = 1000) -> mn.Tasks:
+    """Ten digits under permuted labels, ``shots`` of each to adapt and as many to judge."""
+    inputs, digits = mnist1d_pool(samples, seed)
+    batches: tuple[list[mn.Batch], list[mn.Batch]] = ([], [])
+    for index in range(number):
+        generator = stream(seed, index)
+        labels = torch.randperm(10, generator=generator)
+        chosen = []
+        for digit in range(10):
+            places = (digits == digit).nonzero()[:, 0]
+            chosen.append(places[torch.randperm(len(places), generator=generator)[: 2 * shots]])
+        rows_of = torch.stack(chosen)
+        for half, rows in zip(batches, (rows_of[:, :shots].flatten(), rows_of[:, shots:].flatten()), strict=True):
+            half.append(mn.Batch(inputs[rows], labels[digits[rows]]))
+    return mn.Tasks(*(mn.Batch(*(torch.stack(same) for same in zip(*half, strict=True))) for half in batches))
+
+
+def mnist1d(number: int, seed: int) -> Inner:
+    """10-way 5-shot MNIST-1D on three convolutions of 25 channels."""
+
+    def make() -> nn.Module:
+        layers: list[nn.Module] = []
+        for channels, kernel in ((1, 5), (25, 3), (25, 3)):
+            layers += [nn.Conv1d(channels, 25, kernel, stride=2, padding=1), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(25 * 5, 10))
+
+    return Inner(seeded(make, seed), cross_entropy, mnist1d_tasks(number, seed), 1.0, False)
+
+
+PROBLEMS: dict[str, Callable[[int, int], Inner]] = {
+    "logistic": logistic,
+    "ridge": ridge,
+    "sinusoid_tanh": lambda number, seed: sinusoid(nn.Tanh, number, seed),
+    "sinusoid_relu": lambda number, seed: sinusoid(nn.ReLU, number, seed),
+    "mnist1d": mnist1d,
+}
+"""By name: from a number of tasks and a seed to the inner problem."""
