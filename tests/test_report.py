@@ -150,3 +150,26 @@ def test_every_study_has_a_quick_form_with_a_seed():
     for entry in EXPERIMENT.studies.values():
         assert entry.settings.quick() != entry.settings()
         assert entry.settings().seed == 0
+
+
+@pytest.mark.usefixtures("threads")
+def test_one_study_run_again_keeps_the_others(tmp_path, console):
+    both = Experiment("toys", "Toys", {"toy": Entry(Settings, study), "other": Entry(Settings, other)})
+    reproduce(both, tmp_path, quick=False, seed=0, only=(), console=console)
+    before = json.loads((tmp_path / "metrics.json").read_text())
+    reproduce(both, tmp_path, quick=False, seed=5, only=("other",), console=console)
+    after = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(after) == ["toy", "other", "claims", "run"]
+    assert after["toy"] == before["toy"]
+    assert after["run"]["toy"] == before["run"]["toy"]
+    assert after["run"]["other"]["settings"]["seed"] == 5
+    assert [claim["study"] for claim in after["claims"]] == ["toy", "toy", "other"]
+    assert after["claims"][-1]["measured"] == "5"
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<section id=") == 2
+    assert page.index("<section id=toy>") < page.index("<section id=other>")
+    assert "metanudge reproduce toys --seed 5 --only other" in page
+
+
+def other(settings: Settings, advance) -> Study:
+    return Study("other", "Another", "Text.", [Claim("seeded", "5", f"{settings.seed}", True)], {}, {})

@@ -319,7 +319,7 @@ def gauss_newton_products(losses: StackedLosses) -> Products:
             prediction: Tensor = functional_call(model, losses.packing.unpack(packed), (inputs,))
             return prediction
 
-        prediction, pull = vjp(predict, packed)  # type: ignore[misc]
+        prediction, pull = vjp(predict, packed)[:2]
         # J v as the transpose of u -> Jᵀu: forward mode would compile decompositions first
         (change,) = vjp(lambda u: pull(u)[0], torch.zeros_like(prediction))[1](vector)
         (image,) = pull(2 / prediction.numel() * change)

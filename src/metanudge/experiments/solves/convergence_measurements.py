@@ -121,7 +121,7 @@ def course(inner: Inner, make: Make, marks: tuple[int, ...]) -> Course:
     return Course(torch.stack(residuals).double(), torch.stack(forces).double())
 
 
-def implicit_gradient(losses: StackedLosses, free: FreeSolve, prox: float, steps: int = 60) -> tuple[Params, Tensor]:
+def implicit_gradient(losses: StackedLosses, free: FreeSolve, prox: float, steps: int = 40) -> tuple[Params, Tensor]:
     """v, (I + H/λ) v = ∇f where the free solve ended, by conjugate gradients on exact products; where it is one.
 
     Where H + λ is not positive definite, or the products are not finite, there is no such v: ``[*L]``, False.
