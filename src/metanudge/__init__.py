@@ -1,7 +1,7 @@
 """Meta-learning for PyTorch with first derivatives only."""
 
 from metanudge import metrics, optim, tasks
-from metanudge.diagnostics import Check, check
+from metanudge.diagnostics import Check, Smoothness, check, smoothness
 from metanudge.errors import (
     LossError,
     MetanudgeError,
@@ -53,6 +53,7 @@ __all__ = [
     "NonFiniteWarning",
     "Reptile",
     "SettingsError",
+    "Smoothness",
     "Stencil",
     "Tangent",
     "Tasks",
@@ -63,5 +64,6 @@ __all__ = [
     "check",
     "metrics",
     "optim",
+    "smoothness",
     "tasks",
 ]

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 import metanudge
-from metanudge.diagnostics import check
+from metanudge.diagnostics import check, smoothness
 from metanudge.errors import MetanudgeError
 from metanudge.loading import load_learner
 
@@ -75,6 +75,32 @@ class Check:
 
 
 @dataclasses.dataclass(frozen=True)
+class Smoothness:
+    """How the smoothness of your meta-objective grows with its gradient, and how to clip or normalise meta-steps."""
+
+    target: tyro.conf.Positional[str]
+    """FILE.py:FUNCTION or package.module:FUNCTION; the function returns (learner, tasks) or (learner, tasks,
+    optimizer)."""
+    steps: int = 30
+    """Meta-steps to take; everything is put back afterwards."""
+    out: Path | None = None
+    """Folder to write smoothness.json, smoothness.png and smoothness.svg into; by default nothing is written."""
+
+    def run(self, console: Console) -> int:
+        """Measure, print and write."""
+        loaded = load_learner(self.target)
+        with console.status("taking meta-steps"):
+            found = smoothness(loaded.learner, loaded.tasks, loaded.optimizer, self.steps)
+        console.print(str(found), highlight=False, soft_wrap=True)
+        if self.out is not None:
+            from metanudge.experiments.report import write_figure  # plotting libraries load only when they are needed
+
+            write_figure(self.out, "smoothness", found.figure(), found._asdict() | {"max_norm": found.max_norm})
+            console.print(f"Written to [bold]{self.out}[/bold]", highlight=False)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Version:
     """Show the version."""
 
@@ -87,6 +113,7 @@ class Version:
 Command = (
     Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
     | Annotated[Check, tyro.conf.subcommand("check")]
+    | Annotated[Smoothness, tyro.conf.subcommand("smoothness")]
     | Annotated[Version, tyro.conf.subcommand("version")]
 )
 

@@ -2,5 +2,6 @@
 
 from metanudge.diagnostics.check import Check, CheckRow, Recommendation, check
 from metanudge.diagnostics.exact import ExactMetaObjective
+from metanudge.diagnostics.smoothness import Smoothness, smoothness
 
-__all__ = ["Check", "CheckRow", "ExactMetaObjective", "Recommendation", "check"]
+__all__ = ["Check", "CheckRow", "ExactMetaObjective", "Recommendation", "Smoothness", "check", "smoothness"]
