@@ -30,18 +30,19 @@ the solve ended, for the tasks where H + λ is positive definite there: nudged (
 solves) and unrolled (the derivative of the steps).
 
 On smooth problems guarded L-BFGS, Anderson mixing and short Barzilai-Borwein steps all get further than Nesterov, \
-L-BFGS by orders of magnitude on logistic tasks and tanh networks. With ReLU nothing helps: solves stall at a \
-residual of some hundredths to a tenth whichever solver does the steps, and Nesterov is as good as any. Adam, with \
-one step size for all problems, is behind on every one of them. Gauss-Newton pays 2 gradients a product: best on the \
+L-BFGS by orders of magnitude on logistic tasks and tanh networks. With ReLU nothing helps: no solver gets below a \
+residual of some hundredths (CNN) or a tenth (MLP), and Nesterov is as good as any. Adam, with one step size for all \
+problems, is behind Nesterov on every one of them. Gauss-Newton pays 2 gradients a product: best on the \
 ill-conditioned quadratic, where it is conjugate gradients, and late on networks.
 
 What it means for the default. It must never diverge, be replayable in matched nudged solves, differentiable, and \
-flat in memory. Nesterov with L following the curvature on the way is the only one that has all four. Gradient \
-descent, heavy ball and Nesterov with L from the start rely on a curvature that the way exceeds, and diverge for \
-single tasks, as do long Barzilai-Borwein steps. Short ones and Anderson did not diverge, but what they decide \
-depends on the nudge: for single tasks their nudged solves err by several times the meta-gradient, even on logistic \
-tasks after 16 steps. Adam's first steps have a length of their own, which throws nudged solves off. Gauss-Newton \
-needs residuals, which a loss does not show, so its meta-gradients are not measured.
+flat in memory. Nesterov with L following the curvature on the way is the only one that has all four; its restarts \
+matter on the ill-conditioned problem alone. Gradient descent, heavy ball and Nesterov with L from the start rely on \
+a curvature that the way exceeds, and diverge for single tasks, as do long Barzilai-Borwein steps. Short ones and \
+Anderson did not diverge, but what they decide depends on the nudge: for single tasks their nudged solves err by \
+several times the meta-gradient, even on logistic tasks after 16 steps. Adam's first steps have a length of their \
+own, which throws nudged solves off. Gauss-Newton needs residuals, which a loss does not show, so its meta-gradients \
+are not measured.
 
 L-BFGS is the hard case. Its unrolled derivative explodes; its last memory, frozen into a preconditioner so that \
 nudged solves are matched, diverges; and it keeps 16 copies of the parameters. Nudged solves by its own, unmatched \
