@@ -37,8 +37,8 @@ def test_quadratic_losses_have_constant_smoothness() -> None:
     learner = mn.MetaLearner(model, bowl, prox=1.0, solver=mn.Nesterov(60))
     found = mn.smoothness(learner, tasks, torch.optim.SGD(model.parameters(), lr=0.05), steps=20)
     assert found.smoothness.tolist() == pytest.approx([1.0] * 20, rel=1e-5)
-    assert found.L0 == pytest.approx(1.0, rel=1e-5)
-    assert found.L1 == pytest.approx(0.0, abs=1e-6)
+    assert pytest.approx(1.0, rel=1e-5) == found.L0
+    assert pytest.approx(0.0, abs=1e-6) == found.L1
     assert not found.grows
     assert found.lr == pytest.approx(1.0, rel=1e-5)
     assert "plain steps" in str(found)
@@ -68,7 +68,7 @@ def test_growth_gives_the_clipping_that_theory_gives() -> None:
     """L = 2 + 5 g exactly, seen from 2.5: lr = 1 / (2 * 2.5), max_step = 1 / (2 L1), and steps of that size are safe."""
     norms = torch.linspace(0.1, 4.0, 30).double()
     found = fit(norms, 2 + 5 * norms)
-    assert (found.L0, found.L1) == (pytest.approx(2.0), pytest.approx(5.0))
+    assert (pytest.approx(2.0), pytest.approx(5.0)) == (found.L0, found.L1)
     assert found.correlation == pytest.approx(1.0)
     assert found.lr == pytest.approx(1 / 5)
     assert found.max_step == pytest.approx(1 / 10)
@@ -83,10 +83,10 @@ def test_the_fit_is_never_negative() -> None:
     norms = torch.linspace(1.0, 2.0, 10).double()
     falling, steep = fit(norms, 5 - norms), fit(norms, 3 * norms - 2)
     assert falling.L1 == 0
-    assert falling.L0 == pytest.approx(3.5)
+    assert pytest.approx(3.5) == falling.L0
     assert not falling.grows
     assert steep.L0 == 0
-    assert steep.L1 == pytest.approx(float((norms * (3 * norms - 2)).sum() / norms.square().sum()))
+    assert pytest.approx(float((norms * (3 * norms - 2)).sum() / norms.square().sum())) == steep.L1
     assert steep.lr == pytest.approx(1 / (2 * float(((3 * norms - 2) / (steep.L1 * norms)).quantile(0.9)) * 1.0))
 
 

@@ -186,7 +186,9 @@ def _walk(
         yield float(gradient.norm()), float(change.norm() / move.norm())
 
 
-def _gradient(learner: MetaLearner, batch: Tasks | Sequence[Tasks], parameters: list[nn.Parameter], seed: int) -> Tensor:
+def _gradient(
+    learner: MetaLearner, batch: Tasks | Sequence[Tasks], parameters: list[nn.Parameter], seed: int
+) -> Tensor:
     for parameter in parameters:
         parameter.grad = None
     torch.manual_seed(seed)
