@@ -332,7 +332,8 @@ def estimate(problem: Problem, estimator: object, solver: object, **settings: ob
 
 def distance(found: Tensor, expected: Tensor) -> float:
     """Relative error."""
-    return float((found - expected).norm() / expected.norm())
+    error = (found - expected).norm()
+    return float(error / expected.norm()) if error > 0 else 0.0
 
 
 def single_tasks(tasks: mn.Tasks) -> list[mn.Tasks]:

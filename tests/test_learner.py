@@ -433,6 +433,8 @@ def test_a_step_leaves_all_but_grad_as_it_was(execution: str) -> None:
     assert model[0].bias.grad is not None
     for parameter, gradient in before.gradients.items():
         before.parameters[parameter].grad = gradient
+        if gradient is not None:
+            gradient.copy_(before.gradient_values[parameter])  # it was added to in place
     before.check()
 
 
@@ -666,7 +668,8 @@ def test_metrics_do_not_broadcast(metric: object) -> None:
     """Predictions [n, 1] against targets [n] would average over n x n pairs; class indices [n, 1] over n x n, too."""
     x = torch.zeros(2, 5, 1)
     tasks = mn.Tasks(*(mn.Batch(x, x[..., 0] if metric is mn.metrics.squared_error else x),) * 2)
-    learner = mn.MetaLearner(nn.Linear(1, 1), lambda m, b: m(b.inputs).square().mean())
+    outputs = 1 if metric is mn.metrics.squared_error else 2
+    learner = mn.MetaLearner(nn.Linear(1, outputs), lambda m, b: m(b.inputs).square().mean())
     with pytest.raises(mn.LossError, match="must be equal"):
         learner.evaluate(tasks, metric)
 
@@ -674,3 +677,118 @@ def test_metrics_do_not_broadcast(metric: object) -> None:
 def test_errors_are_of_one_family() -> None:
     for kind in (mn.SettingsError, mn.TasksError, mn.LossError, mn.NonFiniteError):
         assert issubclass(kind, mn.MetanudgeError)
+
+
+def module_as_pattern() -> object:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    return mn.MetaLearner(model, mn.metrics.squared_error, adapt_only=model[1])
+
+
+def with_loss(loss: object) -> object:
+    return mn.MetaLearner(torch.nn.Linear(1, 1), loss, execution="in_place").backward(mn.tasks.sinusoid(2))
+
+
+def foreign_optimizer() -> object:
+    elsewhere = torch.nn.Linear(1, 1)
+    solver = mn.TorchOptimizer(lambda _: torch.optim.SGD(elsewhere.parameters(), lr=0.1), 2)
+    return mn.MetaLearner(torch.nn.Linear(1, 1), mn.metrics.squared_error, solver=solver).backward(mn.tasks.sinusoid(2))
+
+
+@pytest.mark.parametrize(
+    ("slip", "kind", "words"),
+    [
+        (lambda: mn.Nesterov(4, power_iterations="a"), mn.SettingsError, "power_iterations must be a whole number"),
+        (lambda: mn.Nesterov(4, power_iterations=2.5), mn.SettingsError, "power_iterations must be a whole number"),
+        (lambda: mn.Nesterov(4, restart="no"), mn.SettingsError, "restart must be True or False"),
+        (lambda: mn.MAML(checkpoint="x"), mn.SettingsError, "checkpoint must be True or False"),
+        (lambda: mn.Adam(4, lr=0.1, betas=0.9), mn.SettingsError, "betas must be two numbers"),
+        (lambda: mn.Stencil(nodes=1, weights=(1,), order=1), mn.SettingsError, "nodes must be a tuple"),
+        (lambda: mn.FOBMAML(scheme=3), mn.SettingsError, "scheme must be a mn.Stencil"),
+        (lambda: mn.IMAML(cg_steps=0), mn.SettingsError, "cg_steps must be a whole number"),
+        (lambda: mn.tasks.sinusoid(0), mn.SettingsError, "number must be a whole number of at least 1"),
+        (lambda: mn.tasks.logistic(2, flips=0.7), mn.SettingsError, "flips is a share"),
+        (
+            lambda: mn.optim.ClippedSGD([{"params": [torch.nn.Parameter(torch.ones(1))], "lr": -1.0}], 0.1, 1.0),
+            mn.SettingsError,
+            "lr must be a finite number above 0",
+        ),
+        (
+            lambda: mn.optim.NormalizedSGD([{"params": [torch.nn.Parameter(torch.ones(1))], "lr": -1.0}], 0.1),
+            mn.SettingsError,
+            "lr must be a finite number above 0",
+        ),
+        (
+            lambda: mn.MetaLearner(torch.nn.Linear(1, 1), mn.metrics.squared_error, chunk_size=True),
+            mn.SettingsError,
+            "chunk_size must be a whole number",
+        ),
+        (module_as_pattern, mn.SettingsError, "give the module's name"),
+        (lambda: with_loss(torch.nn.functional.mse_loss), mn.SettingsError, "calls the model and then the loss"),
+        (lambda: with_loss(lambda m, b: mn.metrics.squared_error(m, b).item()), mn.LossError, r"leave out \.item\(\)"),
+        (foreign_optimizer, mn.SettingsError, "the parameters it is given, and no others"),
+        (
+            lambda: mn.MetaLearner(torch.nn.Linear(1, 1), mn.metrics.squared_error, solver=mn.Nesterov),
+            mn.SettingsError,
+            "got the class Nesterov",
+        ),
+        (
+            lambda: mn.MetaLearner(torch.nn.Linear(1, 1), mn.metrics.squared_error, estimator=mn.Nesterov(3)),
+            mn.SettingsError,
+            "without '__call__'",
+        ),
+        (
+            lambda: mn.MetaLearner(torch.nn.Linear(1, 1), mn.metrics.squared_error).backward(
+                torch.utils.data.DataLoader([1, 2])
+            ),
+            mn.TasksError,
+            r"loop over it: for tasks in loader: learner\.backward\(tasks\)",
+        ),
+        (
+            lambda: mn.MetaLearner(torch.nn.Linear(1, 1), mn.metrics.squared_error).evaluate(3),
+            mn.TasksError,
+            "a list of them or a loader, got int",
+        ),
+        (
+            lambda: mn.metrics.accuracy(torch.nn.Linear(2, 1), mn.Batch(torch.zeros(4, 2), torch.zeros(4).long())),
+            mn.LossError,
+            "at least two classes",
+        ),
+    ],
+)
+def test_slips_are_told_in_words(slip: object, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        slip()
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_gradients_are_added_to_the_tensor_that_is_there(execution: str) -> None:
+    """As loss.backward() does: whoever holds .grad sees the sum."""
+    made = PROBLEMS["ridge"]()
+    learner = learner_of(made, execution=execution)
+    learner.backward(made.tasks)
+    held = [parameter.grad for parameter in learner.model.parameters()]
+    once = flat_gradient(learner.model).clone()
+    learner.backward(made.tasks)
+    assert all(parameter.grad is grad for parameter, grad in zip(learner.model.parameters(), held, strict=True))
+    assert distance(flat_gradient(learner.model), 2 * once) < 1e-12
+
+
+def test_a_cycle_of_ragged_tasks_comes_back_in_order() -> None:
+    """Shapes a, b, a, c, b: stacked as (0, 2), (1, 4), (3), which is no swap of pairs."""
+    tasks = [mn.tasks.sinusoid(1, shots=shots, first=i) for i, shots in enumerate((4, 6, 4, 5, 6))]
+    singles = [mn.Tasks(*(mn.Batch(*(x[0] for x in batch)) for batch in task)) for task in tasks]
+    torch.manual_seed(0)
+    learner = mn.MetaLearner(torch.nn.Linear(1, 1), mn.metrics.squared_error, prox=1.0, solver=mn.Nesterov(3))
+    together = learner.evaluate(singles).values
+    alone = torch.cat([learner.evaluate(task).values for task in tasks])
+    torch.testing.assert_close(together, alone)
+
+
+def test_many_parameters_are_solved_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = PROBLEMS["ridge"]()
+    assert learner_of(made).execution.name == "vectorized"
+    number = sum(parameter.numel() for parameter in made.make().parameters())
+    monkeypatch.setattr("metanudge.execution.LARGE", number - 1)
+    assert learner_of(made).execution.name == "in_place"
+    monkeypatch.setattr("metanudge.execution.LARGE", number)
+    assert learner_of(made).execution.name == "vectorized"

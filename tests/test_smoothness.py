@@ -65,7 +65,7 @@ def test_it_is_bounded_by_the_exact_hessian_and_near_it_along_the_dominant_direc
 
 
 def test_growth_gives_the_clipping_that_theory_gives() -> None:
-    """L = 2 + 5 g exactly, seen from 2.5: lr = 1 / (2 * 2.5), max_step = 1 / (2 L1), and steps of that size are safe."""
+    """L = 2 + 5 g, seen from 2.5 on: lr = 1 / (2 * 2.5), max_step = 1 / (2 L1), and steps of that size are safe."""
     norms = torch.linspace(0.1, 4.0, 30).double()
     found = fit(norms, 2 + 5 * norms)
     assert (pytest.approx(2.0), pytest.approx(5.0)) == (found.L0, found.L1)

@@ -86,7 +86,8 @@ def as_stacks(tasks: Tasks | Sequence[Tasks], device: torch.device) -> tuple[lis
     if isinstance(tasks, Tasks):
         return [tasks], list(range(check_stack(tasks, device)))
     if isinstance(tasks, Batch) or not isinstance(tasks, list | tuple):
-        raise TasksError(f"expected mn.Tasks or a list of mn.Tasks, got {type(tasks).__name__}")
+        loop = "; loop over it: for tasks in loader: learner.backward(tasks)" if hasattr(tasks, "__iter__") else ""
+        raise TasksError(f"expected mn.Tasks or a list of mn.Tasks, got {type(tasks).__name__}{loop}")
     if not tasks:
         raise TasksError("the list of tasks is empty; give at least one task")
     groups: dict[Any, list[int]] = {}
@@ -121,5 +122,7 @@ def groups(tasks: Tasks | Iterable[Tasks]) -> Iterator[Tasks | Sequence[Tasks]]:
     """What an evaluation takes at a time: a stack, a list of single tasks, or one item of a loader after the other."""
     if isinstance(tasks, Tasks | list | tuple):
         yield tasks
-    else:
+    elif isinstance(tasks, Iterable) and not isinstance(tasks, Batch):
         yield from tasks
+    else:
+        raise TasksError(f"expected mn.Tasks, a list of them or a loader, got {type(tasks).__name__}")

@@ -46,7 +46,7 @@ class Execution(Protocol):
     def lend(
         self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally
     ) -> AbstractContextManager[Lent]:
-        """Use the model for a step. On leaving, it and the random state are as before."""
+        """Use the model for a step. On leaving it is as before, and so is the random state, but for one draw."""
         ...
 
 

@@ -90,15 +90,18 @@ class MetaLearner:
                 check_function(argument, function, "loss(model, batch) -> scalar tensor")
         if isinstance(prox, bool) or not isinstance(prox, int | float) or not 0 <= prox < float("inf"):
             raise SettingsError(f"prox must be a finite number of at least 0, got {prox!r}")
-        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        if chunk_size is not None and (
+            isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
+        ):
             raise SettingsError(f"chunk_size must be a whole number of at least 1 or None, got {chunk_size!r}")
         self.model = model
         self.losses = {Role.SUPPORT: loss, Role.QUERY: loss if query_loss is None else query_loss}
         self.prox = float(prox)
         self.solver: Solver = Nesterov(steps=16) if solver is None else solver
         self.estimator: Estimator = FOBMAML() if estimator is None else estimator
-        check_part("solver", self.solver, "settle", "mn.Nesterov(steps=16)")
-        check_part("estimator", self.estimator, "rule", "mn.FOBMAML()")
+        asked = ("steps", "needs", "differentiable", "plan", "init", "step", "settle", "point", "finished")
+        check_part("solver", self.solver, asked, "mn.Nesterov(steps=16)")
+        check_part("estimator", self.estimator, ("needs", "__call__"), "mn.FOBMAML()")
         self.warm_start = warm_start
         self.adapt_only = adapt_only
         selection = select_parameters(model, adapt_only)
@@ -222,10 +225,13 @@ class MetaLearner:
                 self._tell_once(UnsolvedWarning, told)
         parameters = dict(self.model.named_parameters())
         gradient = mean.gradient()
-        for name, leaf in gradient.items():
-            parameter = parameters[name]
-            leaf = leaf.to(parameter.dtype)
-            parameter.grad = leaf.clone() if parameter.grad is None else parameter.grad + leaf
+        with torch.no_grad():
+            for name, leaf in gradient.items():
+                parameter = parameters[name]
+                if parameter.grad is None:
+                    parameter.grad = leaf.to(parameter.dtype, copy=True)
+                else:
+                    parameter.grad.add_(leaf)
         norm = torch.stack([leaf.double().square().sum() for leaf in gradient.values()]).sum().sqrt()
         return MetaStep(*numbers, float(norm), dropped, tally.gradients)
 

@@ -33,6 +33,11 @@ def accuracy(model: nn.Module, batch: Batch) -> Tensor:
         0.667
     """
     logits: Tensor = model(batch.inputs)
+    if logits.ndim == 0 or logits.shape[-1] < 2:
+        raise LossError(
+            f"accuracy needs a logit for each of at least two classes, [n, classes], but the model gave "
+            f"{tuple(logits.shape)}; for one logit compare its sign with the targets in a metric of your own"
+        )
     _same_shape("logits without their last axis", logits[..., 0], "class indices as targets", batch.targets)
     hits: Tensor = logits.argmax(-1) == batch.targets
     return hits.to(logits.dtype).mean()

@@ -43,7 +43,7 @@ def select_parameters(model: nn.Module, adapt_only: AdaptOnly | None) -> Selecti
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)  # a tied parameter answers to each of its names
-    if callable(adapt_only) and not isinstance(adapt_only, type):
+    if callable(adapt_only) and not isinstance(adapt_only, type | nn.Module):
         chosen = {name for name, parameter in trainable.items() if adapt_only(name, parameter)}
         asked = "the predicate given as adapt_only"
     else:
@@ -75,8 +75,9 @@ def _matches(name: str, pattern: str) -> bool:
 def _patterns(adapt_only: object) -> tuple[str, ...]:
     patterns = (adapt_only,) if isinstance(adapt_only, str) else adapt_only
     if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
+        hint = "; give the module's name, such as 'head'" if isinstance(adapt_only, nn.Module) else ""
         raise SettingsError(
             "adapt_only must be a name or pattern, several of them, or a predicate (name, parameter) -> bool, "
-            f"got {type(adapt_only).__name__}"
+            f"got {type(adapt_only).__name__}{hint}"
         )
     return tuple(patterns)

@@ -9,10 +9,17 @@ from torch import nn
 from metanudge.errors import SettingsError
 
 
-def check_steps(steps: int) -> None:
+def check_steps(steps: int, name: str = "steps") -> None:
     """Raise a SettingsError unless ``steps`` is a whole number >= 1."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise SettingsError(f"steps must be a whole number of at least 1, got {steps!r}")
+        raise SettingsError(f"{name} must be a whole number of at least 1, got {steps!r}")
+
+
+def check_flag(**settings: bool) -> None:
+    """Raise a SettingsError unless every setting is True or False."""
+    for name, value in settings.items():
+        if not isinstance(value, bool):
+            raise SettingsError(f"{name} must be True or False, got {value!r}")
 
 
 def check_positive(**settings: float) -> None:
@@ -31,11 +38,16 @@ def check_fraction(**settings: float) -> None:
 
 def check_function(argument: str, given: object, form: str) -> None:
     """Raise a SettingsError for what is no function of a model and a batch: a name, a class, a module of torch.nn."""
-    if not callable(given) or isinstance(given, type | nn.modules.loss._Loss):
-        raise SettingsError(f"{argument} must be a function {form}, got {given!r}")
+    of_torch = getattr(given, "__module__", None) in ("torch.nn.functional", "torch._C._nn")
+    if not callable(given) or isinstance(given, type | nn.modules.loss._Loss) or of_torch:
+        hint = "; write one that calls the model and then the loss" if callable(given) else ""
+        raise SettingsError(f"{argument} must be a function {form}, got {given!r}{hint}")
 
 
-def check_part(argument: str, given: object, attribute: str, example: str) -> None:
-    """Raise a SettingsError for a name, a class, or an object of another kind."""
-    if isinstance(given, type) or not hasattr(given, attribute):
-        raise SettingsError(f"{argument} must be an object such as {example}, got {given!r}")
+def check_part(argument: str, given: object, attributes: tuple[str, ...], example: str) -> None:
+    """Raise a SettingsError for a name, a class, or an object that lacks what is asked of it."""
+    if isinstance(given, type):
+        raise SettingsError(f"{argument} must be an object such as {example}, got the class {given.__name__}")
+    lacking = [name for name in attributes if not hasattr(given, name)]
+    if lacking:
+        raise SettingsError(f"{argument} must be an object such as {example}, got {given!r}, without {lacking[0]!r}")

@@ -229,7 +229,7 @@ class InnerGradients(Protocol):
 
 
 class LossGradients(InnerGradients, Protocol):
-    """Seam 1: where loss gradients come from. Written twice (oracle.py); all mathematics is written on top of it."""
+    """Seam 1: where loss gradients come from. Written twice (oracle/); all mathematics is written on top of it."""
 
     @property
     def shared(self) -> Params:

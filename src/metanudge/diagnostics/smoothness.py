@@ -96,8 +96,9 @@ def smoothness(
     with all tasks at every step, so that the gradients are of one function, and the same random numbers at both points.
     L0 and L1 are the non-negative least-squares fit of L_k on ||∇F(x_k)||. A step of size s is safe where
     s (L0 + L1 ||g||) <= 1, which min(1 / (2 L0), 1 / (2 L1 ||g||)) fulfils; for the suggestion the fitted line is
-    raised until nine points of ten lie below it, and L0 to the least L_k, as nobody has looked at smaller gradients. The smoothness counts as growing where it correlates with the gradient
-    norm by more than 0.3 and the gradient norm varies by more than a tenth.
+    raised until nine points of ten lie below it, and L0 to the least L_k, as nobody has looked at smaller gradients.
+    The smoothness counts as growing where it correlates with the gradient norm by more than 0.3 and the gradient norm
+    varies by more than a tenth.
 
     What is seen depends on where the trajectory goes: start from where you are in training. Model, gradients, optimizer
     and random state are as before afterwards, also after an exception.

@@ -79,7 +79,7 @@ class FOBMAML:
     start: Literal["solution", "initialization"] = "solution"
 
     def __post_init__(self) -> None:
-        if isinstance(self.scheme, str) and self.scheme not in STENCILS:
+        if not isinstance(self.scheme, Stencil) and self.scheme not in STENCILS:
             raise SettingsError(f"scheme must be a mn.Stencil or one of {', '.join(STENCILS)}, got {self.scheme!r}")
         if self.nudge not in ("linear", "full"):
             raise SettingsError(f'nudge must be "linear" or "full", got {self.nudge!r}')

@@ -56,7 +56,7 @@ class IMAML:
     displacement: float | None = None
 
     def __post_init__(self) -> None:
-        check_steps(self.cg_steps)
+        check_steps(self.cg_steps, "cg_steps")
         check_positive(tol=self.tol)
         check_products(self.products, self.displacement)
 
@@ -97,7 +97,5 @@ def conjugate_gradients(losses: LossGradients, system: HessianProduct, right: Pa
         x = tree.axpy(alpha, direction, x)
         residual = tree.axpy(-alpha, image, residual)
         previous, square = square, losses.inner(residual, residual)
-        direction = tree.axpy(
-            square / previous.clamp_min(1e-300 if square.dtype == torch.float64 else 1e-38), direction, residual
-        )
+        direction = tree.axpy(square / previous.clamp_min(torch.finfo(square.dtype).tiny), direction, residual)
     return x

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from metanudge.energy import InnerProblem
 from metanudge.estimators.unrolled import leaves_per_task, unroll
+from metanudge.settings import check_flag
 from metanudge.solvers.loop import Solver
 from metanudge.types import Estimate, Need
 
@@ -43,6 +44,9 @@ class MAML:
     bias: ClassVar[str] = "0 for F_K; → 0 for F as contraction^K"
 
     checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        check_flag(checkpoint=self.checkpoint)
 
     @property
     def needs(self) -> frozenset[Need]:

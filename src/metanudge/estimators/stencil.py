@@ -42,6 +42,9 @@ class Stencil:
         return tuple(math.prod(other / (other - node) for other in self.nodes if other != node) for node in self.nodes)
 
     def __post_init__(self) -> None:
+        for name in ("nodes", "weights"):
+            if not isinstance(getattr(self, name), tuple | list):
+                raise SettingsError(f"{name} must be a tuple of numbers, got {getattr(self, name)!r}")
         object.__setattr__(self, "nodes", tuple(self.nodes))
         object.__setattr__(self, "weights", tuple(self.weights))
         if len(self.nodes) < 2 or len(set(self.nodes)) < len(self.nodes) or len(self.weights) != len(self.nodes):

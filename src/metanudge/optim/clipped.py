@@ -44,6 +44,8 @@ class ClippedSGD(torch.optim.Optimizer):
     def __init__(self, params: ParamsT, lr: float, max_step: float) -> None:
         check_positive(lr=lr, max_step=max_step)
         super().__init__(params, {"lr": lr, "max_step": max_step})
+        for group in self.param_groups:
+            check_positive(lr=group["lr"], max_step=group["max_step"])
 
     @overload
     def step(self, closure: None = None) -> None: ...

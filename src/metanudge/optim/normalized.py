@@ -46,6 +46,9 @@ class NormalizedSGD(torch.optim.Optimizer):
         check_positive(lr=lr)
         check_fraction(momentum=momentum)
         super().__init__(params, {"lr": lr, "momentum": momentum})
+        for group in self.param_groups:
+            check_positive(lr=group["lr"])
+            check_fraction(momentum=group["momentum"])
 
     @overload
     def step(self, closure: None = None) -> None: ...

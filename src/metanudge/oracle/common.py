@@ -40,9 +40,10 @@ def scalar_loss(function: LossFunction, model: nn.Module, batch: Batch) -> Tenso
     Raises:
         LossError: It did not return a floating-point scalar tensor.
     """
-    loss = function(model, batch)
+    loss: object = function(model, batch)
     if not isinstance(loss, Tensor):
-        raise LossError(f"the loss (or metric) must return a scalar tensor, but returned {type(loss).__name__}")
+        hint = "; leave out .item()" if isinstance(loss, int | float) else ""
+        raise LossError(f"the loss (or metric) must return a scalar tensor, but returned {type(loss).__name__}{hint}")
     if loss.ndim != 0:
         raise LossError(
             f"the loss (or metric) must return one number per task, but returned a tensor of shape "

@@ -230,7 +230,8 @@ def _explained() -> Iterator[None]:
             raise
         raise LossError(
             "the model, the loss or the metric does something that torch.func.vmap can not do for many tasks at once "
-            "(it looks at a value with .item() or if, or uses an operation without a batching rule, such as nn.GRU). "
+            "(it looks at a value with .item() or if, or uses an operation without a batching rule, such as nn.GRU, "
+            "nn.LSTM and nn.RNN). "
             f'Give the MetaLearner execution="in_place", which runs any model. PyTorch said: {error}'
         ) from error
 

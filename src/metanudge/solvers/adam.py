@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metanudge import tree
 from metanudge.energy import Energy
+from metanudge.errors import SettingsError
 from metanudge.settings import check_fraction, check_positive, check_steps
 from metanudge.types import Need, Params, Schedule
 
@@ -62,6 +63,8 @@ class Adam:
     def __post_init__(self) -> None:
         check_steps(self.steps)
         check_positive(lr=self.lr, eps=self.eps)
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
+            raise SettingsError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         check_fraction(beta1=self.betas[0], beta2=self.betas[1])
 
     def plan(self, energy: Energy, start: Params) -> None:

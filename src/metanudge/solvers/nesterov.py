@@ -12,7 +12,7 @@ from metanudge import tree
 from metanudge.curvature import lipschitz_constant
 from metanudge.energy import Energy
 from metanudge.errors import SettingsError
-from metanudge.settings import check_fraction, check_positive, check_steps
+from metanudge.settings import check_flag, check_fraction, check_positive, check_steps
 from metanudge.types import Need, Params, Schedule
 
 
@@ -104,8 +104,8 @@ class Nesterov:
                     raise SettingsError(f'{name} must be a number or "auto", got {value!r}')
             else:
                 check(**{name: value})
-        if self.power_iterations < 1:
-            raise SettingsError(f"power_iterations must be at least 1, got {self.power_iterations!r}")
+        check_steps(self.power_iterations, "power_iterations")
+        check_flag(restart=self.restart)
 
     @property
     def needs(self) -> frozenset[Need]:

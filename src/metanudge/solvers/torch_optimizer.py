@@ -72,6 +72,11 @@ class TorchOptimizer:
                 "TorchOptimizer can not drive L-BFGS, which evaluates the loss on its own; "
                 "use Nesterov, or another optimizer"
             )
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if stepped != {id(parameter) for parameter in phi.values()}:
+            raise SettingsError(
+                "the factory of TorchOptimizer must put the parameters it is given, and no others, into its optimizer"
+            )
         return State(optimizer, phi)
 
     def step(self, energy: Energy, plan: None, state: State, index: int, decision: None) -> tuple[State, None]:

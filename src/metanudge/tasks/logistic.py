@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metanudge.errors import SettingsError
+from metanudge.settings import check_steps
 from metanudge.tasks.seeding import stream
 from metanudge.types import Batch, Tasks
 
@@ -62,6 +64,10 @@ def logistic(
         >>> mn.MetaLearner(logistic_model(5), logistic_loss).backward(tasks).dropped_tasks
         0
     """
+    for name, size in (("number", number), ("features", features), ("shots", shots), ("queries", queries)):
+        check_steps(size, name)
+    if not 0 <= flips < 0.5:
+        raise SettingsError(f"flips is a share of labels below 1/2, got {flips!r}")
     shared = torch.randn(features, generator=stream(seed, 0), dtype=torch.float64)
     shared *= common / shared.norm()
 

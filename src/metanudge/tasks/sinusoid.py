@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from metanudge.settings import check_steps
 from metanudge.tasks.seeding import stream
 from metanudge.types import Batch, Tasks
 
@@ -45,6 +46,8 @@ def sinusoid(
         >>> torch.equal(again.query.targets[0], tasks.query.targets[2])
         True
     """
+    for name, size in (("number", number), ("shots", shots), ("queries", queries)):
+        check_steps(size, name)
 
     def draw(index: int) -> tuple[Tensor, Tensor]:
         uniform = torch.rand(2 + shots + queries, 1, generator=stream(seed, index), dtype=torch.float64)
