@@ -15,6 +15,10 @@ from metanudge.errors import SettingsError
 from metanudge.settings import check_flag, check_fraction, check_positive, check_steps
 from metanudge.types import Need, Params, Schedule
 
+SHORTEST = float(torch.finfo(torch.float32).eps ** 0.5)
+"""Relative length below which a secant is not believed: it is round-off in float32, and across a kink of the loss it is
+the steeper the shorter it is."""
+
 
 class Decision(NamedTuple):
     """What a step of the free solve decided, ``[*L]`` each: which lanes move, which restart, and the step size."""
@@ -194,6 +198,5 @@ def _secant(energy: Energy, plan: Tensor, state: State, pull: Params) -> Secant:
         way, change = tree.subtract(y, state.secant.y), tree.subtract(pull, state.secant.pull)
         length, constant = energy.norm(way), state.secant.constant
         slope = energy.norm(change) / length.clamp_min(1e-30)
-        # a shorter way's slope is round-off
-        told = (length > torch.finfo(length.dtype).eps ** 0.5 * energy.norm(y)) & (slope > constant)
+        told = (length > SHORTEST * energy.norm(y)) & (slope > constant)
         return Secant(torch.where(told, slope, constant), y, pull)
