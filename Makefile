@@ -9,6 +9,7 @@ help:
 	@echo "make demo     run the synthetic study and say where the figures are (about 4 minutes)"
 	@echo "make test     formatter, linter, type checker, tests and doctests (under 10 minutes)"
 	@echo "make install  only make .venv with the command metanudge"
+	@echo "make results  run everything behind results/ again (over an hour)"
 	@echo "make lint | format | bench | clean"
 
 install: .venv/.installed
@@ -37,6 +38,9 @@ lint: .venv/.lint
 format: .venv/.lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+results: demo .venv/.mnist1d
+	$(BIN)/metanudge reproduce solves
 
 bench: .venv/.bench
 	$(BIN)/python benchmarks/memory.py

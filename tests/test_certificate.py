@@ -37,15 +37,14 @@ def test_the_bound_holds_on_random_convex_problems() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["symmetric", "forward", "fourth_order"])
-@pytest.mark.parametrize("nudge", ["linear", "full"])
 @pytest.mark.parametrize("steps", [4, 12, 40])
 @pytest.mark.parametrize("problem", ["ridge", "logistic"])
-def test_the_bound_holds_task_by_task(problem: str, steps: int, nudge: str, scheme: str) -> None:
+def test_the_bound_holds_task_by_task(problem: str, steps: int, scheme: str) -> None:
     made = PROBLEMS[problem]()
     for i, (task, phi) in enumerate(zip(made.plain, made.solutions(), strict=True)):
         eye = torch.eye(len(phi), dtype=phi.dtype)
         exact = made.prox * torch.linalg.solve(hessian(task.support, phi) + made.prox * eye, slope(task.query, phi))
-        step, found = step_on(made, mn.Nesterov(steps), i, estimator=mn.FOBMAML(scheme, nudge=nudge))
+        step, found = step_on(made, mn.Nesterov(steps), i, estimator=mn.FOBMAML(scheme))
         assert float((found - exact).norm()) <= step.error_bound * float(found.norm())
         assert step.error_bound < 100
 
@@ -93,7 +92,7 @@ def test_the_bound_shrinks_as_the_solve_converges() -> None:
 
 
 @pytest.mark.parametrize(
-    "estimator", [mn.MAML(), mn.FOMAML(), mn.Reptile(), mn.FOBMAML(start="initialization")], ids=str
+    "estimator", [mn.MAML(), mn.FOMAML(), mn.FOBMAML(nudge="full"), mn.FOBMAML(start="initialization")], ids=str
 )
 def test_who_has_no_bound_says_so(estimator: object) -> None:
     assert math.isnan(step_on(PROBLEMS["logistic"](), mn.Nesterov(8), estimator=estimator)[0].error_bound)

@@ -792,3 +792,47 @@ def test_many_parameters_are_solved_in_place(monkeypatch: pytest.MonkeyPatch) ->
     assert learner_of(made).execution.name == "in_place"
     monkeypatch.setattr("metanudge.execution.LARGE", number)
     assert learner_of(made).execution.name == "vectorized"
+
+
+class HalfStep:
+    """A user's solver: plain descent, no dataclass, not registered."""
+
+    steps, needs, differentiable = 3, frozenset(), True
+
+    def plan(self, energy: object, start: dict) -> None: ...
+
+    def init(self, energy: object, start: dict, plan: None) -> dict:
+        return start
+
+    def step(self, energy: object, plan: None, state: dict, index: int, decision: None) -> tuple:
+        gradient = energy.gradient(state, index)
+        return {name: leaf - 0.05 * gradient[name] for name, leaf in state.items()}, None
+
+    def settle(self, schedule: object, steps: int) -> object:
+        return schedule._replace(decisions=[None] * steps)
+
+    def point(self, state: dict) -> dict:
+        return state
+
+    def finished(self, state: dict) -> bool:
+        return False
+
+
+class Twice:
+    """A user's estimator: two times FOMAML, not registered."""
+
+    needs = frozenset()
+
+    def __call__(self, problem: object, solver: object) -> object:
+        estimate = mn.FOMAML()(problem, solver)
+        return estimate._replace(gradient={name: 2 * leaf for name, leaf in estimate.gradient.items()})
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_parts_of_the_users_own_need_no_registration(execution: str) -> None:
+    made = PROBLEMS["logistic"]()
+    mine = learner_of(made, solver=HalfStep(), estimator=Twice(), execution=execution)
+    mine.backward(made.tasks)
+    known = learner_of(made, solver=mn.GradientDescent(3, lr=0.05), estimator=mn.FOMAML(), execution=execution)
+    known.backward(made.tasks)
+    assert distance(flat_gradient(mine.model), 2 * flat_gradient(known.model)) < 1e-12

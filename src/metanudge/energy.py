@@ -100,8 +100,14 @@ class InnerProblem:
         """E(·; θ, ν); free without ``nu``, linearly nudged with ``slope``."""
         return Energy(self.losses, self.theta, self.prox, nu, slope)
 
+    def meta_partial(self, energy: Energy, phi: Params, step: int) -> Params:
+        """∂E/∂ω: ∂E/∂θ = λ (θ - φ) and, where parameters are shared, ∂E/∂w = ∂f̂/∂w + ν ∂f/∂w (linear nudge: ∂f̂/∂w)."""
+        if not self.losses.shared:
+            return tree.scale(-1.0, energy.push(phi))
+        return self.partials(energy, phi, step)[0]
+
     def partials(self, energy: Energy, phi: Params, step: int) -> tuple[Params, Params]:
-        """∂E/∂φ, and ∂E/∂ω: ∂E/∂θ = λ (θ - φ) and ∂E/∂w = ∂f̂/∂w + ν ∂f/∂w (linear nudge: ∂f̂/∂w)."""
+        """∂E/∂ω, and ∂E/∂φ, from one gradient of each loss."""
         _, pull = self.losses.value_and_all_gradients(Role.SUPPORT, phi, step)
         if energy.nu is not None and energy.slope is None:
             _, query = self.losses.value_and_all_gradients(Role.QUERY, phi, step)
@@ -110,4 +116,4 @@ class InnerProblem:
         force = {name: pull[name] + push[name] for name in phi}
         if energy.nu is not None and energy.slope is not None:
             force = tree.axpy(energy.nu, energy.slope, force)
-        return force, tree.scale(-1.0, push) | {name: pull[name] for name in self.losses.shared}
+        return tree.scale(-1.0, push) | {name: pull[name] for name in self.losses.shared}, force

@@ -157,7 +157,7 @@ class MetaStep(NamedTuple):
         residual: Mean relative inner residual in [0, 1]: 0 solved, 1 not begun; NaN where prox is 0.
         error_bound: Bound on a task's error ||g - ∇F|| relative to ||g||, means over tasks of both, in the adapted
             parameters: 0.1 is 10 %. It holds where the support loss is convex, and is wide where the solves are not
-            done (docs/theory.md); NaN for estimators without one.
+            done (docs/theory.md); NaN for all but FO-B-MAML with its linear nudge.
         amplified_tasks: Tasks whose meta-gradient is longer than their query gradient. Where the inner problem is
             convex that can not be: ``prox`` is too small, or their nudged solves diverge.
         nu: Mean nudge (0 for estimators without one).

@@ -32,9 +32,28 @@ class Nudged(NamedTuple):
     middle: Params
     middle_force: Params
 
+    @classmethod
+    def of(
+        cls,
+        problem: InnerProblem,
+        nu: Tensor,
+        displacement: Tensor,
+        derivative: tuple[Params, ...],
+        middle: tuple[Params, ...],
+    ) -> Nudged:
+        """From ∂E/∂ω and ∂E/∂φ at the nudged points: their derivative times ν, and their value, at ν = 0."""
+        theta = problem.losses.spread(problem.theta)
+
+        def moved(partial: Params) -> Params:
+            """φ - θ, or its derivative, from ∂E/∂θ."""
+            return {name: -partial[name] / problem.prox for name in theta}
+
+        u, force = moved(tree.scale(1 / nu, derivative[0])), tree.scale(1 / nu, derivative[1])
+        return cls(nu, displacement, u, force, tree.add(moved(middle[0]), theta), middle[1])
+
 
 def error_bound(problem: InnerProblem, free: FreeSolve, nudged: Nudged, order: int) -> Tensor:
-    r"""Bound on ||g - ∇F|| in the adapted parameters, ``[*L]``, where the support loss is convex.
+    r"""Bound on ||g - ∇F|| in the adapted parameters, ``[*L]``, where the support loss is convex; linear nudge.
 
     With g = -λ u and (H̄ + λ) u = r - ∇f(φ₀), H̄ the mean Hessian between the nudged points, and with A⁻¹ <= 1/λ,
 
@@ -67,8 +86,8 @@ def error_bound(problem: InnerProblem, free: FreeSolve, nudged: Nudged, order: i
     even = norm(tree.subtract(nudged.middle_force, middle_force)) / nu
 
     curvature = tree.subtract(tree.axpy(-problem.prox, u, nudged.force), free.slope)  # H̄ u = r - λ u - ∇f
-    ahead, behind = (pull(tree.axpy(sign * nu, u, free.phi)) for sign in (1, -1))
-    curvature_at_free = tree.scale(1 / (2 * nu), tree.subtract(ahead, behind))
+    (found,) = losses.stencil_sums((-1, 1), ((-1 / 2, 1 / 2),), lambda node: (pull(tree.axpy(nu * node, u, free.phi)),))
+    curvature_at_free = tree.scale(1 / nu, found[0])
     change_of_curvature = norm(tree.subtract(curvature, curvature_at_free))
 
     tiny = torch.finfo(slope.dtype).tiny

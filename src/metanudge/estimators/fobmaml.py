@@ -42,9 +42,9 @@ class FOBMAML:
     kinks and sharp bends of the loss. With the full nudge ν = ε^(1/(p+1)) min(s, s^(1/(p+1))); the second term is for
     ν^p, how much the query loss bends the energy.
 
-    Cost per task, K inner and K' nudged steps, N nodes other than 0: K + 6 + N (K' + 1) gradients with the linear
-    nudge, K + 6 + 2 N (K' + 1) with the full one; N is 2 for "symmetric". Of the 6, two judge the free solution and
-    four make the bound ``MetaStep.error_bound`` (none from the "initialization"). Memory: that of one gradient, and a
+    Cost per task, K inner and K' nudged steps, N nodes other than 0: K + 2 + N K' gradients with the linear nudge, and
+    4 + N for the bound ``MetaStep.error_bound``; K + 2 + 2 N K' with the full one, which has no bound, as little as the
+    start at the "initialization". N is 2 for "symmetric". Memory: that of one gradient, and a
     dozen copies of the adapted parameters (in place); nothing grows with K.
 
     Args:
@@ -68,7 +68,7 @@ class FOBMAML:
     """
 
     rule: ClassVar[str] = "λ (φ(-ν) - φ(+ν)) / 2ν"
-    cost: ClassVar[str] = "K + 8 + 2K' (full nudge: K + 10 + 4K')"
+    cost: ClassVar[str] = "K + 8 + 2K' (full nudge: K + 2 + 4K')"
     memory: ClassVar[str] = "one step + a dozen parameter copies"
     bias: ClassVar[str] = "→ 0: δ^(p/(p+1)) at worst, contraction^K' + ν^p when matched"
 
@@ -112,10 +112,14 @@ class FOBMAML:
         start = free.phi if at_solution else problem.losses.spread(problem.theta)
         schedule = solver.settle(free.schedule, self._steps(solver)) if at_solution else free.schedule
 
-        def partials_at(energy: Energy) -> tuple[Params, Params]:
+        certified = at_solution and self.nudge == "linear"
+
+        def terms_at(energy: Energy) -> tuple[Params, ...]:
             solved = energy.nu is None and not at_solution
             phi = free.phi if solved else replay(solver, energy, start, schedule)
-            return problem.partials(energy, phi, free.step)
+            if certified:
+                return problem.partials(energy, phi, free.step)
+            return (problem.meta_partial(energy, phi, free.step),)
 
         stencil = self.stencil
         rows = {node: pair for node, *pair in zip(stencil.nodes, stencil.weights, stencil.values, strict=True)}
@@ -123,26 +127,20 @@ class FOBMAML:
         sums = problem.losses.stencil_sums(
             tuple(rows),
             tuple(zip(*rows.values(), strict=True)),
-            lambda node: partials_at(problem.energy(nu * node, slope)),
+            lambda node: terms_at(problem.energy(nu * node, slope)),
         )
         if at_zero is not None:
-            found = partials_at(problem.energy())
+            found = terms_at(problem.energy())
             sums = [
                 tuple(tree.axpy(weight, one, total) for one, total in zip(found, both, strict=True))
                 for weight, both in zip(at_zero, sums, strict=True)
             ]
-        derivative, (middle_force, middle_partial) = sums
-        force, gradient = (tree.scale(1 / nu, part) for part in derivative)
-
-        def moved(partial: Params) -> Params:
-            """-∂E/∂θ / λ, which is φ - θ, or its derivative."""
-            return {name: -partial[name] / problem.prox for name in free.phi}
-
+        derivative, middle = sums
+        gradient = tree.scale(1 / nu, derivative[0])
         error = None
-        if at_solution:
-            middle = tree.add(moved(middle_partial), problem.losses.spread(problem.theta))
-            nudged = Nudged(nu, displacement, moved(gradient), force, middle, middle_force)
-            error = error_bound(problem, free, nudged, self.stencil.order)
+        if certified:
+            nudged = Nudged.of(problem, nu, displacement, derivative, middle)
+            error = error_bound(problem, free, nudged, stencil.order)
         if self.nudge == "linear":
             gradient |= {name: gradient[name] + leaf for name, leaf in free.direct(problem).items()}
         return free.estimate(problem, gradient, nu, error)
