@@ -174,5 +174,6 @@ def test_the_advice_follows_from_geometric_convergence() -> None:
     assert advice.cure(0.4, 8, 0.1) == (27, pytest.approx(2.0))
     steps, _ = advice.cure(0.5, 10, 1.0)
     assert 0.5 ** (steps / 10) <= advice.DONE < 0.5 ** ((steps - 1) / 10)
+    assert advice.cure(0.99, 4, 0.1) == (40, pytest.approx(10.0))
     assert advice.rounded(0.034) == pytest.approx(0.04)
     assert advice.rounded(20.0) == pytest.approx(20.0)

@@ -11,6 +11,10 @@ DONE = 0.05
 """Relative residual that the advice aims at."""
 
 
+MOST = 10.0
+"""Largest factor of the steps that is advised."""
+
+
 def rounded(value: float) -> float:
     """One significant digit, upwards."""
     unit = 10.0 ** math.floor(math.log10(value))
@@ -21,9 +25,10 @@ def cure(residual: float, steps: int, prox: float) -> tuple[int, float]:
     """The steps, or the proximal weight, that would bring the residual to about 5 %.
 
     If the residual falls geometrically, rho^K, the steps grow by log(0.05) / log(residual); and as an accelerated
-    solver needs K ~ sqrt(L / prox) steps, the same is had by a proximal weight larger by the square of that.
+    solver needs K ~ sqrt(L / prox) steps, the same is had by a proximal weight larger by the square of that. At most ten
+    times the steps: a residual near 1 says that the solve has hardly begun, and nothing of its rate.
     """
-    factor = math.log(DONE) / math.log(min(max(residual, 1e-3), 0.98))
+    factor = min(math.log(DONE) / math.log(min(max(residual, 1e-3), 0.98)), MOST)
     return max(steps + 1, math.ceil(steps * factor)), rounded(prox * max(factor, 1.1) ** 2)
 
 
