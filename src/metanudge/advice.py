@@ -25,8 +25,8 @@ def cure(residual: float, steps: int, prox: float) -> tuple[int, float]:
     """The steps, or the proximal weight, that would bring the residual to about 5 %.
 
     If the residual falls geometrically, rho^K, the steps grow by log(0.05) / log(residual); and as an accelerated
-    solver needs K ~ sqrt(L / prox) steps, the same is had by a proximal weight larger by the square of that. At most ten
-    times the steps: a residual near 1 says that the solve has hardly begun, and nothing of its rate.
+    solver needs K ~ sqrt(L / prox) steps, the same is had by a proximal weight larger by the square of that. At most
+    ten times the steps: a residual near 1 says that the solve has hardly begun, and nothing of its rate.
     """
     factor = min(math.log(DONE) / math.log(min(max(residual, 1e-3), 0.98)), MOST)
     return max(steps + 1, math.ceil(steps * factor)), rounded(prox * max(factor, 1.1) ** 2)
