@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metanudge as mn
+from metanudge.oracle import RandomState
+from metanudge.types import Role
 from problems import DTYPE, distance, flat_gradient, normal, single_tasks
 
 EXECUTIONS = ["vectorized", "in_place"]
@@ -276,6 +279,41 @@ def test_dropout_is_the_same_for_every_estimator_under_one_seed(execution: str) 
         assert distance(differences, exact) < 1e-7
         maml, walked = (gradient_of(model, squared_error, data, e, execution) for e in (mn.MAML(), mn.HFMAML()))
         assert distance(walked, maml) < 1e-7
+
+
+def test_random_states_differ_between_tasks_losses_and_steps() -> None:
+    state = RandomState(11, torch.device("cpu"))
+    with torch.random.fork_rng():
+        found = set()
+        for task, role, step in product(range(3), Role, range(40)):
+            state.enter(task, role, step)
+            found.add(torch.initial_seed())
+    assert len(found) == 3 * 2 * 40
+
+
+@pytest.mark.parametrize("nudge", ["linear", "full"])
+def test_partials_at_the_nudged_points_see_the_noise_of_the_free_solution(nudge: str) -> None:
+    """The shared parameters' meta-gradient differences the losses that were judged, under the masks they had."""
+    model, seeds = noisy(), []
+
+    def loss(module: nn.Module, batch: mn.Batch) -> Tensor:
+        seeds.append(torch.initial_seed())
+        return squared_error(module, batch)
+
+    torch.manual_seed(0)
+    steps = 5
+    estimator = mn.FOBMAML(nudge=nudge, steps=1)
+    learner = mn.MetaLearner(
+        model, loss, estimator=estimator, adapt_only="3", execution="in_place", solver=mn.GradientDescent(steps, lr=0.1)
+    )
+    learner.backward([mn.Tasks(*(mn.Batch(x[0], y[0]) for x, y in vectors()))])
+    support, query = seeds[steps], seeds[steps + 1]  # judged after the free steps
+    if nudge == "linear":  # start of the guard, then a step and the support partial at each of two nodes
+        first = steps + 3
+        assert [seeds[first + 1], seeds[first + 3]] == [support, support]
+    else:  # a step takes both gradients, and so does the partial
+        first = steps + 3
+        assert [seeds[first + at] for at in (2, 3, 6, 7)] == [support, query] * 2
 
 
 class SameMask(nn.Module):

@@ -106,6 +106,25 @@ def test_a_file_in_the_place_of_the_folder_is_told_before_any_work(tmp_path, con
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_folder_that_may_not_be_written_to_is_told_before_any_work(tmp_path, console, monkeypatch):
+    monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path)  # root may write anywhere
+    with pytest.raises(mn.SettingsError, match="may not be written to"):
+        reproduce(TOY, tmp_path / "a" / "b", quick=True, seed=0, only=("failing",), console=console)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_seed_below_zero_is_told_before_any_work(tmp_path, console):
+    with pytest.raises(mn.SettingsError, match="at least 0, got -1"):
+        reproduce(TOY, tmp_path / "out", quick=True, seed=-1, only=("failing",), console=console)
+
+
+@pytest.mark.parametrize("command", ["check", "smoothness"])
+def test_diagnostics_look_at_the_folder_first(command, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert cli.main([command, "nothing.py:function", "--out", str(tmp_path / "file" / "folder")]) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
 def test_pictures_are_the_same_for_the_same_figure():
     made, (axis,) = figure()
     axis.plot([0, 1, 0])

@@ -15,6 +15,7 @@ import metanudge
 from metanudge.diagnostics import check, smoothness
 from metanudge.errors import MetanudgeError
 from metanudge.loading import load_learner
+from metanudge.settings import check_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Check:
 
     def run(self, console: Console) -> int:
         """Check, print and write."""
+        if self.out is not None:
+            check_folder(self.out)
         loaded = load_learner(self.target)
         with console.status("comparing with the exact meta-gradient"):
             found = check(loaded.learner, loaded.tasks, max_tasks=self.max_tasks, reference_steps=self.reference_steps)
@@ -88,6 +91,8 @@ class Smoothness:
 
     def run(self, console: Console) -> int:
         """Measure, print and write."""
+        if self.out is not None:
+            check_folder(self.out)
         loaded = load_learner(self.target)
         with console.status("taking meta-steps"):
             found = smoothness(loaded.learner, loaded.tasks, loaded.optimizer, self.steps)

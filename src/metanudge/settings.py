@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 
 from torch import nn
 
@@ -13,6 +15,21 @@ def check_steps(steps: int, name: str = "steps") -> None:
     """Raise a SettingsError unless ``steps`` is a whole number >= 1."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise SettingsError(f"{name} must be a whole number of at least 1, got {steps!r}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise a SettingsError unless ``seed`` is a whole number >= 0."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise SettingsError(f"seed must be a whole number of at least 0, got {seed!r}")
+
+
+def check_folder(out: Path) -> None:
+    """Raise a SettingsError where nothing could be written into ``out``; made, with its parents, it need not be yet."""
+    nearest = next(place for place in (out, *out.parents) if place.exists())
+    if not nearest.is_dir():
+        raise SettingsError(f"results go into a folder, but {nearest} is a file; choose another place")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise SettingsError(f"results can not go into {out}: {nearest} may not be written to; choose another place")
 
 
 def check_flag(**settings: bool) -> None:

@@ -16,6 +16,7 @@ from rich.text import Text
 from metanudge.errors import SettingsError
 from metanudge.experiments.report import write_report
 from metanudge.experiments.study import Experiment, Study
+from metanudge.settings import check_folder, check_seed
 
 
 def reproduce(
@@ -32,13 +33,14 @@ def reproduce(
         console: Where progress and the claims are shown.
 
     Raises:
-        SettingsError: A name in ``only`` that the experiment does not have, or a file where the folder belongs.
+        SettingsError: A name in ``only`` that the experiment does not have, a seed below 0, or a folder that can not be
+            written to; before any work.
     """
     for name in only:
         if name not in experiment.studies:
             raise SettingsError(f"{experiment.name} has no study {name!r}; it has {', '.join(experiment.studies)}")
-    if out.exists() and not out.is_dir():
-        raise SettingsError(f"the results go into a folder, but {out} is a file")
+    check_seed(seed)
+    check_folder(out)
     names = only or tuple(experiment.studies)
     settings = {}
     for name in names:
