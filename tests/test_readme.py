@@ -8,12 +8,16 @@ import metanudge as mn
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_example_runs():
+def test_example_runs_and_gives_the_numbers_it_tells():
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    before, after, interval = map(float, re.findall(r"squared error (.*) before, (.*) ± (.*) half", code)[0])
     found = {}
-    exec(code.replace("range(200)", "range(3)").replace("sinusoid(200", "sinusoid(20"), found)
-    assert found["scores"].curve.shape == (17,)
+    exec(code.replace("range(200)", "range(0)"), found)
+    assert round(found["scores"].mean, 1) == before
+    exec(code, found)
     assert found["step"].dropped_tasks == 0
+    assert abs(found["scores"].mean - after) < interval / 2  # threads and machines round differently
+    assert round(found["scores"].ci95, 2) == interval
 
 
 def test_table_is_made_from_the_registry():
