@@ -38,18 +38,19 @@ ill-conditioned quadratic, where it is conjugate gradients, and late on networks
 What it means for the default. It must never diverge, be replayable in matched nudged solves, differentiable, and \
 flat in memory. Nesterov with L following the curvature on the way is the only one that has all four; its restarts \
 matter on the ill-conditioned problem alone. Gradient descent, heavy ball and Nesterov with L from the start rely on \
-a curvature that the way exceeds, and diverge for single tasks, as do long Barzilai-Borwein steps. Short ones and \
-Anderson did not diverge, but what they decide depends on the nudge: for single tasks their nudged solves err by \
-several times the meta-gradient, even on logistic tasks after 16 steps. Adam's first steps have a length of their \
-own, which throws nudged solves off. Gauss-Newton needs residuals, which a loss does not show, so its meta-gradients \
-are not measured.
+a curvature that the way exceeds, and diverge for single tasks, as do long Barzilai-Borwein steps. Adam's first steps \
+have a length of their own, which throws nudged solves off. Gauss-Newton needs residuals, which a loss does not show, \
+so its meta-gradients are not measured. Short Barzilai-Borwein steps, Anderson and L-BFGS decide by what they meet, so \
+that the nudged solves take other steps than each other. Where they converge that does no harm, as converged solves \
+need no matching: on logistic tasks and in the median on the tanh network their nudged meta-gradients are nearer than \
+Nesterov's, L-BFGS's most of all. Where they do not converge (ridge) they end further from the meta-gradient than zero \
+is, by up to tens of its length, while Nesterov's matched ones stay below it: an unfinished solve then shortens the \
+step, and does not turn it.
 
-L-BFGS is the hard case. Its unrolled derivative explodes; its last memory, frozen into a preconditioner so that \
-nudged solves are matched, diverges; and it keeps 16 copies of the parameters. Nudged solves by its own, unmatched \
-steps are erratic where it does not converge within the steps (ridge), and better than Nesterov's where it does \
-(logistic, tanh): converged solves need no matching. So it can not be the default, but it deserves to be a choice \
-for FO-B-MAML on smooth models. Nesterov's own weakness shows there too: at a random tanh network 16 steps leave \
-single tasks short of a minimum, and their meta-gradients wrong by several times."""
+L-BFGS also has an unrolled derivative that explodes, and its last memory, frozen into a preconditioner so that nudged \
+solves are matched, diverges; it keeps 16 copies of the parameters. So it can not be the default, but it deserves to \
+be a choice for FO-B-MAML on smooth models. Single tasks of a random tanh network are wrong by their own length or more \
+with any solver: their inner problem is nearly singular, and what comes out depends on where the solve ended."""
 CAPTION = (
     "Median over tasks of the relative inner residual against gradients spent per task, by inner problem; a solve that "
     "is not finite counts as 1. Dots: the default."
@@ -139,6 +140,8 @@ def claims(metrics: Mapping[str, Any]) -> list[Claim]:
     for way, problem, statement, expected, factor in PRICES:
         if problem in metrics:
             found.append(price(metrics, way, problem, statement, expected, factor))
+    if "ridge" in metrics:
+        found.append(unfinished(metrics))
     return found + [tame(metrics, name) for name in ("logistic", "sinusoid_tanh") if name in metrics]
 
 
@@ -214,13 +217,6 @@ PRICES = (
         "largest error of the nudged meta-gradient, logistic, at least 100 times Nesterov's",
         100.0,
     ),
-    (
-        "nudged",
-        "ridge",
-        "Nudged solves by L-BFGS's own steps are erratic where it does not converge",
-        "largest error of the nudged meta-gradient, ridge, at least 10 times Nesterov's",
-        10.0,
-    ),
 )
 """What L-BFGS costs: way of differentiation, problem, statement, expectation, factor."""
 
@@ -235,14 +231,31 @@ def price(metrics: Mapping[str, Any], way: str, problem: str, statement: str, ex
     return Claim(statement, f"{expected}, after {steps} steps", measured, own >= factor * other)
 
 
+def unfinished(metrics: Mapping[str, Any]) -> Claim:
+    """What matching is for."""
+    told, holds = [], True
+    for name, statistic in (("nesterov", "worst"), ("lbfgs", "median"), ("anderson", "median")):
+        if name in metrics["ridge"] and metrics["ridge"][name]["meta_gradient_error"]:
+            found = list(metrics["ridge"][name]["meta_gradient_error"]["nudged"].values())[-1]
+            told.append(f"{LABELS[name]} median {found['median']:.2f}, largest {found['worst']:.2f}")
+            holds = holds and (found[statistic] < 1) == (name == "nesterov")
+    return Claim(
+        "Far from solved (ridge), matched nudged solves still point the right way, and unmatched ones do not",
+        "error of the nudged meta-gradient below 1, that of no meta-gradient, with Nesterov for every task; above in "
+        "the median with L-BFGS and Anderson",
+        "; ".join(told),
+        holds,
+    )
+
+
 def tame(metrics: Mapping[str, Any], problem: str) -> Claim:
     """Where L-BFGS is not erratic."""
     steps, own = list(metrics[problem]["lbfgs"]["meta_gradient_error"]["nudged"].items())[-1]
     other = metrics[problem]["nesterov"]["meta_gradient_error"]["nudged"][steps]
     return Claim(
-        f"Where L-BFGS converges, nudged solves by its own steps are better than Nesterov's: {problem}",
-        f"median and largest error of the nudged meta-gradient below Nesterov's, after {steps} steps",
-        f"median {own['median']:.1e} against {other['median']:.1e}, "
-        f"largest {own['worst']:.1e} against {other['worst']:.1e}",
-        own["median"] < other["median"] and own["worst"] < other["worst"],
+        f"Where L-BFGS converges, nudged solves by its own steps are nearer than Nesterov's: {problem}",
+        f"median error of the nudged meta-gradient below Nesterov's, after {steps} steps",
+        f"median {own['median']:.1e} against {other['median']:.1e} (largest {own['worst']:.1e} against "
+        f"{other['worst']:.1e})",
+        bool(own["median"] < other["median"]),
     )

@@ -71,7 +71,7 @@ def run(settings: GuardsSettings, advance: Advance) -> Study:
         Claim(
             f"mn.check ranks a starved setting (K = {settings.starved_steps}, prox {settings.starved_prox}) as bad",
             "a relative error above 50 %, and the verdict says bad",
-            f"{100 * bad:.0f} %: {metrics['starved']['verdict']}",
+            f"an error of {bad:.2g} times the exact meta-gradient: {metrics['starved']['verdict']}",
             bad > 0.5 and metrics["starved"]["verdict"].startswith("Bad"),
         ),
         Claim(
