@@ -28,6 +28,7 @@ from metanudge.experiments.solves.convergence_measurements import (
 from metanudge.experiments.solves.problems import PROBLEMS, Inner, ridge_tasks, seeded
 from metanudge.oracle import Tally
 from metanudge.solvers.loop import solve
+from metanudge.tasks.mnist1d import signals
 
 ALTERNATIVES = [name for name in CANDIDATES if name not in ("nesterov", "nesterov_no_restart", "adam")]
 
@@ -178,7 +179,7 @@ def test_ridge_has_the_condition_it_says():
 
 def test_mnist1d_tasks_permute_labels_and_leave_the_generators_alone():
     pytest.importorskip("mnist1d")
-    problems.mnist1d_pool.cache_clear()
+    signals.cache_clear()
     kept = random.getstate(), np.random.get_state()[1].copy()
     tasks = problems.mnist1d_tasks(2, seed=1, shots=3, samples=200)
     assert kept[0] == random.getstate()
@@ -192,7 +193,7 @@ def test_mnist1d_tasks_permute_labels_and_leave_the_generators_alone():
 
 
 def test_a_missing_package_is_told_with_its_cure(monkeypatch):
-    problems.mnist1d_pool.cache_clear()
+    signals.cache_clear()
     monkeypatch.setitem(sys.modules, "mnist1d.data", None)
     with pytest.raises(mn.SettingsError, match=r"\.\[mnist1d\]"):
         study.convergence(replace(study.ConvergenceSettings.quick(), problems=("mnist1d",)), lambda share: None)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from metanudge.errors import SettingsError
 from metanudge.settings import check_steps
-from metanudge.tasks.seeding import stream
+from metanudge.tasks.heterogeneous import Family, draw_scores
 from metanudge.types import Batch, Tasks
 
 
@@ -68,24 +68,12 @@ def logistic(
         check_steps(size, name)
     if not 0 <= flips < 0.5:
         raise SettingsError(f"flips is a share of labels below 1/2, got {flips!r}")
-    shared = torch.randn(features, generator=stream(seed, 0), dtype=torch.float64)
-    shared *= common / shared.norm()
+    family = Family(features, shots + queries, common, difference, scales, anisotropy, seed)
 
     def draw(index: int) -> tuple[Tensor, Tensor]:
-        generator = stream(seed, index + 1)  # stream 0 is what the tasks share
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        def uniform(*shape: int) -> Tensor:
-            return torch.rand(*shape, generator=generator, dtype=torch.float64)
-
-        rotation, _ = torch.linalg.qr(normal(features, features))
-        spectrum = scales ** (2 * uniform(1) - 1) * anisotropy ** (2 * uniform(features) - 1)
-        inputs = normal(shots + queries, features) * spectrum @ rotation.T
-        weights = shared + difference * normal(features) / features**0.5
-        chance = (1 - 2 * flips) * torch.sigmoid(inputs @ weights) + flips
-        return inputs, uniform(shots + queries) < chance
+        inputs, scores, generator = draw_scores(family, index)
+        chance = (1 - 2 * flips) * torch.sigmoid(scores) + flips
+        return inputs, torch.rand(len(scores), generator=generator, dtype=torch.float64) < chance
 
     drawn = [draw(index) for index in range(first, first + number)]
     x, y = (torch.stack(same).to(dtype) for same in zip(*drawn, strict=True))

@@ -5,9 +5,7 @@ Tasks are pure functions of (seed, index); parameters are PyTorch's default draw
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metanudge as mn
-from metanudge.errors import SettingsError
+from metanudge.tasks.mnist1d import signals
 from metanudge.tasks.seeding import stream
 from metanudge.types import LossFunction
 
@@ -95,36 +93,9 @@ def cross_entropy(model: nn.Module, batch: mn.Batch) -> Tensor:
     return F.cross_entropy(model(batch.inputs), batch.targets)
 
 
-@cache
-def mnist1d_pool(samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """MNIST-1D as its package generates it, ``[samples, 1, 40]`` and digits; nothing is downloaded.
-
-    Raises:
-        SettingsError: The package is not installed.
-
-    Source: Greydanus & Kobak, ICML 2024.
-    """
-    try:
-        from mnist1d.data import get_dataset_args, make_dataset
-    except ImportError as error:
-        raise SettingsError(
-            "the inner problem mnist1d needs the package mnist1d; install it with pip install -c constraints.txt "
-            "'.[mnist1d]', or leave the problem out"
-        ) from error
-    arguments = get_dataset_args()
-    arguments.num_samples, arguments.train_split, arguments.seed = samples, 1.0, seed
-    kept = random.getstate(), np.random.get_state()  # the package seeds the global generators
-    try:
-        made = make_dataset(arguments)
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
-    return torch.tensor(made["x"], dtype=torch.float32).unsqueeze(1), torch.tensor(made["y"], dtype=torch.int64)
-
-
 def mnist1d_tasks(number: int, seed: int, shots: int = 5, samples: int = 1000) -> mn.Tasks:
     """Ten digits under permuted labels, ``shots`` of each to adapt and as many to judge."""
-    inputs, digits = mnist1d_pool(samples, seed)
+    inputs, digits = signals(samples, seed)
     batches: tuple[list[mn.Batch], list[mn.Batch]] = ([], [])
     for index in range(number):
         generator = stream(seed, index)
