@@ -24,7 +24,10 @@ from metanudge.estimators import (
     Tangent,
 )
 from metanudge.learner import MetaLearner
+from metanudge.logs import Record
+from metanudge.pretrained import load_pretrained
 from metanudge.solvers import SOLVERS, Adam, GradientDescent, Nesterov, TorchOptimizer
+from metanudge.training import Fit, fit
 from metanudge.types import Batch, Evaluation, MetaStep, Tasks
 from metanudge.warm_start import WarmStart
 
@@ -43,6 +46,7 @@ __all__ = [
     "Batch",
     "Check",
     "Evaluation",
+    "Fit",
     "GradientDescent",
     "LossError",
     "MetaLearner",
@@ -51,6 +55,7 @@ __all__ = [
     "Nesterov",
     "NonFiniteError",
     "NonFiniteWarning",
+    "Record",
     "Reptile",
     "SettingsError",
     "Smoothness",
@@ -62,6 +67,8 @@ __all__ = [
     "UnsolvedWarning",
     "WarmStart",
     "check",
+    "fit",
+    "load_pretrained",
     "metrics",
     "optim",
     "smoothness",

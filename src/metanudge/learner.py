@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -308,6 +309,20 @@ class MetaLearner:
         if not values:
             raise TasksError("there are no tasks to evaluate; the iterable was empty")
         return summarize(torch.cat(values))
+
+    def save_pretrained(self, folder: str | Path, protocol: Mapping[str, Any] | None = None) -> None:
+        """Write the initialisation as safetensors, with its settings; ``mn.load_pretrained`` reads it.
+
+        Args:
+            folder: Made if missing.
+            protocol: Whatever a reader should know of data and training; JSON.
+
+        Raises:
+            SettingsError: Settings that can not be written down, or a folder that can not be written to.
+        """
+        from metanudge.pretrained import save_pretrained  # which knows learners
+
+        save_pretrained(self, folder, protocol)
 
     def _curves(self, tasks: Tasks | Sequence[Tasks], function: LossFunction) -> Tensor:
         """The metric after every step, ``[T, K + 1]``, in the order of the tasks."""

@@ -2,5 +2,6 @@
 
 from metanudge.optim.clipped import ClippedSGD
 from metanudge.optim.normalized import NormalizedSGD
+from metanudge.optim.parameter_free import ParameterFree
 
-__all__ = ["ClippedSGD", "NormalizedSGD"]
+__all__ = ["ClippedSGD", "NormalizedSGD", "ParameterFree"]

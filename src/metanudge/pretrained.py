@@ -1,0 +1,145 @@
+"""An initialisation in a folder: its weights as safetensors, and how it was and is to be adapted as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import metanudge
+from metanudge.errors import SettingsError
+from metanudge.estimators import ESTIMATORS, Stencil
+from metanudge.files import write
+from metanudge.learner import MetaLearner
+from metanudge.settings import check_folder
+from metanudge.solvers import SOLVERS
+from metanudge.types import LossFunction, Role
+
+WEIGHTS, SETTINGS = "model.safetensors", "metanudge.json"
+
+
+def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[str, Any] | None = None) -> None:
+    """Write the initialisation, and the settings it is to be adapted with, into ``folder``.
+
+    ``model.safetensors`` holds parameters and buffers (tied ones once), ``metanudge.json`` prox, solver, estimator,
+    ``adapt_only`` and ``protocol``. Both are written beside their place and then moved into it.
+
+    Args:
+        learner: Its model is the initialisation.
+        folder: Made if missing.
+        protocol: Whatever a reader should know of data and training; JSON.
+
+    Raises:
+        SettingsError: Settings that can not be written: a predicate as ``adapt_only``, a solver with a factory or of
+            the user's own; a folder that can not be written to.
+
+    Example:
+        >>> import tempfile, torch, metanudge as mn
+        >>> learner = mn.MetaLearner(torch.nn.Linear(1, 1), mn.metrics.squared_error, prox=2.0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     learner.save_pretrained(folder, {"tasks": "sinusoid"})
+        ...     again = mn.load_pretrained(folder, torch.nn.Linear(1, 1), mn.metrics.squared_error)
+        >>> again.prox, bool((again.model.weight == learner.model.weight).all())
+        (2.0, True)
+    """
+    from safetensors.torch import save_model
+
+    if not (learner.adapt_only is None or isinstance(learner.adapt_only, str | list | tuple)):
+        raise SettingsError("adapt_only is a function, which can not be written down; give names or patterns instead")
+    record = {
+        "metanudge": metanudge.__version__,
+        "prox": learner.prox,
+        "solver": _described("solver", learner.solver, SOLVERS),
+        "estimator": _described("estimator", learner.estimator, ESTIMATORS),
+        "adapt_only": learner.adapt_only if learner.adapt_only is None else _listed(learner.adapt_only),
+        "query_loss": learner.losses[Role.QUERY] is not learner.losses[Role.SUPPORT],
+        "protocol": dict(protocol or {}),
+    }
+    try:
+        text = json.dumps(record, indent=1, ensure_ascii=False)
+    except TypeError as error:
+        raise SettingsError(f"the settings, or the protocol, can not be written as JSON: {error}") from error
+    folder = Path(folder)
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".{WEIGHTS}.part"
+    save_model(learner.model, str(unfinished))
+    unfinished.replace(folder / WEIGHTS)
+    write(folder / SETTINGS, text.encode() + b"\n")
+
+
+def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **settings: Any) -> MetaLearner:
+    """Make the learner that ``save_pretrained`` wrote down.
+
+    Args:
+        folder: With ``model.safetensors`` and ``metanudge.json``.
+        model: Of the same architecture; its parameters and buffers are overwritten.
+        loss: Of the learner; functions are not written down.
+        **settings: Of ``MetaLearner``, instead of those written down: ``solver``, ``execution``, ``query_loss``, ...
+
+    Raises:
+        SettingsError: Nothing there, weights of another architecture, or a query loss that was used and is not given.
+    """
+    from safetensors.torch import load_file, load_model
+
+    folder = Path(folder)
+    for name in (WEIGHTS, SETTINGS):
+        if not (folder / name).is_file():
+            raise SettingsError(f"there is no {folder / name}; learner.save_pretrained writes it")
+    try:
+        record = json.loads((folder / SETTINGS).read_text())
+        given = {
+            "prox": record["prox"],
+            "solver": _made(record["solver"], SOLVERS),
+            "estimator": _made(record["estimator"], ESTIMATORS),
+            "adapt_only": record["adapt_only"],
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(f"{folder / SETTINGS} can not be understood: {error!r}") from error
+    if record.get("query_loss") and "query_loss" not in settings:
+        raise SettingsError("this learner had a query loss of its own; give query_loss=")
+    stored = load_file(folder / WEIGHTS)
+    own = model.state_dict()
+    odd = [name for name, value in stored.items() if name not in own or own[name].shape != value.shape]
+    if odd:
+        found = tuple(own[odd[0]].shape) if odd[0] in own else "nothing of that name"
+        raise SettingsError(
+            f"the weights are of another architecture: {odd[0]} has shape {tuple(stored[odd[0]].shape)}, the model "
+            f"has {found}"
+        )
+    learner = MetaLearner(model, loss, **(given | settings))
+    try:
+        load_model(model, str(folder / WEIGHTS))
+    except RuntimeError as error:
+        raise SettingsError(f"the weights are of another architecture: {error}") from error
+    return learner
+
+
+def _listed(adapt_only: Any) -> str | list[str]:
+    return adapt_only if isinstance(adapt_only, str) else list(adapt_only)
+
+
+def _described(kind: str, part: Any, registry: Mapping[str, type[Any]]) -> dict[str, Any]:
+    name = next((name for name, known in registry.items() if type(part) is known), None)
+    if name is None or not dataclasses.is_dataclass(part):
+        raise SettingsError(f"{part!r} can not be written down; it is none of the {kind}s {', '.join(registry)}")
+    fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+    for field, value in fields.items():
+        if callable(value):
+            raise SettingsError(f"{field} of {type(part).__name__} is a function, which can not be written down")
+        if isinstance(value, Stencil):
+            fields[field] = dataclasses.asdict(value)
+    return {"name": name, **fields}
+
+
+def _made(record: dict[str, Any], registry: Mapping[str, type[Any]]) -> Any:
+    fields = dict(record)
+    kind = registry[fields.pop("name")]
+    scheme = fields.get("scheme")
+    if isinstance(scheme, dict):
+        fields["scheme"] = Stencil(tuple(scheme["nodes"]), tuple(scheme["weights"]), scheme["order"])
+    return kind(**fields)

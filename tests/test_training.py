@@ -1,0 +1,401 @@
+"""Meta-training: what it does is the loop of the README, and killing it anywhere changes nothing."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+import metanudge as mn
+from metanudge.training import LAST, Order
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 1))
+
+
+def parts(model: nn.Module, **settings):
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=2.0, solver=mn.Nesterov(4), **settings)
+    optimizer = mn.optim.NormalizedSGD(model.parameters(), lr=0.1)
+    return learner, optimizer, mn.optim.ParameterFree(optimizer)
+
+
+ENDLESS = mn.tasks.episodes(mn.tasks.sinusoid, shots=4, queries=4)
+FINITE = mn.tasks.episodes(mn.tasks.sinusoid, shots=4, queries=4, number=11)
+COMMON = {"tasks_per_step": 3, "every": 3, "progress": False}
+
+
+def vector(model: nn.Module) -> torch.Tensor:
+    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+def test_it_is_the_loop_of_the_readme():
+    model = network()
+    learner, optimizer, schedule = parts(model)
+    torch.manual_seed(7)
+    found = mn.fit(learner, optimizer, ENDLESS, steps=5, scheduler=schedule, max_norm=0.5, **COMMON)
+    expected = network()
+    learner, optimizer, schedule = parts(expected)
+    torch.manual_seed(7)
+    for step in range(5):
+        optimizer.zero_grad()
+        done = learner.backward(mn.tasks.sinusoid(3, shots=4, queries=4, first=3 * step))
+        nn.utils.clip_grad_norm_(expected.parameters(), 0.5)
+        optimizer.step()
+        schedule.step()
+        assert found.history[step].query_loss == done.query_loss
+        assert found.history[step].gradient_norm == done.gradient_norm
+    assert torch.equal(vector(model), vector(expected))
+    assert found.validation is None
+    assert math.isnan(found.best)
+    assert found.history[-1].gradient_evaluations == 5 * done.gradient_evaluations
+    assert found.history[2].lr == pytest.approx(3**-0.75 / 7)
+
+
+class Stops(Dataset):
+    """Tasks of ``of``, until one is asked for that kills the training."""
+
+    def __init__(self, of, at: int | None) -> None:
+        self.of, self.at = of, at
+
+    def __getitem__(self, index):
+        if index == self.at:
+            raise KeyboardInterrupt
+        return self.of[index]
+
+
+@pytest.mark.parametrize("kind", ["endless", "warm", "adam"])
+def test_a_training_killed_at_a_random_step_goes_on_bit_for_bit(kind, tmp_path):
+    stop = random.Random(kind).randrange(1, 29)
+    validation = mn.tasks.sinusoid(5, seed=9)
+
+    def train(folder: Path, tasks, seed: int):
+        model = network()
+        learner, optimizer, schedule = parts(model, **({"warm_start": mn.WarmStart()} if kind == "warm" else {}))
+        if kind == "adam":
+            optimizer, schedule = torch.optim.Adam(model.parameters()), None
+        torch.manual_seed(seed)
+        settings = COMMON | {"scheduler": schedule, "validation": validation, "out": folder}
+        return model, mn.fit(learner, optimizer, tasks, steps=10, **settings)
+
+    whole, first = train(tmp_path / "whole", ENDLESS, 3)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", Stops(ENDLESS, stop), 3)
+    resumed, second = train(tmp_path / "killed", ENDLESS, 4)  # the seed is that of the checkpoint, if there is one
+    if stop >= 9:  # three tasks a step, a checkpoint every three steps
+        assert torch.equal(vector(whole), vector(resumed))
+        for a, b in zip(first.history, second.history, strict=True):
+            assert [str(x) for x in a._replace(seconds=0.0)] == [str(x) for x in b._replace(seconds=0.0)]
+        assert torch.equal(first.validation.values, second.validation.values)
+        assert (first.best, first.best_step) == (second.best, second.best_step)
+    rows = list(csv.reader((tmp_path / "killed" / "log.csv").read_text().splitlines()))
+    assert [row[0] for row in rows] == ["step", *(str(step) for step in range(1, 11))]
+
+
+SCRIPT = """
+import sys, torch, metanudge as mn
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(1, 6), torch.nn.Tanh(), torch.nn.Dropout(0.2), torch.nn.Linear(6, 1))
+learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=2.0, solver=mn.Nesterov(4))
+optimizer = torch.optim.Adam(model.parameters())
+tasks = mn.tasks.episodes(mn.tasks.sinusoid, shots=4, queries=4)
+mn.fit(learner, optimizer, tasks, steps=int(sys.argv[2]), tasks_per_step=3, every=5, out=sys.argv[1], progress=False)
+torch.save(model.state_dict(), sys.argv[1] + "/end.pt")
+"""
+
+
+def test_a_process_that_is_killed_goes_on_bit_for_bit(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
+    subprocess.run([*command, str(tmp_path / "whole"), "60"], check=True)
+    killed = subprocess.Popen([*command, str(tmp_path / "killed"), "60"])
+    limit = time.monotonic() + 60
+    while not (tmp_path / "killed" / LAST).exists() and time.monotonic() < limit:
+        time.sleep(0.01)
+    time.sleep(random.random() / 4)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    subprocess.run([*command, str(tmp_path / "killed"), "60"], check=True)
+    one, other = (torch.load(tmp_path / name / "end.pt", weights_only=True) for name in ("whole", "killed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not list((tmp_path / "killed").glob(".*.part")) or os.name == "nt"
+
+
+def test_a_finite_set_is_gone_through_in_epochs():
+    order = Order(11, 3, seed=5)
+    for epoch in range(3):
+        indices = [index for step in range(3 * epoch, 3 * epoch + 3) for index in order.at(step)]
+        assert len(set(indices)) == 9
+    assert order.at(0) != order.at(3)
+    assert Order(11, 3, seed=6).at(0) != order.at(0)
+    with pytest.raises(mn.SettingsError, match="takes 12 different tasks, but there are 11"):
+        Order(11, 12, seed=0)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_workers_make_no_difference(workers):
+    data = TensorDataset(torch.randn(60, 1, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 5)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 3))
+    learner = mn.MetaLearner(model, lambda m, b: nn.functional.cross_entropy(m(b.inputs), b.targets))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tasks = mn.tasks.few_shot(data, ways=(2, 3), shots=2, queries=3, number=8)
+    found = mn.fit(learner, optimizer, tasks, steps=4, workers=workers, **COMMON)
+    assert found.history[-1].query_loss == pytest.approx(REFERENCE.setdefault("loss", found.history[-1].query_loss), 0)
+
+
+REFERENCE: dict[str, float] = {}
+
+
+def test_tasks_at_once_average_to_the_same_meta_gradient():
+    steps, vectors = [], []
+    for at_once in (None, 2, 3, 5):
+        model = network().eval().double()
+        learner, optimizer, _ = parts(model)
+        tasks = mn.tasks.episodes(mn.tasks.sinusoid, shots=4, queries=4, dtype=torch.float64)
+        found = mn.fit(learner, optimizer, tasks, steps=2, tasks_at_once=at_once, tasks_per_step=5, progress=False)
+        steps.append(found.history[-1])
+        vectors.append(vector(model))
+    for step, moved in zip(steps[1:], vectors[1:], strict=True):
+        torch.testing.assert_close(moved, vectors[0], rtol=1e-9, atol=1e-11)
+        assert step.query_loss == pytest.approx(steps[0].query_loss, rel=1e-9)
+        assert step.gradient_norm == pytest.approx(steps[0].gradient_norm, rel=1e-8)
+        assert step.gradient_evaluations == steps[0].gradient_evaluations
+
+
+class Broken(Dataset):
+    """Tasks of which some, by index, hold a NaN."""
+
+    def __init__(self, broken) -> None:
+        self.broken = broken
+
+    def __getitem__(self, index):
+        task = ENDLESS[index]
+        if index in self.broken:
+            task.support.inputs[0] = math.nan
+        return task
+
+
+@pytest.mark.filterwarnings("ignore::metanudge.errors.NonFiniteWarning")
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_dropped_tasks_are_counted_and_lost_steps_skipped(at_once):
+    model = network()
+    learner, optimizer, _ = parts(model)
+    broken = {0, 1, 3, 4, 5}
+    found = mn.fit(learner, optimizer, Broken(broken), steps=3, tasks_at_once=at_once, **COMMON)
+    assert [record.dropped_tasks for record in found.history] == [2, 0, 0]
+    assert found.skipped_steps == 1
+    assert math.isnan(found.history[1].query_loss)
+    with pytest.raises(mn.NonFiniteError):
+        mn.fit(learner, optimizer, Broken(range(1000)), steps=12, tasks_at_once=at_once, **COMMON)
+
+
+def test_parts_count_by_the_tasks_that_were_kept():
+    """Of a part with one good task and one with three: the mean of the four."""
+    gradients = []
+    for at_once in (None, 4):
+        model = network().eval()
+        learner, _, _ = parts(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        with pytest.warns(mn.NonFiniteWarning):
+            mn.fit(learner, optimizer, Broken({0, 2, 3, 6}), steps=1, tasks_per_step=8, tasks_at_once=at_once)
+        gradients.append(vector(model))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
+
+
+def test_best_is_kept_and_can_be_loaded(tmp_path):
+    model = network()
+    learner, optimizer, _ = parts(model)
+    validation = mn.tasks.sinusoid(6, seed=2)
+    found = mn.fit(learner, optimizer, ENDLESS, steps=9, validation=validation, out=tmp_path, **COMMON)
+    values = [record.validation for record in found.history]
+    assert [not math.isnan(value) for value in values] == [False, False, True] * 3
+    assert found.best == min(values[2::3])
+    assert values[found.best_step - 1] == found.best
+    best = mn.load_pretrained(tmp_path / "best", network(), mn.metrics.squared_error)
+    best.model.eval()
+    assert best.evaluate(validation).mean == pytest.approx(found.best, rel=1e-6)
+    assert best.solver == learner.solver
+
+
+def test_larger_is_better_for_accuracy(tmp_path):
+    data = TensorDataset(torch.randn(60, 2), torch.arange(60) % 5)
+    tasks = mn.tasks.few_shot(data, ways=3, shots=2, queries=3)
+    model = nn.Linear(2, 3)
+    learner = mn.MetaLearner(model, lambda m, b: nn.functional.cross_entropy(m(b.inputs), b.targets))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    settings = {"validation": tasks.take(4, first=100), "metric": mn.metrics.accuracy, "every": 1}
+    found = mn.fit(learner, optimizer, tasks, steps=4, tasks_per_step=2, progress=False, **settings)
+    assert found.best == max(record.validation for record in found.history)
+
+
+def test_validation_does_not_touch_the_training():
+    vectors = []
+    for settings in ({}, {"validation": mn.tasks.sinusoid(4, seed=3)}):
+        model = network()
+        learner, optimizer, _ = parts(model)
+        torch.manual_seed(1)
+        mn.fit(learner, optimizer, ENDLESS, steps=6, **COMMON, **settings)
+        assert model.training
+        vectors.append(vector(model))
+    assert torch.equal(*vectors)
+
+
+def test_wrong_settings_are_told_before_anything_is_done(tmp_path):
+    model = network()
+    learner, optimizer, schedule = parts(model)
+    before = vector(model)
+    for settings, told in (
+        ({"steps": 0}, "steps must be"),
+        ({"better": "more"}, "better must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"max_norm": 0.0}, "max_norm must be"),
+        ({"tasks_at_once": 0}, "tasks_at_once must be"),
+        ({"tensorboard": True}, "needs a folder"),
+        ({"tasks_per_step": 12, "tasks": FINITE}, "there are 11"),
+    ):
+        arguments = {"steps": 1, "tasks": ENDLESS} | settings
+        tasks = arguments.pop("tasks")
+        with pytest.raises(mn.SettingsError, match=told):
+            mn.fit(learner, optimizer, tasks, **(COMMON | arguments))
+    with pytest.raises(mn.TasksError, match="map-style dataset of tasks"):
+        mn.fit(learner, optimizer, mn.tasks.sinusoid(3), steps=1)
+    mn.fit(learner, optimizer, ENDLESS, steps=3, out=tmp_path, **COMMON)
+    assert not torch.equal(before, vector(model))
+    after = vector(model)
+    for other, told in (
+        ({"tasks_per_step": 4}, "tasks_per_step"),
+        ({"scheduler": schedule}, "without a scheduler"),
+    ):
+        with pytest.raises(mn.SettingsError, match=told):
+            mn.fit(learner, optimizer, ENDLESS, steps=4, out=tmp_path, **(COMMON | other))
+    wide = nn.Linear(1, 1)
+    learner, optimizer, _ = parts(wide)
+    with pytest.raises(mn.SettingsError, match=r"another model|no checkpoint of this"):
+        mn.fit(learner, optimizer, ENDLESS, steps=4, out=tmp_path, **COMMON)
+    (tmp_path / LAST).write_bytes(b"junk")
+    with pytest.raises(mn.SettingsError, match="no checkpoint that can be read"):
+        mn.fit(learner, optimizer, ENDLESS, steps=4, out=tmp_path, **COMMON)
+    assert torch.equal(after, vector(model))
+
+
+def test_resume_false_begins_anew(tmp_path):
+    model = network()
+    learner, optimizer, _ = parts(model)
+    mn.fit(learner, optimizer, ENDLESS, steps=6, out=tmp_path, **COMMON)
+    assert len(mn.fit(learner, optimizer, ENDLESS, steps=6, out=tmp_path, **COMMON).history) == 6
+    found = mn.fit(learner, optimizer, ENDLESS, steps=3, out=tmp_path, resume=False, **COMMON)
+    assert len(found.history) == 3
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 4
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = network()
+    learner, optimizer, _ = parts(model)
+    found = mn.fit(learner, optimizer, ENDLESS, steps=3, out=tmp_path, tensorboard=True, **COMMON)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    values = [event.value for event in events.Scalars("query_loss")]
+    assert values == pytest.approx([record.query_loss for record in found.history], rel=1e-6)
+
+
+def test_the_parameter_free_schedule_is_that_of_the_paper_and_resumes():
+    weights = [nn.Parameter(torch.zeros(2))]
+    optimizer = mn.optim.NormalizedSGD(weights, lr=3.0)
+    schedule = mn.optim.ParameterFree(optimizer)
+    seen = []
+    for _ in range(6):
+        seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]))
+        optimizer.step()
+        schedule.step()
+    assert seen == [(pytest.approx(t**-0.75 / 7), pytest.approx(1 - t**-0.5)) for t in range(1, 7)]
+    again = mn.optim.NormalizedSGD(weights, lr=3.0)
+    other = mn.optim.ParameterFree(again)
+    again.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(schedule.state_dict())
+    other.step()
+    assert again.param_groups[0]["momentum"] == pytest.approx(1 - 8**-0.5)
+    with pytest.raises(mn.SettingsError, match="NormalizedSGD"):
+        mn.optim.ParameterFree(torch.optim.SGD(weights, lr=1.0))
+
+
+# Pretrained.
+
+
+class Tied(nn.Module):
+    """Two layers of one weight, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3, bias=False)
+        self.second = nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+        self.register_buffer("scale", torch.ones(3))
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x))) * self.scale
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    model = Tied()
+    model.scale.fill_(2.5)
+    stencil = mn.Stencil((0, 1, 2), (-1.5, 2, -0.5), 2)
+    learner = mn.MetaLearner(
+        model,
+        mn.metrics.squared_error,
+        prox=0.3,
+        solver=mn.GradientDescent(7, lr=0.2, momentum=0.5),
+        estimator=mn.FOBMAML(stencil, nudge="full"),
+        adapt_only=["first", "second"],
+    )
+    learner.save_pretrained(tmp_path / "new" / "folder", {"ways": 5})
+    again = mn.load_pretrained(tmp_path / "new" / "folder", Tied(), mn.metrics.squared_error)
+    assert (again.prox, again.solver, again.estimator) == (learner.prox, learner.solver, learner.estimator)
+    assert list(again.adapt_only) == ["first", "second"]
+    assert torch.equal(again.model.first.weight, model.first.weight)
+    assert again.model.first.weight is again.model.second.weight
+    assert torch.equal(again.model.scale, model.scale)
+    other = mn.load_pretrained(tmp_path / "new" / "folder", Tied(), mn.metrics.squared_error, solver=mn.Nesterov(3))
+    assert other.solver == mn.Nesterov(3)
+
+
+def test_what_can_not_be_saved_or_loaded_is_told(tmp_path):
+    def learner(**settings):
+        return mn.MetaLearner(nn.Linear(2, 2), mn.metrics.squared_error, **settings)
+
+    factory = mn.TorchOptimizer(lambda parameters: torch.optim.SGD(parameters, lr=0.1), steps=2)
+    for settings, told in (({"solver": factory}, "function"), ({"adapt_only": lambda n, p: True}, "names or patterns")):
+        with pytest.raises(mn.SettingsError, match=told):
+            learner(**settings).save_pretrained(tmp_path / "out")
+    with pytest.raises(mn.SettingsError, match="JSON"):
+        learner().save_pretrained(tmp_path / "out", {"what": object()})
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(mn.SettingsError, match="there is no"):
+        mn.load_pretrained(tmp_path / "out", nn.Linear(2, 2), mn.metrics.squared_error)
+    learner().save_pretrained(tmp_path / "out")
+    model = nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    with pytest.raises(mn.SettingsError, match=r"weight has shape \(2, 2\), the model has \(2, 3\)"):
+        mn.load_pretrained(tmp_path / "out", model, mn.metrics.squared_error)
+    assert torch.equal(model.weight, before)
+    learner(query_loss=lambda m, b: mn.metrics.squared_error(m, b)).save_pretrained(tmp_path / "out")
+    with pytest.raises(mn.SettingsError, match="query_loss="):
+        mn.load_pretrained(tmp_path / "out", nn.Linear(2, 2), mn.metrics.squared_error)
+    (tmp_path / "out" / "metanudge.json").write_text("{}")
+    with pytest.raises(mn.SettingsError, match="can not be understood"):
+        mn.load_pretrained(tmp_path / "out", nn.Linear(2, 2), mn.metrics.squared_error)
