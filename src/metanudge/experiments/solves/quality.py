@@ -29,12 +29,17 @@ CAPTION = (
     "and Reptile stay where they are; MAML and HF-MAML approach as their solve does."
 )
 SUMMARY = (
-    "Full and linear nudge at equal cost (the linear one takes twice the nudged steps): the linear one is nearer. "
+    "Full and linear nudge at equal cost (the linear one takes twice the nudged steps). They converge together; the "
+    "linear one is ahead on ill-conditioned and on kinked problems. On the tanh network, while the solves are not "
+    "done, the full one is nearer by up to a factor two, as the linear one then displaces more, on purpose: "
+    "meta-training with it is better all the same (the study of the sinusoid). "
     "Where double backward is to be had, conjugate gradients on exact products (iMAML) are the cheapest way to the "
     "exact meta-gradient of a smooth problem; FO-B-MAML gets there with first derivatives alone, and so runs where "
     "they do not exist. Ridge regression of condition 1e4 is out of reach of any first-order method in so few steps. "
-    "On the ReLU network and the convolutional one nothing converges, because the inner solve itself ends at kinks: "
-    "the reference is a derivative on one of many smooth pieces."
+    "On the ReLU network nothing converges, because the inner solve itself ends at kinks: the reference is a "
+    "derivative on one of many smooth pieces. The convolutional network is judged at prox 10: at 1, once it is "
+    "meta-trained, single tasks are nearly singular, their exact meta-gradients tens of times the others', and no "
+    "estimator with up to 128 steps is nearer to their mean than zero is."
 )
 
 
@@ -47,6 +52,7 @@ class QualitySettings:
     tasks: int = 8
     reference_steps: int = 1500
     training_steps: int = 300  # of the networks: at a random start most inner problems are not convex at any prox
+    convolutional_prox: float = 10.0  # of mnist1d, see the summary
     seed: int = 0
 
     @classmethod
@@ -88,6 +94,8 @@ def run(settings: QualitySettings, advance: Advance) -> Study:
         inner = PROBLEMS[name](settings.tasks, settings.seed)
         if name.startswith(("sinusoid", "mnist1d")):
             inner = _trained(inner, name, settings)
+        if name == "mnist1d":
+            inner = inner._replace(prox=settings.convolutional_prox)
         exact, residual = _exact(inner, settings.reference_steps)
         found: dict[str, Any] = {"reference_residual": residual, "estimators": {}}
         for index, steps in enumerate(settings.steps):
@@ -175,7 +183,7 @@ def _claims(metrics: dict[str, Any]) -> list[Claim]:
             all(last(name, method) > 0.3 for name in smooth for method in ("fomaml", "reptile")),
         ),
         Claim(
-            "At equal cost the linear nudge is the better one",
+            "Once the solves converge, the linear nudge is as near as the full one at equal cost",
             "an error no larger than the full nudge's, on every smooth problem, at the largest number of steps",
             pairs,
             all(last(name, "fobmaml_linear") <= last(name, "fobmaml_symmetric") for name in smooth),
