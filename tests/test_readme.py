@@ -9,7 +9,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_example_runs_and_gives_the_numbers_it_tells():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     before, after, interval = map(float, re.findall(r"squared error (.*) before, (.*) ± (.*) half", code)[0])
     found = {}
     exec(code.replace("range(200)", "range(0)"), found)
@@ -18,6 +18,16 @@ def test_example_runs_and_gives_the_numbers_it_tells():
     assert found["step"].dropped_tasks == 0
     assert abs(found["scores"].mean - after) < interval / 2  # threads and machines round differently
     assert round(found["scores"].ci95, 2) == interval
+
+
+def test_training_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    found = {}
+    exec(code, found)
+    assert len(found["found"].history) == 40
+    assert (tmp_path / "runs" / "first" / "log.csv").exists()
+    assert found["learner"].model is found["model"]
 
 
 def test_table_is_made_from_the_registry():
