@@ -63,10 +63,12 @@ def error_bound(problem: InnerProblem, free: FreeSolve, nudged: Nudged, order: i
     The nudged solves go on where the free one ended, so φ̄ is nearer to φ* than φ₀ is: at most t = ||∇E(φ̄)|| / λ over
     ||φ̄ - φ₀|| of their distance is left. What changed from φ₀ to φ̄ is measured, in the query gradient and in the
     Hessian along u; what is left to change is at most as much, times t; the Hessian's change between the points, whose
-    linear part a symmetric stencil cancels, enters by its square; and truncation and round-off have their share:
+    linear part a symmetric stencil cancels, enters by its square; and truncation and round-off have their share.
+    H u at φ₀ is a difference over half the distance of the nudged points, which sees 3/4 of what the curvature does
+    between them, hence the 4/3:
 
     .. math::
-        \|r\| + (1 + t) \|\Delta \nabla f\| + \|\Delta H u\|
+        \|r\| + (1 + t) \|\Delta \nabla f\| + \tfrac43 \|\Delta H u\|
             + \frac{\|\text{even part of } \nabla \hat f / \nu\|^2}{\|\nabla f\|}
             + \Big( \frac{d^p}{4} + \frac{\epsilon}{2 d} \Big) \|\nabla f\|
 
@@ -86,13 +88,14 @@ def error_bound(problem: InnerProblem, free: FreeSolve, nudged: Nudged, order: i
     even = norm(tree.subtract(nudged.middle_force, middle_force)) / nu
 
     curvature = tree.subtract(tree.axpy(-problem.prox, u, nudged.force), free.slope)  # H̄ u = r - λ u - ∇f
-    (found,) = losses.stencil_sums((-1, 1), ((-1 / 2, 1 / 2),), lambda node: (pull(tree.axpy(nu * node, u, free.phi)),))
+    # half as far apart as the nudged points, so that what lies between them, the truncation, is seen as well
+    (found,) = losses.stencil_sums((-1 / 2, 1 / 2), ((-1, 1),), lambda node: (pull(tree.axpy(nu * node, u, free.phi)),))
     curvature_at_free = tree.scale(1 / nu, found[0])
-    change_of_curvature = norm(tree.subtract(curvature, curvature_at_free))
+    change_of_curvature = 4 / 3 * norm(tree.subtract(curvature, curvature_at_free))
 
     tiny = torch.finfo(slope.dtype).tiny
     gone = norm(tree.subtract(nudged.middle, free.phi))
-    left = (norm(middle_force) / problem.prox / gone.clamp_min(tiny)).clamp_max(1e3)
+    left = (norm(middle_force) / problem.prox / gone.clamp_min(tiny)).clamp_max(1e6)
     floor = nudged.displacement**order / 4 + torch.finfo(slope.dtype).eps / (2 * nudged.displacement)
     return (
         norm(nudged.force)
