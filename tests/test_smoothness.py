@@ -163,3 +163,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len(record["smoothness"]) == 4
     assert {path.name for path in tmp_path.iterdir()} == {"smoothness.json", "smoothness.png", "smoothness.svg"}
     assert main(["smoothness", "nothing"]) == 2
+
+
+def test_a_flat_measure_asks_for_no_clipping():
+    norms = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    flat = fit(norms, torch.zeros(3, dtype=torch.float64))
+    assert (flat.L0, flat.L1, flat.lr) == (0.0, 0.0, float("inf"))
+    growing = fit(norms, torch.tensor([0.0, 0.5, 3.0], dtype=torch.float64))
+    assert 0 < growing.lr < float("inf")

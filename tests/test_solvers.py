@@ -504,3 +504,17 @@ def test_reptile_of_a_solver_without_steps_taken() -> None:
 def test_bad_settings_are_refused(make: object, words: str) -> None:
     with pytest.raises(mn.SettingsError, match=words):
         make()
+
+
+@pytest.mark.parametrize("theta", [-4.0, 0.0, 2.5, 6.0])
+@pytest.mark.parametrize("execution", ["vectorized", "in_place"])
+def test_one_adapted_number_has_a_curvature(theta, execution):
+    """Gradient and generic direction may be opposite; their sum must not be taken for a direction then."""
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    nn.init.constant_(model.weight, theta)
+    x = torch.ones(1, 1, dtype=torch.float64)
+    learner = mn.MetaLearner(
+        model, lambda m, b: 5 * (m(b.inputs) - 3).square().mean(), prox=0.1, solver=mn.Nesterov(1), execution=execution
+    )
+    solution = (30 + 0.1 * theta) / 10.1
+    assert abs(float(learner.adapt(mn.Batch(x, x)).weight.detach()) - solution) < 0.2 * abs(theta - solution) + 1e-12

@@ -165,3 +165,11 @@ def test_a_failed_step_keeps_nothing() -> None:
     with pytest.raises(mn.NonFiniteError):
         learner.backward(broken, indices=[0, 1, 2])
     assert len(store) == 0
+
+
+def test_indices_are_whole_numbers():
+    model = torch.nn.Linear(1, 1)
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, warm_start=mn.WarmStart())
+    with pytest.raises(mn.SettingsError, match="whole numbers"):
+        learner.backward(mn.tasks.sinusoid(3), indices=[0.2, 1.9, 2.5])
+    assert model.weight.grad is None

@@ -61,7 +61,9 @@ def lipschitz_constant(energy: Energy, phi: Params, iterations: int, step: int) 
     gradient = energy.losses.gradient(free, phi, step)
     # far enough that round-off is nothing, and near enough for an estimate that is only to set a step size
     length = 1e-2 * (1 + energy.norm(phi))
-    direction = _unit(energy, tree.add(_unit(energy, gradient), _unit(energy, _generic(gradient, length.ndim))))
+    along, across = _unit(energy, gradient), _unit(energy, _generic(gradient, length.ndim))
+    across = tree.scale(torch.where(energy.losses.inner(along, across) < 0, -1.0, 1.0).to(length), across)
+    direction = _unit(energy, tree.add(along, across))  # never zero: with few parameters the two may be opposite
     constant = torch.zeros_like(length)
     for _ in range(iterations):
         ahead = energy.losses.gradient(free, tree.axpy(length, direction, phi), step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -192,7 +193,10 @@ class MetaLearner:
             raise SettingsError(f"backward got {given}indices of tasks: indices and warm_start go together; {wanted}")
         if indices is None:
             return places
-        listed = [int(index) for index in indices]
+        try:
+            listed = [operator.index(index) for index in indices]
+        except TypeError as error:
+            raise SettingsError(f"indices must be whole numbers, one a task: {error}") from error
         if len(listed) != len(places) or len(set(listed)) < len(listed):
             raise SettingsError(
                 f"indices must name every task once, {len(places)} different whole numbers, got {len(listed)} of which "

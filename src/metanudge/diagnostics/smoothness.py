@@ -156,9 +156,11 @@ def fit(norms: Tensor, slopes: Tensor) -> Smoothness:
     correlation = float((centred_norms * centred_slopes).sum()) / scale if scale > 0 else 0.0
     grows = l1 > 0 and correlation > 0.3 and float(norms.max()) > 1.1 * float(norms.min())
     if not grows:
-        return Smoothness(l0, l1, correlation, norms, slopes, 1 / float(slopes.max()), float("inf"), False)
+        steepest = float(slopes.max())
+        lr = 1 / steepest if steepest > 0 else float("inf")
+        return Smoothness(l0, l1, correlation, norms, slopes, lr, float("inf"), False)
     cover = float((slopes / (l0 + l1 * norms)).quantile(0.9))
-    least = max(l0, float(slopes.min()))
+    least = max(l0, float(slopes[slopes > 0].min()))  # there is one, as they grow
     return Smoothness(l0, l1, correlation, norms, slopes, 1 / (2 * cover * least), 1 / (2 * cover * l1), True)
 
 
