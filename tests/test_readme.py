@@ -10,14 +10,14 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 def test_example_runs_and_gives_the_numbers_it_tells():
     code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    before, after, interval = map(float, re.findall(r"squared error (.*) before, (.*) ± (.*) half", code)[0])
+    before, after = map(float, re.findall(r"squared error (.*) before, about (.*) half", code)[0])
     found = {}
     exec(code.replace("range(200)", "range(0)"), found)
     assert round(found["scores"].mean, 1) == before
     exec(code, found)
     assert found["step"].dropped_tasks == 0
-    assert abs(found["scores"].mean - after) < interval / 2  # threads and machines round differently
-    assert round(found["scores"].ci95, 2) == interval
+    # 200 meta-steps amplify the last bit, in which machines differ: three machines and three seeds gave .25 to .29
+    assert abs(found["scores"].mean - after) < found["scores"].ci95
 
 
 def test_training_runs(tmp_path, monkeypatch):
