@@ -9,7 +9,7 @@ help:
 	@echo "make demo     run the synthetic study and say where the figures are (about 4 minutes)"
 	@echo "make test     formatter, linter, type checker, tests and doctests (under 10 minutes)"
 	@echo "make install  only make .venv with the command metanudge"
-	@echo "make results  run everything behind results/ again (over an hour)"
+	@echo "make results  run everything behind results/ again (several hours)"
 	@echo "make lint | format | bench | clean"
 
 install: .venv/.installed
@@ -41,6 +41,8 @@ format: .venv/.lint
 
 results: demo .venv/.mnist1d
 	$(BIN)/metanudge reproduce solves
+	$(BIN)/metanudge reproduce sinusoid
+	$(BIN)/metanudge reproduce mnist1d
 
 bench: .venv/.bench
 	$(BIN)/python benchmarks/memory.py

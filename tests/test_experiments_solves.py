@@ -14,6 +14,7 @@ from torch import Tensor
 
 import metanudge as mn
 from metanudge.estimators.base import solve_free
+from metanudge.experiments.networks import seeded
 from metanudge.experiments.solves import convergence as study
 from metanudge.experiments.solves import problems
 from metanudge.experiments.solves.alternatives import LBFGS, GaussNewton, gauss_newton_products
@@ -25,7 +26,7 @@ from metanudge.experiments.solves.convergence_measurements import (
     implicit_gradient,
     lent,
 )
-from metanudge.experiments.solves.problems import PROBLEMS, Inner, ridge_tasks, seeded
+from metanudge.experiments.solves.problems import PROBLEMS, Inner, ridge_tasks
 from metanudge.oracle import Tally
 from metanudge.solvers.loop import solve
 from metanudge.tasks.mnist1d import signals
@@ -41,7 +42,7 @@ def small_ridge(number: int = 3) -> Inner:
 
 def tanh_network(number: int) -> Inner:
     """Sinusoids on a network in float64."""
-    inner = problems.sinusoid(torch.nn.Tanh, number, seed=3)
+    inner = problems.sinusoid("tanh", number, seed=3)
     tasks = mn.tasks.sinusoid(number, seed=3, dtype=torch.float64)
     return inner._replace(model=copy.deepcopy(inner.model).double(), tasks=tasks)
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import metanudge as mn
-from metanudge.experiments.solves.training import ACTIVATIONS, Job, network, train_all
+from metanudge.experiments.networks import ACTIVATIONS, sinusoid_network
+from metanudge.experiments.pool import run_all
+from metanudge.experiments.solves.training import Job, train
 from metanudge.experiments.study import Advance, Claim, Study
 
 SUMMARY = (
@@ -45,7 +47,7 @@ def run(settings: GuardsSettings, advance: Advance) -> Study:
         for activation in ACTIVATIONS
         for index in range(settings.seeds)
     ]
-    outcomes = train_all(jobs, settings.workers, advance, lambda done: 0.8 * done / len(jobs))
+    outcomes = run_all(train, jobs, settings.workers, advance, lambda done: 0.8 * done / len(jobs))
     metrics: dict[str, Any] = {}
     for activation in ACTIVATIONS:
         mine = [outcome for job, outcome in zip(jobs, outcomes, strict=True) if job.activation == activation]
@@ -85,7 +87,7 @@ def run(settings: GuardsSettings, advance: Advance) -> Study:
 
 
 def _starved(settings: GuardsSettings) -> dict[str, Any]:
-    model = network("tanh", settings.seed)
+    model = sinusoid_network("tanh", settings.seed)
     tasks = mn.tasks.sinusoid(settings.check_tasks, seed=settings.seed + 77)
 
     def found(steps: int, prox: float) -> mn.Check:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metanudge as mn
+from metanudge.experiments.networks import mnist1d_network, seeded, sinusoid_network
 from metanudge.tasks.mnist1d import signals
 from metanudge.tasks.seeding import stream
 from metanudge.types import LossFunction
@@ -35,13 +36,6 @@ class Inner(NamedTuple):
     tasks: mn.Tasks
     prox: float
     least_squares: bool
-
-
-def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A model from its default draw; the caller's generator is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
 
 
 def logistic(number: int, seed: int) -> Inner:
@@ -77,15 +71,10 @@ def ridge(number: int, seed: int) -> Inner:
     return Inner(model, mn.metrics.squared_error, ridge_tasks(number, seed), 1.0, True)
 
 
-def sinusoid(activation: type[nn.Module], number: int, seed: int) -> Inner:
+def sinusoid(activation: str, number: int, seed: int) -> Inner:
     """Finn's sinusoids on the network 1-40-40-1, 10 shots, at PyTorch's random initialisation."""
-
-    def make() -> nn.Module:
-        return nn.Sequential(
-            nn.Linear(1, 40), activation(), nn.Linear(40, 40), activation(), nn.Linear(40, 1)
-        )  # fmt: skip
-
-    return Inner(seeded(make, seed), mn.metrics.squared_error, mn.tasks.sinusoid(number, seed=seed), 2.0, True)
+    model = sinusoid_network(activation, seed)
+    return Inner(model, mn.metrics.squared_error, mn.tasks.sinusoid(number, seed=seed), 2.0, True)
 
 
 def cross_entropy(model: nn.Module, batch: mn.Batch) -> Tensor:
@@ -112,21 +101,14 @@ def mnist1d_tasks(number: int, seed: int, shots: int = 5, samples: int = 1000) -
 
 def mnist1d(number: int, seed: int) -> Inner:
     """10-way 5-shot MNIST-1D on three convolutions of 25 channels."""
-
-    def make() -> nn.Module:
-        layers: list[nn.Module] = []
-        for channels, kernel in ((1, 5), (25, 3), (25, 3)):
-            layers += [nn.Conv1d(channels, 25, kernel, stride=2, padding=1), nn.ReLU()]
-        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(25 * 5, 10))
-
-    return Inner(seeded(make, seed), cross_entropy, mnist1d_tasks(number, seed), 1.0, False)
+    return Inner(mnist1d_network(10, seed), cross_entropy, mnist1d_tasks(number, seed), 1.0, False)
 
 
 PROBLEMS: dict[str, Callable[[int, int], Inner]] = {
     "logistic": logistic,
     "ridge": ridge,
-    "sinusoid_tanh": lambda number, seed: sinusoid(nn.Tanh, number, seed),
-    "sinusoid_relu": lambda number, seed: sinusoid(nn.ReLU, number, seed),
+    "sinusoid_tanh": lambda number, seed: sinusoid("tanh", number, seed),
+    "sinusoid_relu": lambda number, seed: sinusoid("relu", number, seed),
     "mnist1d": mnist1d,
 }
 """By name: from a number of tasks and a seed to the inner problem."""

@@ -17,7 +17,9 @@ from matplotlib.figure import Figure
 
 import metanudge as mn
 from metanudge.estimators.base import Estimator
-from metanudge.experiments.solves.training import ACTIVATIONS, Job, Outcome, train_all
+from metanudge.experiments.networks import ACTIVATIONS
+from metanudge.experiments.pool import run_all
+from metanudge.experiments.solves.training import Job, Outcome, train
 from metanudge.experiments.study import Advance, Claim, Study, figure
 
 METHODS = {
@@ -68,13 +70,13 @@ def run(settings: SinusoidSettings, advance: Advance) -> Study:
         for name in ACTIVATIONS
         for setting in product(settings.lrs, settings.momenta, settings.proxes)
     }
-    tuned = train_all(list(tuning.values()), settings.workers, advance, lambda done: 0.15 * done / len(tuning))
+    tuned = run_all(train, list(tuning.values()), settings.workers, advance, lambda done: 0.15 * done / len(tuning))
     found = dict(zip(tuning, tuned, strict=True))
     best = {
         name: min((key for key in found if key[0] == name), key=lambda key: _rank(found[key])) for name in ACTIVATIONS
     }
     jobs = [job for name in ACTIVATIONS for job in _jobs(settings, tuning[best[name]])]
-    outcomes = train_all(jobs, settings.workers, advance, lambda done: 0.15 + 0.85 * done / len(jobs))
+    outcomes = run_all(train, jobs, settings.workers, advance, lambda done: 0.15 + 0.85 * done / len(jobs))
     runs: dict[str, dict[str, list[Outcome]]] = {name: {method: [] for method in METHODS} for name in ACTIVATIONS}
     for job, outcome in zip(jobs, outcomes, strict=True):
         runs[job.activation][job.name].append(outcome)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import NamedTuple
 
 import torch
@@ -14,17 +11,8 @@ from torch import nn
 
 import metanudge as mn
 from metanudge.estimators.base import Estimator
-from metanudge.experiments.study import Advance
+from metanudge.experiments.networks import sinusoid_network
 from metanudge.solvers import Solver
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
-
-
-def network(activation: str, seed: int) -> nn.Sequential:
-    """Finn's network: 1-40-40-1."""
-    torch.manual_seed(seed)
-    kind = ACTIVATIONS[activation]
-    return nn.Sequential(nn.Linear(1, 40), kind(), nn.Linear(40, 40), kind(), nn.Linear(40, 1))
 
 
 @dataclass(frozen=True)
@@ -87,7 +75,8 @@ class Outcome(NamedTuple):
 def train(job: Job) -> Outcome:
     """Meta-train."""
     torch.set_num_threads(1)
-    model = network(job.activation, job.seed)
+    torch.manual_seed(job.seed)  # of what a step draws
+    model = sinusoid_network(job.activation, job.seed)
     learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=job.prox, solver=job.solver, estimator=job.estimator)
     optimizer = torch.optim.Adam(model.parameters(), job.lr)
     steps: list[int] = []
@@ -124,25 +113,3 @@ def train(job: Job) -> Outcome:
     residual, bound = (sum(column) / max(len(last), 1) for column in zip(*last, strict=True)) if last else (0.0, 0.0)
     per_step = gradients / (job.tasks * job.meta_steps)
     return Outcome(steps, mean, median, failed, dropped, nonfinite, per_step, residual, bound)
-
-
-def train_all(jobs: Sequence[Job], workers: int, advance: Advance, share: Callable[[int], float]) -> list[Outcome]:
-    """Run jobs in processes of their own; every job is deterministic, so how many makes no difference.
-
-    Args:
-        jobs: What to run.
-        workers: Processes at a time; 1 for none but this one.
-        advance: Told of progress.
-        share: From the number of jobs done to the share of the study.
-    """
-    if workers == 1:
-        found = []
-        for done, job in enumerate(jobs):
-            found.append(train(job))
-            advance(share(done + 1))
-        return found
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(train, job) for job in jobs]
-        for done, _ in enumerate(as_completed(futures)):
-            advance(share(done + 1))
-        return [future.result() for future in futures]

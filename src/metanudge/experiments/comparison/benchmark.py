@@ -1,0 +1,123 @@
+"""What is learnt: a network, its tasks, and the grid on which every estimator is tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metanudge as mn
+from metanudge.experiments.networks import mnist1d_network, sinusoid_network
+from metanudge.solvers import Solver
+from metanudge.tasks.mnist1d import WAYS, Protocol, Split
+from metanudge.types import LossFunction
+
+HELD_OUT = 1_000_000
+"""Seed of the tasks that are not trained on; the second of them are for testing."""
+
+
+class Inner(NamedTuple):
+    """A point of the grid but for the meta-step: how a task is adapted to.
+
+    Attributes:
+        solver: The inner solver.
+        prox: λ; 0 for none, which estimators that rest on the proximal problem can not take.
+    """
+
+    solver: Solver
+    prox: float
+
+    def __str__(self) -> str:
+        """For tables."""
+        return f"{self.solver}, prox {self.prox:g}"
+
+
+class Benchmark(NamedTuple):
+    """A family of tasks and a network.
+
+    Attributes:
+        network: From a seed.
+        loss: Support and query loss.
+        metric: What is reported.
+        higher: Whether more of it is better.
+        train: ``(seed, first, number)`` to tasks.
+        validation: The first ``number`` of the tasks that settings are chosen by.
+        test: The first ``number`` of those that decide.
+        inners: The grid's inner problems.
+        lrs: The grid's step sizes of Adam.
+        unit: Of the metric, for axes.
+    """
+
+    network: Callable[[int], nn.Module]
+    loss: LossFunction
+    metric: LossFunction
+    higher: bool
+    train: Callable[[int, int, int], mn.Tasks | list[mn.Tasks]]
+    validation: Callable[[int], mn.Tasks | list[mn.Tasks]]
+    test: Callable[[int], mn.Tasks | list[mn.Tasks]]
+    inners: tuple[Inner, ...]
+    lrs: tuple[float, ...]
+    unit: str
+
+
+def cross_entropy(model: nn.Module, batch: mn.Batch) -> Tensor:
+    """Of class indices."""
+    return F.cross_entropy(model(batch.inputs), batch.targets)
+
+
+def sinusoid(activation: str) -> Benchmark:
+    """Finn's sinusoids, 10 shots."""
+    return Benchmark(
+        network=partial(sinusoid_network, activation),
+        loss=mn.metrics.squared_error,
+        metric=mn.metrics.squared_error,
+        higher=False,
+        train=lambda seed, first, number: mn.tasks.sinusoid(number, seed=seed, first=first),
+        validation=lambda number: mn.tasks.sinusoid(number, seed=HELD_OUT),
+        test=lambda number: mn.tasks.sinusoid(number, seed=HELD_OUT + 1),
+        inners=(
+            Inner(mn.GradientDescent(5, lr=0.01), 0.0),
+            Inner(mn.GradientDescent(16, lr=0.01), 0.0),
+            Inner(mn.GradientDescent(16, lr=0.01), 2.0),
+            Inner(mn.Nesterov(16), 2.0),
+        ),
+        lrs=(1e-3, 3e-3),
+        unit="test squared error",
+    )
+
+
+def mnist1d(protocol: Protocol) -> Benchmark:
+    """MNIST-1D, 5 shots and 15 queries of a class."""
+
+    def draw(split: Split, seed: int, first: int, number: int) -> list[mn.Tasks]:
+        return mn.tasks.mnist1d(protocol, split, seed=seed).take(number, first)
+
+    return Benchmark(
+        network=partial(mnist1d_network, WAYS[protocol]),
+        loss=cross_entropy,
+        metric=mn.metrics.accuracy,
+        higher=True,
+        train=lambda seed, first, number: draw("train", seed, first, number),
+        validation=lambda number: draw("validation", HELD_OUT, 0, number),
+        test=lambda number: draw("test", HELD_OUT + 1, 0, number),
+        inners=(
+            Inner(mn.GradientDescent(5, lr=0.1), 0.0),
+            Inner(mn.GradientDescent(5, lr=0.1), 1.0),
+            Inner(mn.Nesterov(16), 0.3),
+            Inner(mn.Nesterov(16), 1.0),
+        ),
+        lrs=(1e-3, 3e-3),
+        unit="test accuracy",
+    )
+
+
+BENCHMARKS: dict[str, Callable[[], Benchmark]] = {
+    "sinusoid_tanh": lambda: sinusoid("tanh"),
+    "sinusoid_relu": lambda: sinusoid("relu"),
+    "permuted_labels": lambda: mnist1d("permuted_labels"),
+    "new_classes": lambda: mnist1d("new_classes"),
+}
+"""By name, which travels to other processes where functions do not."""

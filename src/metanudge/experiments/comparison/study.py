@@ -1,0 +1,214 @@
+"""Tune every estimator on the shared grid, train it at its best, and say what came out."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from metanudge.experiments.comparison.benchmark import BENCHMARKS, Benchmark
+from metanudge.experiments.comparison.training import METHODS, Cost, Job, Outcome, costs, train
+from metanudge.experiments.pool import run_all
+from metanudge.experiments.study import Advance
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """Settings of a comparison; float32, one thread a process."""
+
+    meta_steps: int = 2000
+    tasks: int = 25  # a meta-step
+    seeds: int = 3  # of the network's start and the training tasks
+    tuning_steps: int = 200  # meta-steps of a run on the grid, with the first seed
+    validation_tasks: int = 200  # which the settings are chosen by
+    test_tasks: int = 1000
+    curve_tasks: int = 200  # of the test tasks, for the curves
+    points: int = 20  # of a curve
+    repeats: int = 15  # timed meta-steps of every estimator
+    workers: int = 2  # processes; only the time depends on it
+    seed: int = 0
+
+    @classmethod
+    def quick(cls) -> Self:
+        """A taste: too short for the claims to mean anything."""
+        return cls(60, 10, 1, 10, 50, 100, 50, 4, 3)
+
+
+@dataclass(frozen=True)
+class MNIST1DSettings(ComparisonSettings):
+    """The same for a network that costs more."""
+
+    meta_steps: int = 600
+    tasks: int = 10
+    tuning_steps: int = 100
+    points: int = 12
+
+    @classmethod
+    def quick(cls) -> Self:
+        """A taste: too short for the claims to mean anything."""
+        return cls(16, 4, 1, 4, 40, 60, 30, 4, 3)
+
+
+class Trial(NamedTuple):
+    """A point of the grid, and what it gave on the validation tasks."""
+
+    job: Job
+    score: float
+
+
+class Method(NamedTuple):
+    """What one estimator gave.
+
+    Attributes:
+        best: Its job at its best settings and the first seed.
+        trials: On the grid.
+        outcomes: One a seed.
+        cost: Of a meta-step.
+    """
+
+    best: Job
+    trials: list[Trial]
+    outcomes: list[Outcome]
+    cost: Cost
+
+    @property
+    def scores(self) -> list[float]:
+        """The mean curve over seeds."""
+        return [statistics.fmean(same) for same in zip(*(one.scores for one in self.outcomes), strict=True)]
+
+    @property
+    def seconds(self) -> list[float]:
+        """Processor time at the curve's points."""
+        return [step * self.cost.seconds for step in self.outcomes[0].steps]
+
+    @property
+    def final(self) -> Tensor:
+        """The metric of every test task and seed at the end."""
+        return torch.cat([one.values[:, -1] for one in self.outcomes])
+
+
+def compare(name: str, settings: ComparisonSettings, advance: Advance) -> dict[str, Method]:
+    """Tune, train and time every method on a benchmark."""
+    benchmark = BENCHMARKS[name]()
+    grid = [
+        Job(
+            name,
+            method,
+            inner,
+            lr,
+            settings.seed,
+            settings.tuning_steps,
+            settings.tasks,
+            settings.tuning_steps + 1,
+            "validation",
+            settings.validation_tasks,
+            settings.validation_tasks,
+        )
+        for method in METHODS
+        for inner in benchmark.inners
+        for lr in benchmark.lrs
+    ]
+    grid = [job for job in grid if job.possible]
+    tried = run_all(train, grid, settings.workers, advance, lambda done: 0.3 * done / len(grid))
+    trials = [Trial(job, final_score(outcome)) for job, outcome in zip(grid, tried, strict=True)]
+    best = {
+        method: max(
+            (trial for trial in trials if trial.job.method == method), key=lambda trial: rank(trial.score, benchmark)
+        ).job
+        for method in METHODS
+    }
+    every = max(settings.meta_steps // settings.points, 1)
+    full = replace(
+        grid[0],
+        meta_steps=settings.meta_steps,
+        every=every,
+        judged_by="test",
+        curve_tasks=settings.curve_tasks,
+        final_tasks=settings.test_tasks,
+    )
+    jobs = [
+        replace(full, method=method, inner=job.inner, lr=job.lr, seed=settings.seed + index)
+        for index in range(settings.seeds)
+        for method, job in best.items()
+    ]
+    outcomes = run_all(train, jobs, settings.workers, advance, lambda done: 0.3 + 0.68 * done / len(jobs))
+    first = jobs[: len(best)]
+    spent = costs(first, settings.repeats)
+    found = {}
+    for place, method in enumerate(best):
+        found[method] = Method(
+            first[place],
+            [trial for trial in trials if trial.job.method == method],
+            outcomes[place :: len(best)],
+            spent[place],
+        )
+    advance(1.0)
+    return found
+
+
+def final_score(outcome: Outcome) -> float:
+    """Mean over the final tasks."""
+    return float(outcome.values[:, -1].mean())
+
+
+def rank(score: float, benchmark: Benchmark) -> float:
+    """More is better; nothing is worse than no number."""
+    if math.isnan(score):
+        return -math.inf
+    return score if benchmark.higher else -score
+
+
+def metrics_of(found: Mapping[str, Method]) -> dict[str, Any]:
+    """By method: ``mean`` and ``ci95`` over seeds and tasks, ``seconds``, ``gradient_evaluations``, ``peak_bytes``."""
+    metrics = {}
+    for name, method in found.items():
+        final, last = method.final, method.outcomes[-1]
+        curve = torch.cat([one.values for one in method.outcomes]).mean(0)
+        metrics[name] = {
+            "mean": float(final.mean()),
+            "ci95": float(1.96 * final.std() / len(final) ** 0.5),
+            "median": float(final.median()),
+            "seeds": [final_score(one) for one in method.outcomes],
+            "seconds": method.cost.seconds * method.best.meta_steps,
+            "seconds_per_meta_step": method.cost.seconds,
+            "gradient_evaluations": statistics.fmean(one.gradients for one in method.outcomes) * method.best.meta_steps,
+            "peak_bytes": method.cost.peak_bytes,
+            "residual": statistics.fmean(one.residual for one in method.outcomes),
+            "dropped_tasks": sum(one.dropped for one in method.outcomes),
+            "failed_meta_steps": sum(one.failed for one in method.outcomes),
+            "settings": {"inner": str(method.best.inner), "lr": method.best.lr},
+            "per_adaptation_step": curve,
+            "curve": {"meta_steps": last.steps, "mean": method.scores, "seconds": method.seconds},
+            "grid": [
+                {"inner": str(trial.job.inner), "lr": trial.job.lr, "validation": trial.score}
+                for trial in method.trials
+            ],
+        }
+    return metrics
+
+
+def score_at(method: Method, seconds: float) -> float:
+    """The mean curve's value after ``seconds`` of meta-training, between its points linear."""
+    times, scores = method.seconds, method.scores
+    if seconds >= times[-1]:
+        return scores[-1]
+    later = next(place for place, point in enumerate(times) if point >= seconds)
+    if later == 0:
+        return scores[0]
+    share = (seconds - times[later - 1]) / (times[later] - times[later - 1])
+    return scores[later - 1] + share * (scores[later] - scores[later - 1])
+
+
+def seconds_to(method: Method, score: float, higher: bool) -> float:
+    """When the mean curve first reaches ``score``; infinity if it does not."""
+    reached = (
+        time
+        for time, value in zip(method.seconds, method.scores, strict=True)
+        if (value >= score if higher else value <= score)
+    )
+    return next(reached, math.inf)

@@ -1,0 +1,186 @@
+"""One meta-training, as a job for a pool of processes, and what a meta-step costs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import metanudge as mn
+from metanudge.diagnostics.memory import LiveBytes
+from metanudge.errors import SettingsError
+from metanudge.estimators.base import Estimator
+from metanudge.experiments.comparison.benchmark import BENCHMARKS, Inner
+
+METHODS: dict[str, Estimator] = {
+    **{name: kind() for name, kind in mn.ESTIMATORS.items()},
+    "fobmaml_light": mn.FOBMAML(steps=8),
+}
+"""Every estimator as it comes, and FO-B-MAML with a quarter of its nudged steps."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A meta-training by Adam, the meta-gradient clipped.
+
+    Attributes:
+        benchmark: A name in ``BENCHMARKS``.
+        method: A name in ``METHODS``.
+        inner: How tasks are adapted to.
+        lr: Of Adam.
+        seed: Of the network's start and of the training tasks.
+        meta_steps: How many.
+        tasks: A meta-step.
+        every: Meta-steps between evaluations on the first ``curve_tasks`` of the judging tasks.
+        judged_by: "validation" or "test": which tasks.
+        final_tasks: How many judge the end.
+    """
+
+    benchmark: str
+    method: str
+    inner: Inner
+    lr: float
+    seed: int
+    meta_steps: int
+    tasks: int
+    every: int
+    judged_by: str
+    curve_tasks: int
+    final_tasks: int
+    clip: float = 10.0
+
+    def learner(self) -> mn.MetaLearner:
+        """At its start.
+
+        Raises:
+            SettingsError: The estimator can not take the inner problem.
+        """
+        benchmark = BENCHMARKS[self.benchmark]()
+        return mn.MetaLearner(
+            benchmark.network(self.seed),
+            benchmark.loss,
+            prox=self.inner.prox,
+            solver=self.inner.solver,
+            estimator=METHODS[self.method],
+            execution="vectorized",
+        )
+
+    @property
+    def possible(self) -> bool:
+        """Whether the estimator can take the inner problem."""
+        try:
+            self.learner()
+        except SettingsError:
+            return False
+        return True
+
+
+class Outcome(NamedTuple):
+    """What a job found.
+
+    Attributes:
+        steps: Meta-steps at which the score was taken.
+        scores: Mean over the curve's tasks after adaptation.
+        values: Of every final task after every adaptation step, ``[T, K + 1]``.
+        dropped: Training tasks left out, in all.
+        failed: Meta-steps with no finite task, which were skipped.
+        gradients: Gradient evaluations of a meta-step, mean.
+        residual: Mean relative residual over the last tenth.
+        parameters: At the end.
+    """
+
+    steps: list[int]
+    scores: list[float]
+    values: Tensor
+    dropped: int
+    failed: int
+    gradients: float
+    residual: float
+    parameters: dict[str, Tensor]
+
+
+def train(job: Job) -> Outcome:
+    """Meta-train and judge."""
+    torch.set_num_threads(1)
+    torch.manual_seed(job.seed)
+    benchmark, learner = BENCHMARKS[job.benchmark](), job.learner()
+    optimizer = torch.optim.Adam(learner.model.parameters(), job.lr)
+    judging = getattr(benchmark, job.judged_by)
+    curve_tasks = judging(job.curve_tasks)
+    steps, scores, residuals = [], [], []
+    dropped = failed = 0
+    gradients = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mn.UnsolvedWarning)
+        warnings.simplefilter("ignore", mn.NonFiniteWarning)
+        for index in range(job.meta_steps):
+            try:
+                step = meta_step(learner, optimizer, benchmark.train(job.seed, job.tasks * index, job.tasks), job.clip)
+                dropped, gradients = dropped + step.dropped_tasks, gradients + step.gradient_evaluations
+                residuals.append(step.residual)
+            except mn.NonFiniteError:
+                failed += 1
+            if (index + 1) % job.every == 0:
+                steps.append(index + 1)
+                scores.append(learner.evaluate(curve_tasks, benchmark.metric).mean)
+        final = learner.evaluate(judging(job.final_tasks), benchmark.metric).values
+    last = residuals[-max(job.meta_steps // 10, 1) :]
+    parameters = {name: leaf.detach().clone() for name, leaf in learner.model.named_parameters()}
+    done = max(job.meta_steps - failed, 1)
+    residual = statistics.fmean(last) if last else float("nan")
+    return Outcome(steps, scores, final, dropped, failed, gradients / done, residual, parameters)
+
+
+def meta_step(
+    learner: mn.MetaLearner, optimizer: torch.optim.Optimizer, tasks: mn.Tasks | list[mn.Tasks], clip: float
+) -> mn.MetaStep:
+    """One meta-step."""
+    optimizer.zero_grad()
+    step = learner.backward(tasks)
+    nn.utils.clip_grad_norm_(learner.model.parameters(), clip)
+    optimizer.step()
+    return step
+
+
+class Cost(NamedTuple):
+    """Of one meta-step.
+
+    Attributes:
+        seconds: Processor time, median; one thread.
+        peak_bytes: Of live tensors beyond the model and the tasks.
+    """
+
+    seconds: float
+    peak_bytes: int
+
+
+def costs(jobs: Sequence[Job], repeats: int) -> list[Cost]:
+    """What a meta-step of every job costs, measured turn by turn, so that a busy machine favours none."""
+    torch.set_num_threads(1)
+    begun = []
+    for job in jobs:
+        learner = job.learner()
+        begun.append((job, learner, torch.optim.Adam(learner.model.parameters(), job.lr)))
+    seconds: list[list[float]] = [[] for _ in jobs]
+    peaks = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mn.UnsolvedWarning)
+        warnings.simplefilter("ignore", mn.NonFiniteWarning)
+        for turn in range(repeats + 1):
+            for place, (job, learner, optimizer) in enumerate(begun):
+                tasks = BENCHMARKS[job.benchmark]().train(job.seed, job.tasks * turn, job.tasks)
+                if turn == 0:  # which warms up as well
+                    with LiveBytes() as live:
+                        meta_step(learner, optimizer, tasks, job.clip)
+                    peaks.append(live.peak)
+                    continue
+                start = time.process_time()
+                meta_step(learner, optimizer, tasks, job.clip)
+                seconds[place].append(time.process_time() - start)
+    return [Cost(statistics.median(times), peak) for times, peak in zip(seconds, peaks, strict=True)]

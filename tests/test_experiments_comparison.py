@@ -1,0 +1,133 @@
+"""The comparison of all estimators: its grid, its readings of curves, its costs, and its quick form."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+import metanudge as mn
+from metanudge.experiments.comparison.benchmark import BENCHMARKS
+from metanudge.experiments.comparison.claims import at_equal_seconds, at_equal_steps, time_to_reach
+from metanudge.experiments.comparison.figures import COLOURS, LABELS
+from metanudge.experiments.comparison.study import ComparisonSettings, Method, metrics_of, score_at, seconds_to
+from metanudge.experiments.comparison.training import METHODS, Cost, Job, Outcome, costs, train
+from metanudge.experiments.runner import reproduce
+from metanudge.experiments.sinusoid import EXPERIMENT
+
+TINY = ComparisonSettings(
+    meta_steps=2,
+    tasks=2,
+    seeds=2,
+    tuning_steps=1,
+    validation_tasks=3,
+    test_tasks=4,
+    curve_tasks=3,
+    points=2,
+    repeats=1,
+    workers=1,
+)
+
+
+def job(method: str = "fobmaml", place: int = -1) -> Job:
+    inner = BENCHMARKS["sinusoid_tanh"]().inners[place]
+    return Job("sinusoid_tanh", method, inner, 1e-3, 0, 3, 2, 1, "test", 3, 4)
+
+
+def method(name: str, scores: list[list[float]], seconds: float) -> Method:
+    """A method whose seeds' curves are ``scores`` and whose final tasks agree with the last point."""
+    outcomes = [
+        Outcome([10, 20, 30], curve, torch.full((4, 2), curve[-1], dtype=torch.float64), 0, 0, 5.0, 0.1, {})
+        for curve in scores
+    ]
+    best = replace(job(name), meta_steps=30)
+    return Method(best, [], outcomes, Cost(seconds, 100))
+
+
+def test_every_estimator_is_compared_and_has_a_colour():
+    assert set(mn.ESTIMATORS) < set(METHODS)
+    assert set(METHODS) == set(COLOURS) == set(LABELS)
+
+
+@pytest.mark.parametrize("name", sorted(BENCHMARKS))
+def test_every_method_can_take_a_point_of_every_grid(name):
+    inners = BENCHMARKS[name]().inners
+    for kind in METHODS:
+        possible = [replace(job(kind), benchmark=name, inner=inner).possible for inner in inners]
+        rests_on_prox = kind in ("fobmaml", "fobmaml_light", "imaml", "tangent")
+        assert possible == [inner.prox > 0 or not rests_on_prox for inner in inners], kind
+
+
+def test_training_validation_and_test_tasks_differ():
+    for make in BENCHMARKS.values():
+        benchmark = make()
+        first = [next(iter(tasks)) for tasks in (benchmark.train(0, 0, 1), benchmark.validation(1), benchmark.test(1))]
+        inputs = [task.inputs if isinstance(task, mn.Batch) else task.support.inputs for task in first]
+        for a in range(3):
+            for b in range(a):
+                assert not torch.equal(inputs[a], inputs[b])
+
+
+def test_curves_are_read_between_their_points():
+    one = method("maml", [[4.0, 2.0, 1.0], [2.0, 2.0, 0.0]], 0.5)  # mean 3, 2, .5 at 5, 10, 15 seconds
+    assert score_at(one, 7.5) == pytest.approx(2.5)
+    assert score_at(one, 100) == pytest.approx(0.5)
+    assert score_at(one, 1) == pytest.approx(3.0)
+    assert seconds_to(one, 2.0, higher=False) == pytest.approx(10.0)
+    assert seconds_to(one, 0.1, higher=False) == math.inf
+    assert seconds_to(one, 2.5, higher=True) == pytest.approx(5.0)
+
+
+def test_claims_can_fail_and_hold():
+    better = method("fobmaml", [[3.0, 1.0, 0.4]], 1.0)
+    worse = method("maml", [[4.0, 2.0, 0.5]], 0.5)
+    found = {"fobmaml": better, "fobmaml_light": better, "maml": worse, "fomaml": worse, "reptile": worse}
+    assert at_equal_steps(found, "sinusoid_tanh", 0.0).holds
+    # in the 15 seconds of the faster, ours stands half way between its first two points
+    assert not at_equal_seconds(found, "sinusoid_tanh").holds
+    assert not time_to_reach(found, "sinusoid_tanh").holds
+    turned = found | {"fobmaml": worse, "maml": better}
+    assert not at_equal_steps(turned, "sinusoid_tanh", 0.0).holds
+    assert at_equal_steps(turned, "sinusoid_tanh", 0.11).holds
+
+
+def test_metrics_have_the_promised_names():
+    found = metrics_of({"maml": method("maml", [[4.0, 2.0, 1.0], [2.0, 2.0, 0.0]], 0.5)})["maml"]
+    assert found["mean"] == 0.5
+    assert found["seeds"] == [1.0, 0.0]
+    assert found["seconds"] == 15.0
+    assert found["gradient_evaluations"] == 150.0
+    assert found["peak_bytes"] == 100
+    assert found["ci95"] == pytest.approx(1.96 * (8 * 0.25 / 7) ** 0.5 / 8**0.5)
+
+
+def test_training_is_the_same_again_and_scores_are_of_its_parameters():
+    first, second = train(job()), train(job())
+    assert torch.equal(first.values, second.values)
+    assert first.steps == [1, 2, 3]
+    learner = job().learner()
+    learner.model.load_state_dict(first.parameters)
+    again = learner.evaluate(BENCHMARKS["sinusoid_tanh"]().test(4)).values
+    assert torch.allclose(again, first.values, atol=0, rtol=0)
+
+
+def test_costs_see_what_backpropagation_through_the_solve_keeps():
+    ours, maml = costs([job("fobmaml"), job("maml")], repeats=1)
+    assert maml.peak_bytes > 2 * ours.peak_bytes
+    assert min(ours.seconds, maml.seconds) > 0
+
+
+def test_a_tiny_comparison_ends_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(ComparisonSettings, "quick", classmethod(lambda cls: TINY))
+    reproduce(EXPERIMENT, tmp_path, True, 0, ("results",), Console(quiet=True))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    for name in mn.ESTIMATORS:
+        assert {"mean", "ci95", "seconds", "gradient_evaluations", "peak_bytes"} <= set(metrics["results"][name])
+        tried = metrics["results"][name]["grid"]
+        best = min(tried, key=lambda trial: trial["validation"])
+        assert {"inner": best["inner"], "lr": best["lr"]} == metrics["results"][name]["settings"]
+    assert (tmp_path / "sinusoid_tanh_functions.png").exists()
