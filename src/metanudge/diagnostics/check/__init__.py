@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from metanudge.diagnostics.check.advice import recommend, verdict
+import torch
+
+from metanudge.diagnostics.check.advice import verdict
 from metanudge.diagnostics.check.bench import Bench, first
 from metanudge.diagnostics.check.kinks import kinked
 from metanudge.diagnostics.check.reference import References
 from metanudge.diagnostics.check.result import GOOD, Check, CheckRow, Recommendation
+from metanudge.diagnostics.check.search import recommend, search
 from metanudge.diagnostics.check.sweep import Sweep
 from metanudge.errors import SettingsError
 from metanudge.estimators import ESTIMATORS
 from metanudge.learner import MetaLearner
+from metanudge.settings import check_steps
 from metanudge.types import Tasks
 
 __all__ = ["Check", "CheckRow", "Recommendation", "check"]
@@ -32,11 +36,16 @@ def check(
         \frac{\|g - \nabla F\|}{\|\nabla F\|}, \qquad
         \nabla F = \frac1T \sum_i \lambda (H_i + \lambda)^{-1} \nabla f_i(\phi_i(\theta))
 
-    The exact one is had from a solve of ``reference_steps`` steps and conjugate gradients on exact Hessian products,
-    on a float64 copy of model and tasks where they allow it; where the loss can not be differentiated twice, from a
-    fourth-order stencil of converged solves. Steps, ν, prox (each prox with a reference of its own) and the other
-    estimators are then varied. The model is copied and stays as it is, as does the random state. Dropout makes every
-    step's problem another one and the comparison void: call ``model.eval()`` first.
+    The exact one is had from a solve of ``reference_steps`` steps, Newton's method, and conjugate gradients on exact
+    Hessian products, on a float64 copy of model and tasks where both losses take them; where the loss can not be
+    differentiated twice, from a fourth-order stencil of converged solves. It is asked whether it converged itself; at
+    the learner's own prox it is tried again with four times the steps where it did not, and what stays in doubt gets no
+    verdict. Steps, ν, prox (each prox with a reference of its own) and the other estimators are then varied. Where
+    tasks diverge, the others are compared, with the exact meta-gradient of the same tasks.
+
+    The model is copied: it, the learner and the random state are as before afterwards, also after an exception. Dropout
+    makes every step's problem another one and the comparison void: call ``model.eval()`` first. A warm start is left
+    out: solves begin at θ.
 
     Args:
         learner: As you train it.
@@ -47,10 +56,12 @@ def check(
 
     Raises:
         TasksError: Tasks that do not fit.
-        SettingsError: A model that can not be copied; names of no estimator.
-        NonFiniteError: The exact meta-gradient is not finite.
+        SettingsError: prox = 0, where there is no exact meta-gradient; a model that can not be copied; names of no
+            estimator; numbers that are none.
+        NonFiniteError: No task has a finite exact meta-gradient.
 
-    Cost: some thirty calls of ``backward`` on ``max_tasks`` tasks, four of them with ``reference_steps``.
+    Cost: some thirty calls of ``backward`` on ``max_tasks`` tasks, and as many as ten references of
+    ``reference_steps`` steps and 200 to 10,000 Hessian products.
 
     Example:
         >>> import torch, metanudge as mn
@@ -63,18 +74,30 @@ def check(
     for name in compare:
         if name not in ESTIMATORS:
             raise SettingsError(f"compare names estimators, {', '.join(ESTIMATORS)}, but {name!r} is none of them")
-    bench = Bench(learner, first(learner, tasks, max_tasks))
-    sweep = Sweep(bench, References(bench, reference_steps))
-    rows = sweep.rows(compare)
-    prox, bends = learner.prox, kinked(bench)
-    proxes = (prox, 3 * prox, 10 * prox) if bends else tuple(factor * prox for factor in (1, 3, 10, 30, 100, 300))
-    recommendation = None if rows[0].relative_error < GOOD else recommend(sweep, learner, proxes)
-    reference = sweep.references.known[prox]
+    check_steps(max_tasks, "max_tasks")
+    check_steps(reference_steps, "reference_steps")
+    if learner.prox == 0:
+        raise SettingsError(
+            "check compares with the exact meta-gradient of the proximal problem, and with prox = 0 there is none; "
+            "give the learner prox > 0"
+        )
+    with torch.random.fork_rng():  # a loader may draw
+        bench = Bench(learner, first(learner, tasks, max_tasks))
+        bends = kinked(bench)
+        references = References(bench, reference_steps, bends)
+        reference = references.at(learner.prox)  # or an error, before anything is measured
+        sweep = Sweep(bench, references)
+        sweep.vary(compare)
+        good = reference.trusted and sweep.rows[0].relative_error < GOOD
+        if not good:
+            search(sweep, bends)
     return Check(
-        rows,
+        sweep.rows,
         reference.how,
         reference.residual,
+        reference.error,
+        reference.trusted,
         bends,
-        recommendation,
-        verdict(rows, learner, recommendation, bends, max(proxes), reference),
+        None if good else recommend(sweep.own()),
+        verdict(sweep.rows, reference, len(bench.tasks), bends),
     )

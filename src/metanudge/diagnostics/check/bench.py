@@ -6,14 +6,14 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from metanudge.batching import as_stacks, groups, single
-from metanudge.errors import NonFiniteWarning, SettingsError, UnsolvedWarning
+from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, UnsolvedWarning
 from metanudge.estimators.base import Estimator
 from metanudge.learner import MetaLearner
 from metanudge.solvers import Solver
@@ -34,18 +34,28 @@ class Bench:
         self.model.zero_grad(set_to_none=True)
         self.double = self._in_double()
 
+    @property
+    def everyone(self) -> tuple[int, ...]:
+        """The places of all tasks."""
+        return tuple(range(len(self.tasks)))
+
     def _in_double(self) -> tuple[nn.Module, list[Tasks]] | None:
-        """Model and tasks in float64, if the loss takes them."""
-        model = copy.deepcopy(self.model).double()
+        """Model and tasks in float64, if both losses take them."""
         tasks = tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, self.tasks)
         try:
-            with torch.no_grad(), torch.random.fork_rng():
-                self.learner.losses[Role.SUPPORT](model, tasks[0].support)
+            model = copy.deepcopy(self.model).double()
+            tried = copy.deepcopy(model)  # a forward pass may write buffers
+            with quiet(), torch.enable_grad():
+                for task in tasks:
+                    for role, batch in zip(Role, task, strict=True):
+                        self.learner.losses[role](tried, batch).backward()  # type: ignore[no-untyped-call]
         except Exception:  # whatever it is, float64 is not for this model
             return None
         return model, tasks
 
-    def make(self, model: nn.Module, solver: Solver, prox: float, estimator: Estimator, **settings: Any) -> MetaLearner:
+    def make(
+        self, model: nn.Module, solver: Solver, prox: float, estimator: Estimator, execution: str | None = None
+    ) -> MetaLearner:
         """The user's learner with something changed."""
         old = self.learner
         return MetaLearner(
@@ -56,7 +66,8 @@ class Bench:
             solver=solver,
             estimator=estimator,
             adapt_only=old.adapt_only,
-            **({"execution": old.execution.name} | settings),
+            execution=cast(Any, execution or old.execution.name),
+            chunk_size=getattr(old.execution, "chunk_size", None),
         )
 
 
@@ -72,6 +83,15 @@ def measured(learner: MetaLearner, tasks: list[Tasks]) -> tuple[Tensor, MetaStep
     for parameter in parameters:
         parameter.grad = None
     return gradient, step
+
+
+def alone(learner: MetaLearner, task: Tasks) -> bool:
+    """Whether a task is kept: its solve does not diverge, and what it gives is finite."""
+    try:
+        measured(learner, [task])
+    except NonFiniteError:
+        return False
+    return True
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ def kinked(bench: Bench) -> bool:
     times differentiable, and O(1) or O(h) across kinks.
     """
     model, tasks = bench.double or (bench.model, bench.tasks)
+    model = copy.deepcopy(model)  # a forward pass may write buffers
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     start = {name: parameter.detach().clone() for name, parameter in named.items()}
     size = torch.stack([value.double().square().sum() for value in start.values()]).sum().sqrt()
