@@ -22,7 +22,7 @@ def verdict(rows: list[CheckRow], reference: Reference, tasks: int, kinked: bool
     if mine.dropped:
         said.append(f"{mine.dropped} of {tasks} tasks diverged, and the others were compared.")
     if len(reference.tasks) < tasks:
-        said.append(f"{tasks - len(reference.tasks)} of {tasks} tasks have no exact meta-gradient and were left out.")
+        said.append(f"Left out for want of an exact meta-gradient: {tasks - len(reference.tasks)} of {tasks} tasks.")
     if not reference.trusted or mine.relative_error >= GOOD:
         said += _advised(own)
         said += _others(rows, recommend(own))
@@ -80,7 +80,9 @@ def _change(mine: CheckRow, to: Recommendation, first: str = "Raise") -> str:
 
 
 def _costs(mine: CheckRow, to: Recommendation) -> str:
-    instead = "" if mine.note else f" instead of {mine.gradients:.0f}"
+    instead = ", as before" if to.gradients == mine.gradients else f" instead of {mine.gradients:.0f}"
+    if mine.note:
+        instead = ""
     return f"{percent(to.relative_error)}, for {to.gradients:.0f} gradients a task{instead}"
 
 
