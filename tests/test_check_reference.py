@@ -75,6 +75,24 @@ def test_a_reference_that_does_not_converge_gives_no_verdict(monkeypatch: pytest
     assert "the reference did not converge" in str(found)
 
 
+def test_without_a_verdict_it_tells_where_there_would_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps of conjugate gradients do for curvatures up to 100 once prox is large; on kinks nothing is advised."""
+    monkeypatch.setattr(implicit, "LENGTHS", (12,))
+    tasks = bowls(steep(40, high=2))
+    learner = mn.MetaLearner(Diagonal(tasks.support.targets[0]), bowl, prox=0.1, solver=mn.Nesterov(16))
+    found = mn.check(learner, tasks, **FEW)
+    advised = found.recommendation
+    assert not found.trusted
+    assert advised.prox > 0.1
+    assert not found.kinked  # though the gradient vanishes where it began
+    assert f"With steps={advised.steps} and prox={advised.prox:g} it converged" in found.verdict
+    torch.manual_seed(0)
+    kinked = torch.nn.Sequential(torch.nn.Linear(1, 40), torch.nn.ReLU(), torch.nn.Linear(40, 1))
+    found = mn.check(mn.MetaLearner(kinked, mn.metrics.squared_error), mn.tasks.sinusoid(1), **FEW)
+    assert (found.kinked, found.trusted, found.recommendation) == (True, False, None)
+    assert not [row for row in found.rows if row.group == "search"]
+
+
 def test_a_saddle_gives_no_verdict() -> None:
     """Curvature -2 with prox 1, begun where the gradient vanishes: every residual is zero, and there is no minimum."""
     tasks = bowls(torch.tensor([[-2.0, 1.0]]).double())
@@ -140,7 +158,7 @@ def test_only_tasks_that_both_have_are_compared() -> None:
     assert mine.relative_error < 1e-6
     assert mine.cosine == pytest.approx(1)
     assert "1 of 3 tasks diverged" in found.verdict
-    assert "1 tasks diverged" in str(found)
+    assert "  1 diverged" in str(found)
     kept = [row for row in found.rows if row.group == "prox" and row.prox == 0.1]
     assert kept[0].dropped == 1
 

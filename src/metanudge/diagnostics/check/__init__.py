@@ -89,7 +89,8 @@ def check(
         sweep = Sweep(bench, references)
         sweep.vary(compare)
         good = reference.trusted and sweep.rows[0].relative_error < GOOD
-        if not good:
+        advisable = not good and (reference.trusted or not bends)
+        if advisable:
             search(sweep, bends)
     return Check(
         sweep.rows,
@@ -98,6 +99,6 @@ def check(
         reference.error,
         reference.trusted,
         bends,
-        None if good else recommend(sweep.own()),
+        recommend(sweep.own()) if advisable else None,
         verdict(sweep.rows, reference, len(bench.tasks), bends),
     )

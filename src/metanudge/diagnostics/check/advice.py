@@ -23,7 +23,9 @@ def verdict(rows: list[CheckRow], reference: Reference, tasks: int, kinked: bool
         said.append(f"{mine.dropped} of {tasks} tasks diverged, and the others were compared.")
     if len(reference.tasks) < tasks:
         said.append(f"Left out for want of an exact meta-gradient: {tasks - len(reference.tasks)} of {tasks} tasks.")
-    if not reference.trusted or mine.relative_error >= GOOD:
+    if not reference.trusted:
+        said += _elsewhere(own)
+    elif mine.relative_error >= GOOD:
         said += _advised(own)
         said += _others(rows, recommend(own))
     if kinked:
@@ -65,6 +67,15 @@ def _advised(own: list[CheckRow]) -> list[str]:
     if kept is not None and best.prox != mine.prox:
         said.append(f"With prox as it is, {_change(mine, kept, first='raise')}: {_costs(mine, kept)}.")
     return said
+
+
+def _elsewhere(own: list[CheckRow]) -> list[str]:
+    """What can be told, where there is no verdict."""
+    best = recommend(own)
+    if best is None:
+        return []
+    where = f"With steps={best.steps} and prox={best.prox:g}"
+    return [f"{where} it converged, and the error was {_costs(own[0], best)}."]
 
 
 def _change(mine: CheckRow, to: Recommendation, first: str = "Raise") -> str:

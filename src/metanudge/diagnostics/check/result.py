@@ -80,7 +80,8 @@ class Check(NamedTuple):
         reference_error: Relative error that the reference itself may have, as far as it shows.
         trusted: Whether the reference converged: residual up to 0.001, error up to 1 %. Else there is no verdict.
         kinked: Whether the support loss has kinks (ReLU, max-pooling) near the adapted parameters.
-        recommendation: None where the learner is good as it is, or nothing was found.
+        recommendation: None where the learner is good as it is, nothing was found, or kinks keep the reference from
+            converging.
         verdict: In words.
     """
 
@@ -108,7 +109,7 @@ class Check(NamedTuple):
                 f"{row.cosine:7.3f} {error:>8} {percent(row.error_bound):>8} {row.residual:9.1e} {row.gradients:9.0f} "
                 f"{row.peak_bytes / 2**20:6.1f} MB {1e3 * row.seconds:5.0f} ms"
             )
-            lost = f"  {row.dropped} tasks diverged" if row.dropped else ""
+            lost = f"  {row.dropped} diverged" if row.dropped else ""
             lines.append(f"{row.group:10} {row.label:34} {row.note or measured}{lost}")
         if not all(row.trusted for row in self.rows):
             lines.append("? the reference did not converge there")
