@@ -98,7 +98,7 @@ def test_it_recognises_kinks_and_says_so(activation: torch.nn.Module, kinked: bo
 
 def test_a_starved_setting_is_bad_and_the_advice_mends_it() -> None:
     learner, tasks = load_learner(f"{EXAMPLE}:starved")[:2]
-    found = mn.check(learner, tasks, compare=["fomaml"], max_tasks=2)
+    found = mn.check(learner, tasks, compare=["fomaml"], max_tasks=2, reference_steps=100)
     assert not found.good
     assert found.verdict.startswith("Bad")
     advised = found.recommendation
@@ -108,7 +108,7 @@ def test_a_starved_setting_is_bad_and_the_advice_mends_it() -> None:
     followed = mn.MetaLearner(
         learner.model, mn.metrics.squared_error, prox=advised.prox, solver=mn.Nesterov(advised.steps)
     )
-    again = mn.check(followed, tasks, compare=[], max_tasks=2)
+    again = mn.check(followed, tasks, compare=[], max_tasks=2, reference_steps=100)
     assert again.good
     assert again.rows[0].relative_error == pytest.approx(advised.relative_error, rel=0.05)
     assert again.recommendation is None
@@ -133,8 +133,8 @@ def test_what_can_not_be_differentiated_twice_has_a_stencil_for_reference() -> N
         return Once.apply(model(batch.inputs).squeeze(-1) - batch.targets.reshape(batch.inputs.shape[0])).mean()
 
     model = torch.nn.Linear(made.tasks.support.inputs.shape[-1], 1).double()
-    learner = mn.MetaLearner(model, loss, solver=mn.Nesterov(30), execution="in_place")
-    found = mn.check(learner, made.tasks, reference_steps=100, compare=["imaml"])
+    learner = mn.MetaLearner(model, loss, solver=mn.Nesterov(16), execution="in_place")
+    found = mn.check(learner, made.tasks, reference_steps=40, compare=["imaml"])
     assert found.reference.startswith("a fourth-order stencil")
     assert found.rows[0].relative_error < 1e-3
     assert found.rows[-1].note

@@ -171,3 +171,65 @@ def test_a_flat_measure_asks_for_no_clipping():
     assert (flat.L0, flat.L1, flat.lr) == (0.0, 0.0, float("inf"))
     growing = fit(norms, torch.tensor([0.0, 0.5, 3.0], dtype=torch.float64))
     assert 0 < growing.lr < float("inf")
+
+
+class Frozen(torch.nn.Module):
+    """A learnt slope, and an offset that was frozen with a gradient left over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope, self.offset = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+        self.offset.requires_grad_(False)
+        self.offset.grad = torch.ones(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.slope * x + self.offset
+
+
+def test_frozen_parameters_that_the_optimizer_holds_are_put_back() -> None:
+    model = Frozen()
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=2.0)
+    mn.smoothness(learner, mn.tasks.sinusoid(2), torch.optim.SGD(model.parameters(), lr=0.1), steps=2)
+    assert float(model.offset) == 1
+    assert float(model.offset.grad) == 1
+
+
+def test_drawing_from_a_loader_leaves_the_random_state() -> None:
+    learner = mn.MetaLearner(torch.nn.Linear(1, 1), mn.metrics.squared_error, prox=2.0)
+    state = torch.get_rng_state()
+    mn.smoothness(learner, (mn.tasks.sinusoid(int(torch.randint(2, 4, ()))) for _ in range(2)), steps=2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("execution", ["vectorized", "in_place"])
+def test_a_warm_start_is_left_out_and_not_touched(execution: str) -> None:
+    made = PROBLEMS["logistic"]()
+    cold, warm = (
+        mn.MetaLearner(
+            made.make(), made.loss, prox=made.prox, solver=mn.Nesterov(4), warm_start=store, execution=execution
+        )
+        for store in (None, mn.WarmStart())
+    )
+    warm.backward(made.tasks, indices=[2, 0, 1])
+    before = warm.warm_start.state_dict()
+    found, expected = (mn.smoothness(learner, made.tasks, steps=2) for learner in (warm, cold))
+    torch.testing.assert_close(found.smoothness, expected.smoothness)
+    after = warm.warm_start.state_dict()
+    assert after["indices"] == before["indices"]
+    assert torch.equal(after["solutions"], before["solutions"])
+    warm.backward(made.tasks, indices=[2, 0, 1])  # it still is what it was
+
+
+@pytest.mark.parametrize("diagnosis", [mn.smoothness, mn.check])
+def test_the_learner_still_tells_what_it_tells_once(diagnosis: object) -> None:
+    """Steeply curved tasks and one step: the solves are far from done."""
+    x = torch.linspace(-30, 30, 8).reshape(1, 8, 1).repeat(3, 1, 1)
+    targets = x.clone()
+    targets[1, 0] = float("nan")
+    tasks = mn.Tasks(mn.Batch(x, targets), mn.Batch(x, x))
+    model = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=1e-3, solver=mn.Nesterov(1))
+    extra = {"steps": 2} if diagnosis is mn.smoothness else {"compare": [], "reference_steps": 20}
+    diagnosis(learner, tasks, **extra)
+    with pytest.warns(mn.NonFiniteWarning), pytest.warns(mn.UnsolvedWarning):
+        learner.backward(tasks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -173,3 +175,195 @@ def test_indices_are_whole_numbers():
     with pytest.raises(mn.SettingsError, match="whole numbers"):
         learner.backward(mn.tasks.sinusoid(3), indices=[0.2, 1.9, 2.5])
     assert model.weight.grad is None
+
+
+def test_a_store_that_refuses_leaves_the_gradients(tmp_path: Path) -> None:
+    store = mn.WarmStart(limit_bytes=8)  # which only shows with the first solutions
+    learner, tasks = learner_of(store)
+    with pytest.raises(mn.SettingsError, match="does not hold one solution"):
+        learner.backward(tasks, indices=[0, 1, 2])
+    assert all(parameter.grad is None for parameter in learner.model.parameters())
+    for parameter in learner.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(mn.SettingsError, match="does not hold one solution"):
+        learner.backward(tasks, indices=[0, 1, 2])
+    assert all(bool((parameter.grad == 1).all()) for parameter in learner.model.parameters())
+
+
+ROW = torch.arange(4.0).double()
+NONE = torch.full((1, 4), -1.0).double()
+
+
+def numbered(*numbers: float) -> Tensor:
+    return torch.stack([ROW + number for number in numbers])
+
+
+def held(store: mn.WarmStart, indices: range) -> list[float]:
+    """What is kept under each index, by its first number; -1 for nothing."""
+    return [float(store.get([index], NONE)[0, 0]) for index in indices]
+
+
+def test_a_folder_survives_a_crash_with_what_was_saved(tmp_path: Path) -> None:
+    """Newer solutions, tasks forgotten and rows taken over after the save: none of it is seen by who comes next."""
+    limits = {"limit_bytes": 3 * 32, "folder": tmp_path / "kept"}
+    store = mn.WarmStart(**limits)
+    store.put([0, 1, 2], numbered(10, 11, 12))
+    store.save()
+    store.put([0, 1], torch.stack([ROW + 20, ROW * float("nan")]))
+    store.put([3, 4, 5], numbered(13, 14, 15))
+    assert held(store, range(6)) == [-1, -1, -1, 13, 14, 15]
+    assert held(mn.WarmStart(**limits), range(6)) == [10, 11, 12, -1, -1, -1]  # nobody had saved
+    store.save()
+    assert held(mn.WarmStart(**limits), range(6)) == [-1, -1, -1, 13, 14, 15]
+
+
+def test_a_checkpoint_finds_its_state_in_the_folder(tmp_path: Path) -> None:
+    """Killed after the folder was brought up to date and before the checkpoint was written: one state back."""
+    limits = {"limit_bytes": 3 * 32, "folder": tmp_path / "kept"}
+    store, states = mn.WarmStart(**limits), []
+    for number in (10, 20, 30):
+        store.put([0, 1, 2], numbered(number, number + 1, number + 2))
+        states.append(store.state_dict())
+        assert store.state_dict() == states[-1]  # nothing new: no state is used up
+    store.put([0, 3], numbered(40, 43))
+    for state, expected in ((states[2], [30, 31, 32, -1]), (states[1], [20, 21, 22, -1])):
+        again = mn.WarmStart(**limits)
+        again.load_state_dict(state)
+        assert held(again, range(4)) == expected
+    again.put([1, 3], numbered(51, 53))  # from the state gone back to, which a later crash must find again
+    again.save()
+    assert held(mn.WarmStart(**limits), range(4)) == [-1, 51, 22, 53]
+    back = mn.WarmStart(**limits)
+    back.load_state_dict(states[1])
+    assert held(back, range(4)) == [20, 21, 22, -1]
+    for state in (states[0], states[2]):
+        with pytest.raises(mn.SettingsError, match="does not hold it"):
+            back.load_state_dict(state)
+        assert held(back, range(4)) == [20, 21, 22, -1]
+    with pytest.raises(mn.SettingsError, match="give the folder"):
+        mn.WarmStart().load_state_dict(states[1])
+
+
+def test_a_training_killed_with_a_folder_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    straight, tasks = learner_of(mn.WarmStart())
+    for _ in range(4):
+        straight.model.zero_grad()
+        straight.backward(tasks, indices=[0, 1, 2])
+    first, _ = learner_of(mn.WarmStart(folder=tmp_path))
+    for _ in range(2):
+        first.backward(tasks, indices=[0, 1, 2])
+    state = first.warm_start.state_dict()
+    for _ in range(3):
+        first.backward(tasks, indices=[0, 1, 2])  # lost
+    store = mn.WarmStart(folder=tmp_path)
+    store.load_state_dict(state)
+    second, _ = learner_of(store)
+    for _ in range(2):
+        second.model.zero_grad()
+        second.backward(tasks, indices=[0, 1, 2])
+    assert torch.equal(gradient(second), gradient(straight))
+
+
+def test_a_checkpoint_without_a_folder_goes_on_in_one(tmp_path: Path) -> None:
+    memory = mn.WarmStart()
+    memory.put([4, 7], numbered(4, 7))
+    store = mn.WarmStart(folder=tmp_path)
+    store.put([1], numbered(1))
+    store.save()
+    store.load_state_dict(memory.state_dict())
+    assert (held(store, range(8)), len(store)) == ([-1, -1, -1, -1, 4, -1, -1, 7], 2)
+    store.save()
+    assert held(mn.WarmStart(folder=tmp_path), range(8)) == [-1, -1, -1, -1, 4, -1, -1, 7]
+    other = mn.WarmStart()
+    other.put([0], torch.zeros(1, 5).double())
+    with pytest.raises(mn.SettingsError, match="another model"):
+        store.load_state_dict(other.state_dict())
+    assert len(store) == 2
+    store.load_state_dict(mn.WarmStart().state_dict())  # of a training that had kept nothing yet
+    assert len(store) == 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "shorter", "gone", "rows"])
+def test_a_damaged_folder_is_told(damage: str, tmp_path: Path) -> None:
+    store = mn.WarmStart(folder=tmp_path)
+    store.put([0, 1, 2], numbered(10, 11, 12))
+    store.save()
+    file = tmp_path / "solutions.bin"
+    content = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    elif damage == "rows":
+        index = tmp_path / "index.json"
+        index.write_text(index.read_text().replace("[2, 2]", "[2, 1]"))
+    else:
+        file.write_bytes(content[: len(content) // 2 if damage == "truncated" else -1])
+    before = file.read_bytes() if file.exists() else None
+    with pytest.raises(mn.SettingsError, match="no readable solutions" if damage == "gone" else "damaged"):
+        mn.WarmStart(folder=tmp_path)
+    assert (file.read_bytes() if file.exists() else None) == before
+
+
+def test_a_folder_reopened_with_another_limit_keeps_to_it(tmp_path: Path) -> None:
+    store = mn.WarmStart(limit_bytes=4 * 32, folder=tmp_path / "one")
+    store.put(range(4), numbered(0, 1, 2, 3))
+    store.get([0], NONE)
+    store.save()
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    smaller = mn.WarmStart(limit_bytes=2 * 32, folder=tmp_path / "one")
+    assert held(smaller, range(4)) == [0, -1, -1, 3]  # the two used last
+    smaller.put([5], numbered(5))
+    assert (len(smaller), 0 in smaller) == (2, False)  # looked at before 3
+    larger = mn.WarmStart(limit_bytes=6 * 32, folder=tmp_path / "other")
+    larger.put(range(4, 8), numbered(4, 5, 6, 7))
+    assert held(larger, range(8)) == [0, -1, -1, 3, 4, 5, 6, 7]
+    with pytest.raises(mn.SettingsError, match="does not hold one solution"):
+        mn.WarmStart(limit_bytes=31, folder=tmp_path / "one")
+
+
+@pytest.mark.parametrize("kind", ["memory", "folder"])
+def test_what_is_kept_under_random_use(kind: str, tmp_path: Path) -> None:
+    """Against a dictionary in order of use, over puts, looks, saves and rows that are forgotten."""
+    store = mn.WarmStart(limit_bytes=5 * 32, folder=tmp_path if kind == "folder" else None)
+    expected: OrderedDict[int, float] = OrderedDict()
+    generator = torch.Generator().manual_seed(0)
+    for number in range(300):
+        indices = torch.randperm(9, generator=generator)[:3].tolist()
+        act = int(torch.randint(4, (), generator=generator))
+        if act == 0:
+            store.save()
+        elif act == 1:
+            store.get(indices, NONE.expand(3, -1))
+            for index in indices:
+                if index in expected:
+                    expected.move_to_end(index)
+        else:
+            rows = numbered(number, number + 0.25, number + 0.5)
+            rows[act - 2] = float("nan")
+            store.put(indices, rows)
+            for index, row in zip(indices, rows, strict=True):
+                expected.pop(index, None)
+                if not row.isnan().any():
+                    expected[index] = float(row[0])
+                    if len(expected) > 5:
+                        expected.popitem(last=False)
+        assert list(store._slots) == list(expected)
+        found = [float(store._rows[row, 0]) for row in store._slots.values()] if expected else []
+        assert found == list(expected.values())
+    if kind == "folder":
+        assert (tmp_path / "solutions.bin").stat().st_size <= (3 * 5 + 3) * 32
+
+
+def test_keeping_a_solution_looks_at_no_other() -> None:
+    class Unread(OrderedDict):
+        def refuse(self, *_: object) -> None:
+            raise AssertionError("all tasks were gone through")
+
+        __iter__ = values = items = keys = refuse
+
+    store = mn.WarmStart(limit_bytes=8 * 32)
+    store.put(range(8), numbered(*range(8)))
+    store._slots = Unread(zip(range(8), range(8), strict=True))
+    store.put([2, 9], numbered(20, 9))  # one that is there, and one for which another is forgotten
+    store.put([3], NONE * float("nan"))
+    store.put([10], numbered(10))  # into the row of the one that was not finite
+    assert held(store, range(11)) == [-1, 1, 20, -1, 4, 5, 6, 7, -1, 9, 10]

@@ -156,7 +156,7 @@ class MetaLearner:
             TasksError: Tasks that are empty, mismatched, or on another device than the model.
             LossError: A loss that is not a scalar or does not depend on the adapted parameters.
             NonFiniteError: No task was finite.
-            SettingsError: A warm start without ``indices``, or the other way round.
+            SettingsError: A warm start without ``indices``, or the other way round; one that can not hold a solution.
 
         Warns:
             NonFiniteWarning: Tasks were left out; once.
@@ -180,11 +180,7 @@ class MetaLearner:
                 if self.warm_start is not None:
                     diverged = estimate.diverged.reshape(-1, 1)
                     solved.append((known, lent.rows(estimate.solution).masked_fill(diverged, float("nan")).cpu()))
-        step = self._deposit(mean, tally)
-        if self.warm_start is not None:
-            for known, rows in solved:
-                self.warm_start.put(known, rows)
-        return step
+        return self._deposit(mean, tally, solved)
 
     def _in_order(self, indices: Sequence[int] | None, places: list[int]) -> list[int]:
         """The indices in the order in which the tasks are solved."""
@@ -204,8 +200,8 @@ class MetaLearner:
             )
         return [listed[place] for place in places]
 
-    def _deposit(self, mean: FiniteMean, tally: Tally) -> MetaStep:
-        """Add the mean to ``.grad``."""
+    def _deposit(self, mean: FiniteMean, tally: Tally, solved: list[tuple[list[int], Tensor]]) -> MetaStep:
+        """Keep the solutions, and add the mean to ``.grad``."""
         dropped = mean.total - mean.kept
         if mean.kept == 0:
             raise NonFiniteError(
@@ -230,6 +226,10 @@ class MetaLearner:
                 self._tell_once(UnsolvedWarning, told)
         parameters = dict(self.model.named_parameters())
         gradient = mean.gradient()
+        if self.warm_start is not None:  # which may refuse: nothing has been changed yet
+            self.warm_start.put(
+                [index for known, _ in solved for index in known], torch.cat([rows for _, rows in solved])
+            )
         with torch.no_grad():
             for name, leaf in gradient.items():
                 parameter = parameters[name]

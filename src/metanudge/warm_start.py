@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from metanudge.errors import SettingsError
+from metanudge.files import write
+
+MAPPED = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.float32, torch.float64)}
+"""What a folder can hold."""
+
+Mode = Literal["r+", "w+"]
+
+
+class Save(NamedTuple):
+    """A state of a folder: a name nobody else has, and rows by task, least recently used first."""
+
+    name: str
+    slots: OrderedDict[int, int]
+
+
+class Index(NamedTuple):
+    """What ``index.json`` tells: the last two saves, and the rows, their width and dtype in ``solutions.bin``."""
+
+    saves: list[Save]
+    number: int
+    width: int
+    dtype: torch.dtype
 
 
 class WarmStart:
@@ -24,14 +47,19 @@ class WarmStart:
     from θ and are refused. ``adapt`` and ``evaluate`` always begin at θ: give them a learner with more steps.
 
     Solutions are kept on the CPU, the least recently used one is forgotten when the limit is reached. A checkpoint is
-    ``state_dict()``, or with ``folder`` the folder itself, up to date when ``state_dict()`` or ``save()`` was called.
+    ``state_dict()``. With ``folder`` it brings the folder up to date and holds the name of that state alone; the folder
+    keeps the last two states whole, whatever is put after them, so a process may be killed at any time, also between
+    bringing the folder up to date and writing the checkpoint. Without ``load_state_dict`` a folder goes on from the
+    last state. A checkpoint made without a folder can go on in one.
 
     Args:
-        limit_bytes: Most bytes of solutions to keep.
+        limit_bytes: Most bytes of solutions to keep; those least recently used go first, also where a folder is
+            reopened with a smaller limit. The file of a folder takes up to three times that, and never shrinks.
         folder: Keep them there, memory-mapped, instead of in memory; what it already holds is taken up.
 
     Raises:
-        SettingsError: A limit below one solution; a folder that holds solutions of another model.
+        SettingsError: A limit below one solution; a folder that holds solutions of another model, or whose files are
+            damaged; a checkpoint of another folder, or of an older state than the last two.
 
     Cost: two forward passes a task, and one copy of the adapted parameters a task kept.
 
@@ -53,8 +81,14 @@ class WarmStart:
         self.folder = None if folder is None else Path(folder)
         self._slots: OrderedDict[int, int] = OrderedDict()  # task index to row, the least recently used first
         self._rows: Tensor | None = None
+        self._begun = 0  # rows from here on were never used
+        self._spare: list[int] = []  # rows before that nobody uses
+        self._saves: list[Save] = []  # what the folder was brought up to date with, the last two times
+        self._save: Save | None = None  # the one that this goes on from
+        self._held: frozenset[int] = frozenset()  # their rows, which are not written to
+        self._changed = False  # since the last save
         if self.folder is not None and (self.folder / "index.json").is_file():
-            self._open()
+            self._open(self.folder, _read(self.folder))
 
     def __len__(self) -> int:
         """Return the number of tasks kept."""
@@ -73,52 +107,73 @@ class WarmStart:
                 if index in self._slots:
                     found[row] = self._rows[self._slots[index]].to(found)
                     self._slots.move_to_end(index)
+                    self._changed = True
         return found
 
     def put(self, indices: Sequence[int], solutions: Tensor) -> None:
-        """Keep ``solutions`` ``[T, P]``; those that are not finite are forgotten."""
-        if self._rows is None:
-            self._make(solutions)
-        self._fit(solutions)
-        assert self._rows is not None
+        """Keep ``solutions`` ``[T, P]``; those that are not finite are forgotten.
+
+        Raises:
+            SettingsError: They do not fit; nothing is changed then.
+        """
+        if self._rows is not None:
+            self._fit(solutions)
+        most, rows = self._most(solutions), self._room(solutions)
+        self._changed = True
         finite = solutions.isfinite().all(1).tolist()
-        for index, row, good in zip(indices, solutions.detach().to(self._rows), finite, strict=True):
+        for index, row, good in zip(indices, solutions.detach().to(rows), finite, strict=True):
             slot = self._slots.pop(index, None)
-            if not good:
-                continue  # its row is free again
-            self._slots[index] = self._free() if slot is None else slot
-            self._rows[self._slots[index]] = row
+            if slot is not None and (not good or slot in self._held):
+                self._release(slot)
+                slot = None
+            if good:
+                self._slots[index] = self._take(most) if slot is None else slot
+                rows[self._slots[index]] = row
 
-    def _free(self) -> int:
-        """A row nobody uses, or that of the task not seen for longest."""
-        assert self._rows is not None
-        used = set(self._slots.values())
-        if len(used) < len(self._rows):
-            candidate = len(self._slots)
-            return candidate if candidate not in used else min(set(range(len(self._rows))) - used)
-        return self._slots.popitem(last=False)[1]
+    def _take(self, most: int) -> int:
+        """A row nobody uses; where the limit is reached, the task not seen for longest gives up its own."""
+        if len(self._slots) >= most:
+            self._release(self._slots.popitem(last=False)[1])
+        if self._spare:
+            return self._spare.pop()
+        self._begun += 1
+        return self._begun - 1
 
-    def _make(self, like: Tensor) -> None:
-        width, size = like.shape[1], like.element_size()
-        number = self.limit_bytes // (width * size)
-        if number < 1:
+    def _release(self, row: int) -> None:
+        if row not in self._held:
+            self._spare.append(row)
+
+    def _most(self, like: Tensor) -> int:
+        """How many solutions the limit allows."""
+        size = like.shape[1] * like.element_size()
+        if size > self.limit_bytes:
             raise SettingsError(
-                f"limit_bytes = {self.limit_bytes} does not hold one solution of {width * size} bytes; raise it"
+                f"limit_bytes = {self.limit_bytes} does not hold one solution of {size} bytes; raise it"
             )
-        if self.folder is None:
-            self._rows = torch.empty(number, width, dtype=like.dtype)  # pages are taken as they are written
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._rows = self._mapped(number, width, like.dtype, "w+")
-            self.save()
+        return self.limit_bytes // size
 
-    def _mapped(self, number: int, width: int, dtype: torch.dtype, mode: Any) -> Tensor:
-        assert self.folder is not None
+    def _room(self, like: Tensor) -> Tensor:
+        """All rows, with room for those of ``like``."""
+        if self.folder is None:
+            if self._rows is None:  # pages are taken as they are written
+                self._rows = torch.empty(self._most(like), like.shape[1], dtype=like.dtype)
+            return self._rows
+        number = 0 if self._rows is None else len(self._rows)
+        needed = self._begun + max(0, len(like) - len(self._spare))
+        if self._rows is None or needed > number:  # doubling makes it one copy a row
+            number = max(needed, min(2 * number, 3 * self._most(like)))
+            mode: Mode = "w+" if self._rows is None else "r+"
+            self._rows = self._mapped(self.folder, mode, number, like.shape[1], like.dtype)
+        return self._rows
+
+    def _mapped(self, folder: Path, mode: Mode, number: int, width: int, dtype: torch.dtype) -> Tensor:
+        """The file, extended where it is shorter."""
         kind = str(dtype).removeprefix("torch.")
-        if dtype not in (torch.float32, torch.float64, torch.float16):
+        if kind not in MAPPED:
             raise SettingsError(f"solutions of dtype {kind} can not be memory-mapped; keep them in memory")
-        array = np.memmap(self.folder / "solutions.bin", dtype=kind, mode=mode, shape=(number, width))
-        return torch.from_numpy(array)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = np.memmap(folder / "solutions.bin", dtype=kind, mode=mode, shape=(number, width))
+        return torch.from_numpy(self._file)
 
     def _fit(self, rows: Tensor) -> None:
         assert self._rows is not None
@@ -130,41 +185,100 @@ class WarmStart:
 
     def save(self) -> None:
         """Bring the folder up to date."""
-        if self.folder is None or self._rows is None:
+        if self.folder is None or self._rows is None or not self._changed:
             return
+        new = Save(uuid.uuid4().hex, self._slots.copy())
+        saves = [new] if self._save is None else [self._save, new]
         record = {
-            "tasks": list(self._slots.items()),
+            "saves": [{"name": save.name, "tasks": list(save.slots.items())} for save in saves],
             "shape": list(self._rows.shape),
             "dtype": str(self._rows.dtype).removeprefix("torch."),
         }
-        unfinished = self.folder / ".index.json.part"
-        unfinished.write_text(json.dumps(record))
-        unfinished.replace(self.folder / "index.json")
+        self._file.flush()
+        write(self.folder / "index.json", json.dumps(record).encode())
+        self._saves, self._save, self._changed = saves, new, False
+        self._hold()
 
-    def _open(self) -> None:
-        assert self.folder is not None
-        try:
-            record = json.loads((self.folder / "index.json").read_text())
-            number, width = record["shape"]
-            self._rows = self._mapped(number, width, getattr(torch, record["dtype"]), "r+")
-            self._slots = OrderedDict((int(index), int(slot)) for index, slot in record["tasks"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SettingsError(f"{self.folder} holds no readable solutions ({error}); give an empty folder") from error
+    def _hold(self) -> None:
+        """Find out anew which rows are spare."""
+        self._held = frozenset(row for save in self._saves for row in save.slots.values())
+        self._spare = list(set(range(self._begun)) - self._held - set(self._slots.values()))
+
+    def _open(self, folder: Path, index: Index) -> None:
+        self._saves = index.saves
+        self._begun = 1 + max((row for save in index.saves for row in save.slots.values()), default=-1)
+        self._rows = self._mapped(folder, "r+", index.number, index.width, index.dtype)
+        self._return_to(index.saves[-1])
+
+    def _return_to(self, save: Save) -> None:
+        """Go on from ``save``, as far as the limit allows."""
+        assert self._rows is not None
+        most = self._most(self._rows)
+        self._save, self._slots = save, OrderedDict(list(save.slots.items())[-most:])
+        self._changed = len(self._slots) < len(save.slots)
+        self._hold()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on: task indices, and their solutions unless they lie in the folder."""
+        """Everything needed to go on: the solutions kept, or with a folder the name of its state."""
         self.save()
+        if self.folder is not None:
+            return {"save": None if self._save is None else self._save.name, "indices": [], "solutions": None}
         indices = list(self._slots)
-        rows = None
-        if self.folder is None and self._rows is not None:
-            rows = self._rows[[self._slots[index] for index in indices]].clone()
-        return {"indices": indices, "solutions": rows}
+        rows = None if self._rows is None else self._rows[[self._slots[index] for index in indices]].clone()
+        return {"save": None, "indices": indices, "solutions": rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state_dict()``; with a folder, from what the folder holds."""
-        if self.folder is not None:
+        """Go on from ``state_dict()``.
+
+        Raises:
+            SettingsError: The folder does not hold what was saved; nothing is changed then.
+        """
+        solutions = state["solutions"]
+        if state["save"] is not None:
+            found = [save for save in self._saves if save.name == state["save"]]
+            if not found:
+                where = (
+                    "this WarmStart has none" if self.folder is None else f"{self.folder} does not hold it (any more)"
+                )
+                raise SettingsError(
+                    f"the checkpoint's solutions are state {state['save']} of a folder, and {where}; give the folder "
+                    "it was made with, which keeps the last two states, or begin again"
+                )
+            self._return_to(found[0])
             return
+        if solutions is not None:
+            self._most(solutions)
+            if self.folder is not None and self._rows is not None:
+                self._fit(solutions)
         self._slots.clear()
-        self._rows = None
-        if state["solutions"] is not None and len(state["indices"]):
-            self.put(state["indices"], state["solutions"])
+        self._changed = True
+        if self.folder is None:
+            self._rows, self._begun = None, 0
+        self._hold()
+        if solutions is not None:
+            self.put(state["indices"], solutions)
+
+
+def _read(folder: Path) -> Index:
+    """What a folder holds, and whether it does."""
+    try:
+        record = json.loads((folder / "index.json").read_text())
+        saves = [
+            Save(str(save["name"]), OrderedDict((int(index), int(row)) for index, row in save["tasks"]))
+            for save in record["saves"]
+        ]
+        number, width = record["shape"]
+        found = Index(saves, int(number), int(width), MAPPED[record["dtype"]])
+        size = (folder / "solutions.bin").stat().st_size
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SettingsError(f"{folder} holds no readable solutions ({error}); give an empty folder") from error
+    expected = found.number * found.width * found.dtype.itemsize
+    if size < expected:
+        raise SettingsError(
+            f"{folder} is damaged: solutions.bin has {size} bytes, of {expected} that index.json tells of; put the "
+            "whole file back, or give an empty folder"
+        )
+    rows = [list(save.slots.values()) for save in saves]
+    if not saves or any(len(set(of)) < len(of) or not all(0 <= row < found.number for row in of) for of in rows):
+        raise SettingsError(f"{folder} is damaged: index.json tells of rows that there are not; give an empty folder")
+    return found

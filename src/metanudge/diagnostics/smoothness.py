@@ -101,10 +101,10 @@ def smoothness(
     varies by more than a tenth.
 
     What is seen depends on where the trajectory goes: start from where you are in training. Model, gradients, optimizer
-    and random state are as before afterwards, also after an exception.
+    and random state are as before afterwards, also after an exception; the learner still tells what it tells once.
 
     Args:
-        learner: As you train it.
+        learner: As you train it, but for a warm start, which is left out and not touched: solves begin at θ.
         tasks: A stack or a list of single tasks; of a loader the first item is taken.
         optimizer: The one you train with, on the parameters of ``learner.model``; None for normalised steps of 2 % of
             1 + ||θ||.
@@ -130,15 +130,15 @@ def smoothness(
     check_steps(steps)
     if steps < 2:
         raise TasksError(f"a line needs at least two points, got steps={steps}")
-    batch = next(iter(groups(tasks)), None)
-    if batch is None:
-        raise TasksError("there are no tasks; the iterable was empty")
     parameters = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
-    with _restored(parameters, optimizer):
+    with _restored(learner.model, optimizer):
+        batch = next(iter(groups(tasks)), None)  # a loader may draw
+        if batch is None:
+            raise TasksError("there are no tasks; the iterable was empty")
         if optimizer is None:
             size = torch.stack([parameter.detach().double().square().sum() for parameter in parameters]).sum().sqrt()
             optimizer = NormalizedSGD(parameters, lr=0.02 * (1 + float(size)), momentum=0.0)
-        norms, slopes = zip(*_walk(learner, batch, optimizer, parameters, steps), strict=True)
+        norms, slopes = zip(*_walk(_apart(learner), batch, optimizer, parameters, steps), strict=True)
     return fit(torch.tensor(norms, dtype=torch.float64), torch.tensor(slopes, dtype=torch.float64))
 
 
@@ -162,6 +162,13 @@ def fit(norms: Tensor, slopes: Tensor) -> Smoothness:
     cover = float((slopes / (l0 + l1 * norms)).quantile(0.9))
     least = max(l0, float(slopes[slopes > 0].min()))  # there is one, as they grow
     return Smoothness(l0, l1, correlation, norms, slopes, 1 / (2 * cover * least), 1 / (2 * cover * l1), True)
+
+
+def _apart(learner: MetaLearner) -> MetaLearner:
+    """The same learner without its warm start, and with warnings of its own to use up."""
+    other = copy.copy(learner)
+    other.warm_start, other._told = None, set()
+    return other
 
 
 def _walk(
@@ -213,8 +220,11 @@ def _set(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
 
 
 @contextmanager
-def _restored(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+def _restored(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
     """Put parameters, their gradients, the optimizer's state and the random state back."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    stepped = [parameter for group in groups for parameter in group["params"]]  # which may have been frozen since
+    parameters = list(dict.fromkeys([*model.parameters(), *stepped]))
     values = [parameter.detach().clone() for parameter in parameters]
     gradients = [parameter.grad for parameter in parameters]
     state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())

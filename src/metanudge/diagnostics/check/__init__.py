@@ -1,0 +1,104 @@
+"""How far an estimate is from the exact meta-gradient, on the user's own model and tasks, and what would mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from metanudge.diagnostics.check.advice import verdict
+from metanudge.diagnostics.check.bench import Bench, first
+from metanudge.diagnostics.check.kinks import kinked
+from metanudge.diagnostics.check.reference import References
+from metanudge.diagnostics.check.result import GOOD, Check, CheckRow, Recommendation
+from metanudge.diagnostics.check.search import recommend, search
+from metanudge.diagnostics.check.sweep import Sweep
+from metanudge.errors import SettingsError
+from metanudge.estimators import ESTIMATORS
+from metanudge.learner import MetaLearner
+from metanudge.settings import check_steps
+from metanudge.types import Tasks
+
+__all__ = ["Check", "CheckRow", "Recommendation", "check"]
+
+
+def check(
+    learner: MetaLearner,
+    tasks: Tasks | Iterable[Tasks],
+    *,
+    max_tasks: int = 4,
+    reference_steps: int = 400,
+    compare: Sequence[str] = tuple(ESTIMATORS),
+) -> Check:
+    r"""Measure how far ``learner.backward`` is from the exact meta-gradient, and find settings that are near.
+
+    .. math::
+        \frac{\|g - \nabla F\|}{\|\nabla F\|}, \qquad
+        \nabla F = \frac1T \sum_i \lambda (H_i + \lambda)^{-1} \nabla f_i(\phi_i(\theta))
+
+    The exact one is had from a solve of ``reference_steps`` steps, Newton's method, and conjugate gradients on exact
+    Hessian products, on a float64 copy of model and tasks where both losses take them; where the loss can not be
+    differentiated twice, from a fourth-order stencil of converged solves. It is asked whether it converged itself; at
+    the learner's own prox it is tried again with four times the steps where it did not, and what stays in doubt gets no
+    verdict. Steps, ν, prox (each prox with a reference of its own) and the other estimators are then varied. Where
+    tasks diverge, the others are compared, with the exact meta-gradient of the same tasks.
+
+    The model is copied: it, the learner and the random state are as before afterwards, also after an exception. Dropout
+    makes every step's problem another one and the comparison void: call ``model.eval()`` first. A warm start is left
+    out: solves begin at θ.
+
+    Args:
+        learner: As you train it.
+        tasks: A stack, a list of single tasks, or a loader of which the first item is taken.
+        max_tasks: Tasks to use, the first ones.
+        reference_steps: Steps of the reference's solve.
+        compare: Names in ``mn.ESTIMATORS`` to compare with.
+
+    Raises:
+        TasksError: Tasks that do not fit.
+        SettingsError: prox = 0, where there is no exact meta-gradient; a model that can not be copied; names of no
+            estimator; numbers that are none.
+        NonFiniteError: No task has a finite exact meta-gradient.
+
+    Cost: some thirty calls of ``backward`` on ``max_tasks`` tasks, and as many as ten references of
+    ``reference_steps`` steps and 200 to 10,000 Hessian products.
+
+    Example:
+        >>> import torch, metanudge as mn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=2.0)
+        >>> found = mn.check(learner, mn.tasks.sinusoid(2), reference_steps=60, compare=["fomaml"])
+        >>> found.rows[0].group, found.kinked
+        ('yours', False)
+    """
+    for name in compare:
+        if name not in ESTIMATORS:
+            raise SettingsError(f"compare names estimators, {', '.join(ESTIMATORS)}, but {name!r} is none of them")
+    check_steps(max_tasks, "max_tasks")
+    check_steps(reference_steps, "reference_steps")
+    if learner.prox == 0:
+        raise SettingsError(
+            "check compares with the exact meta-gradient of the proximal problem, and with prox = 0 there is none; "
+            "give the learner prox > 0"
+        )
+    with torch.random.fork_rng():  # a loader may draw
+        bench = Bench(learner, first(learner, tasks, max_tasks))
+        bends = kinked(bench)
+        references = References(bench, reference_steps, bends)
+        reference = references.at(learner.prox)  # or an error, before anything is measured
+        sweep = Sweep(bench, references)
+        sweep.vary(compare)
+        good = reference.trusted and sweep.rows[0].relative_error < GOOD
+        advisable = not good and (reference.trusted or not bends)
+        if advisable:
+            search(sweep, bends)
+    return Check(
+        sweep.rows,
+        reference.how,
+        reference.residual,
+        reference.error,
+        reference.trusted,
+        bends,
+        recommend(sweep.own()) if advisable else None,
+        verdict(sweep.rows, reference, len(bench.tasks), bends),
+    )

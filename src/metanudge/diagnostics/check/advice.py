@@ -1,0 +1,108 @@
+"""What the rows mean, in words."""
+
+from __future__ import annotations
+
+from metanudge import advice
+from metanudge.diagnostics.check.reference import CERTAIN, SOLVED, Reference
+from metanudge.diagnostics.check.result import GOOD, SAFE, CheckRow, Recommendation, percent
+from metanudge.diagnostics.check.search import does, recommend
+
+KINKED = (
+    "The loss has kinks near these parameters (ReLU, max-pooling): exact second derivatives see one smooth piece, a "
+    "finite displacement averages over many, so the two differ however many the steps, and training may well be better "
+    "for the average (docs/theory.md). With a smooth activation (GELU, tanh) they agree."
+)
+
+
+def verdict(rows: list[CheckRow], reference: Reference, tasks: int, kinked: bool) -> str:
+    """What was found, and what would mend it."""
+    mine = rows[0]
+    own = [row for row in rows if row.group != "estimator"]
+    said = [_judged(mine, reference, kinked)]
+    if mine.dropped:
+        said.append(f"{mine.dropped} of {tasks} tasks diverged, and the others were compared.")
+    if len(reference.tasks) < tasks:
+        said.append(f"Left out for want of an exact meta-gradient: {tasks - len(reference.tasks)} of {tasks} tasks.")
+    if not reference.trusted:
+        said += _elsewhere(own)
+    elif mine.relative_error >= GOOD:
+        said += _advised(own)
+        said += _others(rows, recommend(own))
+    if kinked:
+        said.append(KINKED)
+    return " ".join(said)
+
+
+def _judged(mine: CheckRow, reference: Reference, kinked: bool) -> str:
+    """Good, bad, or not to be told."""
+    if not reference.trusted:
+        why = []
+        if not reference.residual <= SOLVED:
+            why.append(f"its solve is {percent(reference.residual)} from done")
+        if not reference.error <= CERTAIN:
+            why.append(f"it may be {percent(reference.error)} off")
+        more = "" if kinked else "; raise reference_steps, or prox"
+        return f"No verdict: the exact meta-gradient to compare with did not converge, {' and '.join(why)}{more}."
+    if mine.note:
+        return f"Bad: there is no estimate: {mine.note}."
+    if mine.relative_error < GOOD:
+        return f"Good: the estimate is {percent(mine.relative_error)} from the exact meta-gradient."
+    said = f"Bad: the estimate is {percent(mine.relative_error)} from the exact meta-gradient."
+    if mine.residual > advice.DONE:
+        said += f" The inner problem is {percent(mine.residual)} from solved."
+    return said
+
+
+def _advised(own: list[CheckRow]) -> list[str]:
+    """The recommendation; where it changes prox, also what would do without; or that nothing did."""
+    mine, best = own[0], recommend(own)
+    if best is None:
+        judged = [row for row in own if row.trusted and not row.note]
+        if not judged:
+            return []
+        tried = f"up to steps={max(row.steps for row in judged)} and prox={max(row.prox for row in judged):g}"
+        return [f"None of {len(judged)} settings, {tried}, brought it below {percent(SAFE)}."]
+    said = [f"{_change(mine, best)}: the error was then {_costs(mine, best)}."]
+    kept = recommend([row for row in own if row.prox == mine.prox])
+    if kept is not None and best.prox != mine.prox:
+        said.append(f"With prox as it is, {_change(mine, kept, first='raise')}: {_costs(mine, kept)}.")
+    return said
+
+
+def _elsewhere(own: list[CheckRow]) -> list[str]:
+    """What can be told, where there is no verdict."""
+    best = recommend(own)
+    if best is None:
+        return []
+    where = f"With steps={best.steps} and prox={best.prox:g}"
+    return [f"{where} it converged, and the error was {_costs(own[0], best)}."]
+
+
+def _change(mine: CheckRow, to: Recommendation, first: str = "Raise") -> str:
+    changes = []
+    if to.steps != mine.steps:
+        changes.append(f"steps from {mine.steps} to {to.steps}")
+    if to.prox != mine.prox:
+        changes.append(f"prox from {mine.prox:g} to {to.prox:g}")
+    if to.nu is not None:
+        changes.append(f"nu to {to.nu if isinstance(to.nu, str) else format(to.nu, '.2g')}")
+    word = first if to.nu is None and to.steps >= mine.steps and to.prox >= mine.prox else "Set"
+    return f"{word} {' and '.join(changes)}"
+
+
+def _costs(mine: CheckRow, to: Recommendation) -> str:
+    instead = ", as before" if to.gradients == mine.gradients else f" instead of {mine.gradients:.0f}"
+    if mine.note:
+        instead = ""
+    return f"{percent(to.relative_error)}, for {to.gradients:.0f} gradients a task{instead}"
+
+
+def _others(rows: list[CheckRow], best: Recommendation | None) -> list[str]:
+    """The cheapest other estimator that does for less."""
+    good = [row for row in rows if row.group == "estimator" and does(row)]
+    good = [row for row in good if best is None or row.gradients < best.gradients]
+    if not good:
+        return []
+    other = min(good, key=lambda row: row.gradients)
+    costs = f"{percent(other.relative_error)}, for {other.gradients:.0f} gradients"
+    return [f"The estimator {other.label} has {costs}, with nothing else changed."]

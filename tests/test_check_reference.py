@@ -1,0 +1,337 @@
+"""What ``mn.check`` compares with: closed forms, its own convergence, the tasks that are compared, what is put back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import metanudge as mn
+from metanudge.diagnostics.check import implicit
+from metanudge.diagnostics.check.bench import Bench, first
+from metanudge.diagnostics.check.reference import References
+from metanudge.diagnostics.check.result import SAFE, CheckRow
+from metanudge.diagnostics.check.search import recommend
+from problems import PROBLEMS, distance
+
+FEW = {"compare": [], "reference_steps": 30}
+
+
+class Diagonal(torch.nn.Module):
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.phi = torch.nn.Parameter(start.clone())
+
+
+def bowl(model: Diagonal, batch: mn.Batch) -> Tensor:
+    return (batch.inputs * (model.phi - batch.targets).square()).sum() / 2
+
+
+def bowls(curvatures: Tensor, seed: int = 0) -> mn.Tasks:
+    """Support losses with these curvatures ``[T, d]``, query losses with curvature 1."""
+    generator = torch.Generator().manual_seed(seed)
+    centres, aims = (torch.randn(curvatures.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return mn.Tasks(mn.Batch(curvatures, centres), mn.Batch(torch.ones_like(curvatures), aims))
+
+
+def exact(theta: Tensor, tasks: mn.Tasks, prox: float) -> Tensor:
+    """λ (h + λ)⁻¹ (φ - b) with φ = (h a + λ θ) / (h + λ), ``[T, d]``."""
+    h, centre = tasks.support
+    phi = (h * centre + prox * theta) / (h + prox)
+    return prox / (h + prox) * (phi - tasks.query.targets)
+
+
+def steep(size: int, low: float = 0, high: float = 7) -> Tensor:
+    return torch.logspace(low, high, size, dtype=torch.float64).unsqueeze(0)
+
+
+@pytest.mark.parametrize("at_the_solution", [False, True])
+def test_an_ill_conditioned_problem_is_judged_by_its_closed_form(at_the_solution: bool) -> None:
+    """Curvatures from 1 to 1e7: what 30 steps of conjugate gradients leave is the learner's error, not the truth."""
+    tasks = bowls(steep(40))
+    start = tasks.support.targets[0] if at_the_solution else torch.ones(40, dtype=torch.float64)
+    learner = mn.MetaLearner(Diagonal(start), bowl, solver=mn.Nesterov(2), estimator=mn.IMAML(cg_steps=30, tol=1e-8))
+    found = mn.check(learner, tasks, **FEW)
+    learner.backward(tasks)
+    truth = exact(start, tasks, 1.0).mean(0)
+    error = distance(learner.model.phi.grad, truth)
+    assert error > 0.2
+    assert found.trusted
+    assert found.rows[0].relative_error == pytest.approx(error, rel=0.01)
+    assert found.verdict.startswith("Bad")
+
+
+def test_a_reference_that_does_not_converge_gives_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = bowls(steep(100))
+    start = tasks.support.targets[0]
+    monkeypatch.setattr(implicit, "LENGTHS", (20,))
+    learner = mn.MetaLearner(Diagonal(start), bowl, estimator=mn.IMAML(cg_steps=20))
+    found = mn.check(learner, tasks, **FEW)
+    assert (found.trusted, found.good, found.recommendation) == (False, False, None)
+    assert found.reference_error > 0.01
+    assert found.verdict.startswith("No verdict")
+    assert "raise reference_steps" in found.verdict
+    assert not found.rows[0].trusted
+    assert "the reference did not converge" in str(found)
+
+
+def test_without_a_verdict_it_tells_where_there_would_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps of conjugate gradients do for curvatures up to 100 once prox is large; on kinks nothing is advised."""
+    monkeypatch.setattr(implicit, "LENGTHS", (12,))
+    tasks = bowls(steep(40, high=2))
+    learner = mn.MetaLearner(Diagonal(tasks.support.targets[0]), bowl, prox=0.1, solver=mn.Nesterov(16))
+    found = mn.check(learner, tasks, **FEW)
+    advised = found.recommendation
+    assert not found.trusted
+    assert advised.prox > 0.1
+    assert not found.kinked  # though the gradient vanishes where it began
+    assert f"With steps={advised.steps} and prox={advised.prox:g} it converged" in found.verdict
+    torch.manual_seed(0)
+    kinked = torch.nn.Sequential(torch.nn.Linear(1, 40), torch.nn.ReLU(), torch.nn.Linear(40, 1))
+    found = mn.check(mn.MetaLearner(kinked, mn.metrics.squared_error), mn.tasks.sinusoid(1), **FEW)
+    assert (found.kinked, found.trusted, found.recommendation) == (True, False, None)
+    assert not [row for row in found.rows if row.group == "search"]
+
+
+def test_a_saddle_gives_no_verdict() -> None:
+    """Curvature -2 with prox 1, begun where the gradient vanishes: every residual is zero, and there is no minimum."""
+    tasks = bowls(torch.tensor([[-2.0, 1.0]]).double())
+    learner = mn.MetaLearner(Diagonal(tasks.support.targets[0]), bowl)
+    assert mn.check(learner, tasks, **FEW).verdict.startswith("No verdict")
+
+
+@pytest.mark.parametrize("name", ["ridge", "logistic", "mlp"])
+def test_newton_finishes_what_one_step_begins(name: str) -> None:
+    made = PROBLEMS[name]()
+    learner = mn.MetaLearner(made.make(), made.loss, prox=made.prox)
+    found = References(Bench(learner, first(learner, made.tasks, 9)), 1, kinked=False).at(made.prox)
+    assert found.trusted
+    assert distance(found.gradient, made.meta_gradient()) < 1e-9
+
+
+def test_shared_parameters_have_their_part_of_the_reference() -> None:
+    """The adapted head has a quadratic problem, on which the estimate is exact once it is solved."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
+    tasks = mn.tasks.sinusoid(2, dtype=torch.float64)
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, solver=mn.Nesterov(80), adapt_only="2", prox=5.0)
+    found = mn.check(learner, tasks, **FEW)
+    assert found.rows[0].relative_error < 1e-5
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * (1 - x.tanh().square())
+
+
+@pytest.mark.parametrize(("steps", "trusted"), [(4, True), (1, False)])
+def test_a_stencil_is_tried_again_with_more_steps(steps: int, trusted: bool) -> None:
+    made = PROBLEMS["ridge"]()
+
+    def loss(model: torch.nn.Module, batch: mn.Batch) -> Tensor:
+        return (Once.apply(model(batch.inputs)) - batch.targets.reshape(-1, 1)).square().mean()
+
+    model = torch.nn.Linear(made.tasks.support.inputs.shape[-1], 1).double()
+    learner = mn.MetaLearner(model, loss, solver=mn.Nesterov(8), execution="in_place")
+    found = mn.check(learner, made.tasks, reference_steps=steps, compare=[], max_tasks=1)
+    assert found.reference.startswith(f"a fourth-order stencil, {4 * steps} steps")
+    assert found.trusted == trusted
+    assert found.verdict.startswith("No verdict") == (not trusted)
+
+
+def test_only_tasks_that_both_have_are_compared() -> None:
+    """Curvature 100 diverges at this step size; the others are solved, and quadratic: their estimate is exact."""
+    tasks = bowls(torch.tensor([[1.0, 2.0], [100.0, 100.0], [2.0, 1.0]]).double())
+    model = Diagonal(torch.ones(2, dtype=torch.float64))
+    learner = mn.MetaLearner(model, bowl, solver=mn.GradientDescent(24, lr=0.3))
+    found = mn.check(learner, tasks, **FEW)
+    mine = found.rows[0]
+    assert (mine.dropped, found.good) == (1, True)
+    assert mine.relative_error < 1e-6
+    assert mine.cosine == pytest.approx(1)
+    assert "1 of 3 tasks diverged" in found.verdict
+    assert "  1 diverged" in str(found)
+    kept = [row for row in found.rows if row.group == "prox" and row.prox == 0.1]
+    assert kept[0].dropped == 1
+
+
+def test_a_task_without_an_exact_meta_gradient_is_left_out_everywhere() -> None:
+    tasks = bowls(torch.tensor([[1.0, 2.0], [3.0, 1.0], [2.0, 1.0]]).double())
+    tasks.query.targets[1] = float("nan")
+    model = Diagonal(torch.ones(2, dtype=torch.float64))
+    found = mn.check(mn.MetaLearner(model, bowl, solver=mn.Nesterov(24)), tasks, **FEW)
+    assert found.rows[0].relative_error < 1e-6
+    assert found.rows[0].dropped == 0
+    assert "Left out for want of an exact meta-gradient: 1 of 3 tasks" in found.verdict
+    tasks.query.targets[:] = float("nan")
+    with pytest.raises(mn.NonFiniteError):
+        mn.check(mn.MetaLearner(model, bowl), tasks, **FEW)
+
+
+def test_a_learner_that_diverges_is_bad() -> None:
+    tasks = bowls(torch.full((2, 3), 100.0).double())
+    model = Diagonal(torch.ones(3, dtype=torch.float64))
+    found = mn.check(mn.MetaLearner(model, bowl, solver=mn.GradientDescent(8, lr=0.3)), tasks, **FEW)
+    assert found.verdict.startswith("Bad: there is no estimate")
+    assert found.rows[0].note
+    assert not found.good
+    assert str(found)
+    assert found.figure()
+
+
+def test_without_a_proximal_term_there_is_nothing_to_compare_with() -> None:
+    made = PROBLEMS["ridge"]()
+    learner = mn.MetaLearner(made.make(), made.loss, prox=0, estimator=mn.MAML())
+    with pytest.raises(mn.SettingsError, match="prox = 0"):
+        mn.check(learner, made.tasks)
+    for wrong in ({"max_tasks": 0}, {"reference_steps": 0}):
+        with pytest.raises(mn.SettingsError, match=next(iter(wrong))):
+            mn.check(mn.MetaLearner(made.make(), made.loss), made.tasks, **wrong)
+
+
+@pytest.mark.parametrize("which", ["loss", "query_loss"])
+def test_either_loss_may_refuse_float64(which: str) -> None:
+    def single(model: torch.nn.Module, batch: mn.Batch) -> Tensor:
+        if batch.inputs.dtype == torch.float64:
+            raise RuntimeError("this kernel has no float64")
+        return mn.metrics.squared_error(model, batch)
+
+    losses = {"loss": mn.metrics.squared_error, "query_loss": mn.metrics.squared_error} | {which: single}
+    model = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    found = mn.check(mn.MetaLearner(model, **losses, prox=20.0), mn.tasks.sinusoid(1), **FEW)
+    assert found.reference.endswith("float32")
+    assert found.good
+
+
+def test_it_says_what_it_tried() -> None:
+    """Steps beyond those usually searched, on a problem that none of them does for."""
+    model = Diagonal(torch.ones(10, dtype=torch.float64))
+    learner = mn.MetaLearner(model, bowl, solver=mn.GradientDescent(130, lr=1e-9), prox=1e-2, estimator=mn.FOMAML())
+    found = mn.check(learner, bowls(steep(10)), **FEW)
+    assert found.recommendation is None
+    judged = [row for row in found.rows if row.trusted]
+    assert {row.steps for row in judged if row.group == "search"} == {260}
+    assert max(row.steps for row in judged) == 520
+    assert f"None of {len(judged)} settings, up to steps=520 and prox=3," in found.verdict
+
+
+def row(gradients: float, error: float, steps: int = 8, prox: float = 1.0, **more: object) -> CheckRow:
+    nan = float("nan")
+    return CheckRow("steps", "", steps, prox, nan, error, nan, nan, gradients, 0, nan)._replace(**more)
+
+
+def test_the_cheapest_row_that_does_is_recommended() -> None:
+    good = row(40, 0.05, steps=16)
+    rows = [
+        row(10, 0.5),
+        row(30, 0.01, trusted=False),
+        row(20, 0.01, dropped=1),
+        row(60, 0.001, steps=32),
+        good,
+        row(40, 0.06, prox=10.0),
+        row(float("nan"), float("inf"), note="no"),
+        row(35, 0.09),
+    ]
+    assert recommend(rows) == mn.diagnostics.Recommendation(16, 1.0, 0.05, 40)
+    assert recommend(rows[:3]) is None
+
+
+def test_what_is_recommended_is_the_cheapest_of_the_rows() -> None:
+    """More steps would do as well as a larger prox, which costs less; both are told."""
+    tasks = bowls(steep(20, high=2))
+    learner = mn.MetaLearner(Diagonal(torch.ones(20, dtype=torch.float64)), bowl, solver=mn.Nesterov(16), prox=0.3)
+    found = mn.check(learner, tasks, compare=["tangent"], reference_steps=30)
+    good = [row for row in found.rows if row.group != "estimator" and row.trusted and row.relative_error < SAFE]
+    advised = found.recommendation
+    assert advised.gradients == min(row.gradients for row in good)
+    assert advised.prox == 3.0
+    assert "Raise prox from 0.3 to 3: " in found.verdict
+    assert "With prox as it is, raise steps from 16 to 64: " in found.verdict
+
+
+def test_a_nudge_that_does_not_fit_is_told() -> None:
+    """On a logistic loss a nudge this large bends the problem; the default one does not."""
+    made = PROBLEMS["logistic"]()
+    settings = {"prox": made.prox, "solver": mn.Nesterov(16)}
+    learner = mn.MetaLearner(made.make(), made.loss, estimator=mn.FOBMAML(nu=1e3), **settings)
+    found = mn.check(learner, made.tasks, **FEW)
+    assert found.verdict.startswith("Bad")
+    nu = found.recommendation.nu
+    assert nu is not None
+    assert "nu to " in found.verdict
+    followed = mn.MetaLearner(made.make(), made.loss, estimator=mn.FOBMAML(nu=nu), **settings)
+    assert mn.check(followed, made.tasks, **FEW).good
+
+
+class StopError(Exception):
+    """Of a loss that has had enough."""
+
+
+@pytest.mark.parametrize("execution", ["vectorized", "in_place"])
+@pytest.mark.parametrize("calls", [3, 40, 700, None])
+def test_nothing_of_the_users_changes_whatever_happens(execution: str, calls: int | None) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(1, 4), torch.nn.BatchNorm1d(4), torch.nn.Tanh(), torch.nn.Linear(4, 1), torch.nn.Dropout(0.1)
+    )
+    model[4].eval()
+    model[0].bias.requires_grad_(False)
+    model[3].weight.grad = torch.ones_like(model[3].weight)
+    left = [calls]
+
+    def loss(model: torch.nn.Module, batch: mn.Batch) -> Tensor:
+        if left[0] is not None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise StopError
+        return mn.metrics.squared_error(model, batch)
+
+    store = mn.WarmStart()
+    learner = mn.MetaLearner(
+        model, loss, prox=10.0, solver=mn.Nesterov(4), execution=execution, warm_start=store, chunk_size=None
+    )
+    left[0], wanted = None, calls
+    learner.backward(mn.tasks.sinusoid(2), indices=[0, 1])
+    left[0] = wanted
+
+    def everything() -> dict[str, object]:
+        return {
+            "state": {name: value.clone() for name, value in model.state_dict().items()},
+            "gradients": [parameter.grad for parameter in model.parameters()],
+            "values": [p.grad.clone() for p in model.parameters() if p.grad is not None],
+            "modes": [module.training for module in model.modules()],
+            "trainable": [parameter.requires_grad for parameter in model.parameters()],
+            "learner": dict(learner.__dict__),
+            "told": set(learner._told),
+            "kept": store.state_dict()["solutions"],
+            "random": torch.get_rng_state(),
+        }
+
+    before = everything()
+    loader = (mn.tasks.sinusoid(2, seed=int(torch.randint(9, ()))) for _ in range(2))
+    settings = {"compare": ["fomaml", "imaml"], "reference_steps": 20, "max_tasks": 1}
+    if calls is None:
+        mn.check(learner, loader, **settings)
+    else:
+        with pytest.raises(StopError):
+            mn.check(learner, loader, **settings)
+    after = everything()
+    for part in ("state", "gradients", "values", "kept", "random"):
+        torch.testing.assert_close(after[part], before[part], rtol=0, atol=0)
+    assert all(one is other for one, other in zip(after["gradients"], before["gradients"], strict=True))
+    for part in ("modes", "trainable", "learner", "told"):
+        assert after[part] == before[part]
+
+
+def test_chunks_are_those_of_the_learner() -> None:
+    learner = mn.MetaLearner(torch.nn.Linear(1, 1), mn.metrics.squared_error, chunk_size=2)
+    bench = Bench(learner, first(learner, mn.tasks.sinusoid(2), 2))
+    assert bench.make(bench.model, learner.solver, 1.0, learner.estimator).execution.chunk_size == 2
