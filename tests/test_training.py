@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import random
@@ -18,7 +19,8 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import metanudge as mn
-from metanudge.training import LAST, Order
+from metanudge.checkpoint import LAST
+from metanudge.order import Order
 
 
 def network() -> nn.Sequential:
@@ -102,6 +104,9 @@ def test_a_training_killed_at_a_random_step_goes_on_bit_for_bit(kind, tmp_path):
         assert (first.best, first.best_step) == (second.best, second.best_step)
     rows = list(csv.reader((tmp_path / "killed" / "log.csv").read_text().splitlines()))
     assert [row[0] for row in rows] == ["step", *(str(step) for step in range(1, 11))]
+    objects = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    told = [tuple(math.nan if value is None else value for value in record.values()) for record in objects]
+    assert [str(record) for record in told] == [str(tuple(record)) for record in second.history]
 
 
 SCRIPT = """

@@ -1,0 +1,47 @@
+"""Validation during a training: on fixed tasks, without a trace in the training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from metanudge import metrics
+from metanudge.errors import SettingsError
+from metanudge.learner import MetaLearner
+from metanudge.types import Evaluation, LossFunction, Tasks
+
+Better = Literal["auto", "smaller", "larger"]
+
+
+def validate(learner: MetaLearner, tasks: Tasks | Sequence[Tasks], metric: LossFunction | None) -> Evaluation:
+    """Evaluate without dropout; the training's random state and mode stay."""
+    model = learner.model
+    modes = [(module, module.training) for module in model.modules()]
+    normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    try:
+        if not normalised:
+            model.eval()
+        with torch.random.fork_rng():
+            return learner.evaluate(tasks, metric)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def larger_is_better(better: Better, metric: LossFunction | None) -> bool:
+    """What ``better`` says of ``metric``; "auto": accuracies should grow, everything else shrink.
+
+    Raises:
+        SettingsError: Something else.
+    """
+    if better not in ("auto", "smaller", "larger"):
+        raise SettingsError(f'better must be "auto", "smaller" or "larger", got {better!r}')
+    return better == "larger" or (better == "auto" and metric is metrics.accuracy)
+
+
+def called(metric: LossFunction | None) -> str:
+    """A name for ``metric``."""
+    return "query loss" if metric is None else getattr(metric, "__name__", "metric").replace("_", " ")
