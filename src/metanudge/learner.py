@@ -22,8 +22,9 @@ from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, Ta
 from metanudge.estimators import FOBMAML, Estimator
 from metanudge.execution import Execution, choose_execution
 from metanudge.oracle import Tally
+from metanudge.permutations import permuted
 from metanudge.selection import AdaptOnly, Selection, select_parameters
-from metanudge.settings import check_function, check_part
+from metanudge.settings import check_function, check_part, check_steps
 from metanudge.solvers import Nesterov, Solver
 from metanudge.solvers.loop import solve
 from metanudge.types import Batch, Evaluation, LossFunction, MetaStep, Need, Params, Role, Tasks
@@ -289,27 +290,37 @@ class MetaLearner:
                     parameter.copy_(named[name])
         return adapted
 
-    def evaluate(self, tasks: Tasks | Iterable[Tasks], metric: LossFunction | None = None) -> Evaluation:
+    def evaluate(
+        self, tasks: Tasks | Iterable[Tasks], metric: LossFunction | None = None, *, permutations: int = 1
+    ) -> Evaluation:
         """Adapt to every task's support set and measure on its query set, after every adaptation step.
 
         Args:
             tasks: A stack of tasks, a list of single ones of any sizes, or an iterable (a loader) of stacks.
             metric: ``metric(model, batch) -> scalar``, e.g. ``mn.metrics.accuracy``; None for the query loss.
+            permutations: A task's score is the mean over so many permutations of its class labels, support and query
+                alike, the first being none: how a classifier's outputs are named should not count. They depend on the
+                task's place alone.
 
         Returns:
             Mean and 95 % confidence interval over tasks, at the end and per step. A solver that stopped early keeps
             its last value.
 
         Raises:
-            TasksError: No tasks, or mismatched ones.
+            TasksError: No tasks, or mismatched ones; permutations of targets that are no class indices ``[n]``.
             SettingsError: A metric that is no function.
             LossError: A loss or metric that is not a scalar.
 
-        Cost: K gradients and K + 1 forward passes a task.
+        Cost: K gradients and K + 1 forward passes a task and permutation.
         """
+        check_steps(permutations, "permutations")
         function = self.losses[Role.QUERY] if metric is None else metric
         check_function("metric", function, "metric(model, batch) -> scalar tensor")
-        values = [self._curves(group, function) for group in groups(tasks)]
+        values: list[Tensor] = []
+        for group in groups(tasks):
+            first = sum(map(len, values))
+            curves = [self._curves(named, function) for named in permuted(group, permutations, first)]
+            values.append(torch.stack(curves).mean(0))
         if not values:
             raise TasksError("there are no tasks to evaluate; the iterable was empty")
         return summarize(torch.cat(values))
