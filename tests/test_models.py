@@ -17,6 +17,12 @@ from problems import DTYPE, distance, flat_gradient, normal, single_tasks
 
 EXECUTIONS = ["vectorized", "in_place"]
 # Wide differences, so that the comparison of executions to 1e-12 is not one of round-off (see test_executions.py).
+NORMALISED = {
+    "batch_norm_train": "transductive",
+    "batch_norm_eval": "frozen",
+    "batch_norm_support": "support",
+    "batch_norm_no_statistics": "transductive",
+}
 FIRST_ORDER = {
     "symmetric": mn.FOBMAML(nu=0.1),
     "forward_linear": mn.FOBMAML("forward", nudge="linear", nu=0.1),
@@ -164,6 +170,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable, Callable[[], mn.Tasks
     "conv": (lambda: conv(nn.Identity()), cross_entropy, images),
     "batch_norm_train": (lambda: conv(nn.BatchNorm2d(4)), cross_entropy, images),
     "batch_norm_eval": (lambda: conv(nn.BatchNorm2d(4)).eval(), cross_entropy, images),
+    "batch_norm_support": (lambda: conv(nn.BatchNorm2d(4)), cross_entropy, images),
     "batch_norm_no_statistics": (lambda: conv(nn.BatchNorm2d(4, track_running_stats=False)), cross_entropy, images),
     "group_norm": (lambda: conv(nn.GroupNorm(2, 4)), cross_entropy, images),
     "max_pool": (
@@ -192,7 +199,10 @@ def test_both_executions_agree_and_leave_the_model_alone(estimator: str, model: 
     made, data = make().to(DTYPE), tasks()
     state = {name: tensor.clone() for name, tensor in made.state_dict().items()}
     buffers = [(buffer, buffer.clone()) for buffer in made.buffers()]
-    stacked, live = (gradient_of(made, loss, data, FIRST_ORDER[estimator], execution) for execution in EXECUTIONS)
+    norm = {"batch_norm": NORMALISED.get(model)}
+    stacked, live = (
+        gradient_of(made, loss, data, FIRST_ORDER[estimator], execution, **norm) for execution in EXECUTIONS
+    )
     assert stacked.norm() > 1e-3
     assert distance(stacked, live) < 1e-12
     for name, tensor in made.state_dict().items():
@@ -224,14 +234,17 @@ def plain_maml(model: nn.Module, loss: Callable, tasks: mn.Tasks, prox: float, s
     return torch.cat([g.reshape(-1) for g in torch.autograd.grad(total, list(theta.values()), materialize_grads=True)])
 
 
-@pytest.mark.parametrize("model", [name for name in MODELS if name not in ("transformer", "buffer")])
+@pytest.mark.parametrize(
+    "model", [name for name in MODELS if name not in ("transformer", "buffer", "batch_norm_support")]
+)
 def test_maml_of_a_model_is_autograd_through_its_functional_call(model: str) -> None:
     """An oracle that knows nothing of packing, lanes and chunks; BatchNorm normalises each task by its own batch."""
     make, loss, tasks = MODELS[model]
     made, data = make().to(DTYPE), tasks()
     expected = plain_maml(made, loss, data, prox=0.7, steps=5, lr=0.1)
-    assert distance(gradient_of(made, loss, data, mn.MAML(), prox=0.7), expected) < 1e-12
-    assert distance(gradient_of(made, loss, data, mn.HFMAML(), prox=0.7), expected) < 1e-6
+    settings = {"prox": 0.7, "batch_norm": NORMALISED.get(model)}
+    assert distance(gradient_of(made, loss, data, mn.MAML(), **settings), expected) < 1e-12
+    assert distance(gradient_of(made, loss, data, mn.HFMAML(), **settings), expected) < 1e-6
 
 
 # Noise.

@@ -20,6 +20,7 @@ from metanudge.estimators import ESTIMATORS, FOBMAML, Estimator
 from metanudge.families import FAMILIES, MOST_SEEDS
 from metanudge.models import MODELS
 from metanudge.named import arguments, choose, nearest, part
+from metanudge.oracle import Policy
 from metanudge.settings import check_seed, check_steps
 from metanudge.solvers import SOLVERS, Nesterov, Solver
 from metanudge.tasks.logistic import logistic_loss
@@ -76,6 +77,7 @@ class Learner:
         execution: As of ``MetaLearner``.
         adapt_only: As of ``MetaLearner``.
         chunk_size: As of ``MetaLearner``.
+        batch_norm: As of ``MetaLearner``.
         warm_start: Whether inner solves begin at a task's last solution; give the tasks a number.
     """
 
@@ -85,6 +87,7 @@ class Learner:
     execution: Literal["auto", "vectorized", "in_place"] = "auto"
     adapt_only: str | tuple[str, ...] | None = None
     chunk_size: int | None = None
+    batch_norm: Policy | None = None
     warm_start: bool = False
 
 

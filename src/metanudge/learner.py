@@ -21,7 +21,7 @@ from metanudge.batching import as_stacks, groups
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, TasksError, UnsolvedWarning
 from metanudge.estimators import FOBMAML, Estimator
 from metanudge.execution import Execution, choose_execution
-from metanudge.oracle import Tally
+from metanudge.oracle import BatchNorm, Policy, Tally
 from metanudge.permutations import permuted
 from metanudge.selection import AdaptOnly, Selection, select_parameters
 from metanudge.settings import check_function, check_part, check_steps
@@ -39,7 +39,7 @@ class MetaLearner:
         \phi_i(\theta) = \arg\min_\phi \hat f_i(\phi) + \tfrac{\lambda}{2} \|\phi - \theta\|^2
 
     with support losses f̂ and query losses f. The model is used as it is, in the mode (train or eval) it is in; forward
-    passes may write buffers (BatchNorm statistics), but what they write is undone.
+    passes may write buffers, but what they write is undone.
 
     Args:
         model: Any ``nn.Module``; its parameters are θ.
@@ -56,6 +56,9 @@ class MetaLearner:
         chunk_size: Tasks at once in the vectorised execution; None for all.
         query_loss: The loss that judges adapted models, in the form of ``loss``; None for ``loss`` itself.
         warm_start: Begin inner solves of ``backward`` at the tasks' last solutions; ``mn.WarmStart()``.
+        batch_norm: What BatchNorm layers normalise by; a model that has some needs it said. "transductive": every batch
+            by its own statistics, so query predictions depend on each other; "support": support batches by their own,
+            query batches by those of the support set; "frozen": running statistics, which are never updated.
 
     Raises:
         SettingsError: Settings that can not work, alone or together, with the reason and the cure.
@@ -85,6 +88,7 @@ class MetaLearner:
         chunk_size: int | None = None,
         query_loss: LossFunction | None = None,
         warm_start: WarmStart | None = None,
+        batch_norm: Policy | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise SettingsError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -108,7 +112,10 @@ class MetaLearner:
         self.warm_start = warm_start
         self.adapt_only = adapt_only
         selection = select_parameters(model, adapt_only)
-        self.execution: Execution = choose_execution(execution, model, self.losses, selection, self.solver, chunk_size)
+        self.norm = BatchNorm(batch_norm, model)
+        self.execution: Execution = choose_execution(
+            execution, model, self.losses, self.norm, selection, self.solver, chunk_size
+        )
         self._selection()
         self._told: set[type[Warning]] = set()
 
@@ -288,6 +295,7 @@ class MetaLearner:
             for name, parameter in adapted.named_parameters():
                 if name in named:
                     parameter.copy_(named[name])
+        self.norm.settle(adapted, self.losses[Role.SUPPORT], support)
         return adapted
 
     def evaluate(

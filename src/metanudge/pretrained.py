@@ -26,7 +26,7 @@ def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[
     """Write the initialisation, and the settings it is to be adapted with, into ``folder``.
 
     ``model.safetensors`` holds parameters and buffers (tied ones once), ``metanudge.json`` prox, solver, estimator,
-    ``adapt_only`` and ``protocol``. Both are written beside their place and then moved into it.
+    ``adapt_only``, ``batch_norm`` and ``protocol``. Both are written beside their place and then moved into it.
 
     Args:
         learner: Its model is the initialisation.
@@ -56,6 +56,7 @@ def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[
         "solver": _described("solver", learner.solver, SOLVERS),
         "estimator": _described("estimator", learner.estimator, ESTIMATORS),
         "adapt_only": learner.adapt_only if learner.adapt_only is None else _listed(learner.adapt_only),
+        "batch_norm": learner.norm.policy,
         "query_loss": learner.losses[Role.QUERY] is not learner.losses[Role.SUPPORT],
         "protocol": dict(protocol or {}),
     }
@@ -95,6 +96,7 @@ def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **
             "solver": _made(record["solver"], SOLVERS),
             "estimator": _made(record["estimator"], ESTIMATORS),
             "adapt_only": record["adapt_only"],
+            "batch_norm": record.get("batch_norm"),
         }
     except (ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{folder / SETTINGS} can not be understood: {error!r}") from error

@@ -92,7 +92,7 @@ def fit(
         scheduler: Stepped after every meta-step.
         max_norm: Clip the meta-gradient to this norm; None for no clipping.
         validation: Fixed tasks, evaluated every ``every`` steps and at the end. Meanwhile dropout is switched off
-            (``eval``), unless the model has a BatchNorm layer, which would then use statistics nobody has learnt.
+            (``eval``); BatchNorm layers follow their policy.
         metric: Of the validation; None for the query loss.
         better: Whether a smaller or a larger metric is better; "auto": larger for ``mn.metrics.accuracy``.
         every: Meta-steps between validations, and between checkpoints.

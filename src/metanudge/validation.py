@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import nn
 
 from metanudge import metrics
 from metanudge.errors import SettingsError
@@ -20,10 +19,8 @@ def validate(learner: MetaLearner, tasks: Tasks | Sequence[Tasks], metric: LossF
     """Evaluate without dropout; the training's random state and mode stay."""
     model = learner.model
     modes = [(module, module.training) for module in model.modules()]
-    normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     try:
-        if not normalised:
-            model.eval()
+        model.eval()
         with torch.random.fork_rng():
             return learner.evaluate(tasks, metric)
     finally:
