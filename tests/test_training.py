@@ -5,12 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -107,35 +102,6 @@ def test_a_training_killed_at_a_random_step_goes_on_bit_for_bit(kind, tmp_path):
     objects = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
     told = [tuple(math.nan if value is None else value for value in record.values()) for record in objects]
     assert [str(record) for record in told] == [str(tuple(record)) for record in second.history]
-
-
-SCRIPT = """
-import sys, torch, metanudge as mn
-torch.set_num_threads(1)
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(1, 6), torch.nn.Tanh(), torch.nn.Dropout(0.2), torch.nn.Linear(6, 1))
-learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=2.0, solver=mn.Nesterov(4))
-optimizer = torch.optim.Adam(model.parameters())
-tasks = mn.tasks.episodes(mn.tasks.sinusoid, shots=4, queries=4)
-mn.fit(learner, optimizer, tasks, steps=int(sys.argv[2]), tasks_per_step=3, every=5, out=sys.argv[1], progress=False)
-torch.save(model.state_dict(), sys.argv[1] + "/end.pt")
-"""
-
-
-def test_a_process_that_is_killed_goes_on_bit_for_bit(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
-    subprocess.run([*command, str(tmp_path / "whole"), "60"], check=True)
-    killed = subprocess.Popen([*command, str(tmp_path / "killed"), "60"])
-    limit = time.monotonic() + 60
-    while not (tmp_path / "killed" / LAST).exists() and time.monotonic() < limit:
-        time.sleep(0.01)
-    time.sleep(random.random() / 4)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    subprocess.run([*command, str(tmp_path / "killed"), "60"], check=True)
-    one, other = (torch.load(tmp_path / name / "end.pt", weights_only=True) for name in ("whole", "killed"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert not list((tmp_path / "killed").glob(".*.part")) or os.name == "nt"
 
 
 def test_a_finite_set_is_gone_through_in_epochs():

@@ -57,6 +57,8 @@ class Train:
     validation, evaluation."""
     out: Path | None = None
     """Folder to write into; by default what the file says, or runs/NAME."""
+    seeds: tuple[int, ...] = ()
+    """Train with these seeds alone; by default with those of the file."""
     fresh: bool = False
     """Begin anew, and overwrite a training that is there."""
     quiet: bool = False
@@ -64,7 +66,7 @@ class Train:
 
     def run(self, console: Console) -> int:
         """Read, and train."""
-        config = read_config(self.config, self.out)
+        config = read_config(self.config, self.out, self.seeds)
         train(config, self.fresh, not self.quiet, console)
         console.print(f"Written to [bold]{config.out}[/bold]; metanudge evaluate {config.out}", highlight=False)
         return 0
@@ -170,7 +172,7 @@ Command = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run ``metanudge`` and return its exit status: 0 done, 2 wrong usage or failure."""
+    """Run ``metanudge`` and return its exit status: 0 done, 2 wrong usage or failure, 130 stopped by hand."""
     given = sys.argv[1:] if arguments is None else arguments
     command = tyro.cli(
         Command,
@@ -182,5 +184,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return command.run(console)
     except (MetanudgeError, OSError) as error:
-        Console(stderr=True).print(f"metanudge: {error}", style="red", highlight=False)
+        Console(stderr=True).print(f"metanudge: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
+    except KeyboardInterrupt:
+        Console(stderr=True).print("metanudge: stopped", style="red", highlight=False)
+        return 130

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -41,11 +41,18 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
+
+
+def _multi_step(optimizer: torch.optim.Optimizer, milestones: tuple[int, ...], gamma: float = 0.1) -> MultiStepLR:
+    """Torch's own, whose annotations can not be read."""
+    return MultiStepLR(optimizer, milestones, gamma)
+
+
 SCHEDULERS: dict[str, Callable[..., LRScheduler]] = {
     "parameter_free": optim.ParameterFree,
     "cosine": CosineAnnealingLR,
     "step": StepLR,
-    "multi_step": MultiStepLR,
+    "multi_step": _multi_step,
 }
 
 
@@ -193,12 +200,13 @@ TABLES = (
 )
 
 
-def read_config(path: Path, out: Path | None = None) -> Config:
+def read_config(path: Path, out: Path | None = None, seeds: tuple[int, ...] = ()) -> Config:
     """Read a settings file; every name, key and type is checked before anything is done.
 
     Args:
         path: A TOML file.
         out: Where results go, whatever the file says.
+        seeds: The seeds, whatever the file says.
 
     Raises:
         SettingsError: No such file, no TOML, an unknown name or key (with the nearest right one), a missing or wrong
@@ -209,19 +217,7 @@ def read_config(path: Path, out: Path | None = None) -> Config:
         table = tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise SettingsError(f"{path} can not be read: {error}") from error
-    tops = {key: value for key, value in table.items() if key not in TABLES}
-    for key in tops:
-        if key not in Whole.__dataclass_fields__:
-            raise SettingsError(
-                f'{path} has no setting "{key}"; {nearest(key, [*Whole.__dataclass_fields__, *TABLES])}'
-            )
-    whole = _settings(Whole, tops, "")
-    for seed in whole.seeds:
-        check_seed(seed)
-        if seed >= MOST_SEEDS:
-            raise SettingsError(f"seeds must be below {MOST_SEEDS}, got {seed}")
-    if not whole.seeds or len(set(whole.seeds)) < len(whole.seeds):
-        raise SettingsError(f"seeds must be one or more different numbers, got {list(whole.seeds)}")
+    whole = _whole(table, path, seeds)
     for name in ("tasks", "model", "learner", "training"):
         if name not in table:
             raise SettingsError(f"{path} needs a table [{name}]")
@@ -260,6 +256,23 @@ def read_config(path: Path, out: Path | None = None) -> Config:
         validation=_settings(Validation, _table(table, "validation"), "validation"),
         testing=testing,
     )
+
+
+def _whole(table: dict[str, Any], path: Path, seeds: tuple[int, ...]) -> Whole:
+    """What stands before the first table; nothing else may, but the tables."""
+    known = Whole.__dataclass_fields__
+    for key in table:
+        if key not in known and key not in TABLES:
+            raise SettingsError(f'{path} has no setting "{key}"; {nearest(key, [*known, *TABLES])}')
+    whole = _settings(Whole, {key: value for key, value in table.items() if key in known}, "")
+    whole = replace(whole, seeds=seeds or whole.seeds)
+    for seed in whole.seeds:
+        check_seed(seed)
+        if seed >= MOST_SEEDS:
+            raise SettingsError(f"seeds must be below {MOST_SEEDS}, got {seed}")
+    if not whole.seeds or len(set(whole.seeds)) < len(whole.seeds):
+        raise SettingsError(f"seeds must be one or more different numbers, got {list(whole.seeds)}")
+    return whole
 
 
 def _table(table: dict[str, Any], name: str) -> dict[str, Any]:

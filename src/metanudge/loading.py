@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +72,12 @@ def _module(place: str) -> Any:
     path = Path(place)
     if not path.is_file():
         raise SettingsError(f"there is no file {place}")
+    return _of_file(path.resolve(), path.stat().st_mtime_ns)
+
+
+@cache
+def _of_file(path: Path, _changed: int) -> Any:
+    """The module in a file, run once however many of its functions are asked for."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

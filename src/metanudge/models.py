@@ -1,7 +1,11 @@
-"""Small models by name, for the command: each a function of plain settings."""
+"""Small models by name, for the command: each a function of plain settings, made of a ``body`` and a linear ``head``.
+
+So ``adapt_only = "head"`` is ANIL and ``adapt_only = "body"`` is BOIL.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
@@ -40,7 +44,7 @@ def mlp(
         layers += [nn.Linear(width, following), _activation(activation)]
         if dropout:
             layers.append(nn.Dropout(dropout))
-    return nn.Sequential(*layers, nn.Linear((inputs, *hidden)[-1], outputs))
+    return _whole(layers, (inputs, *hidden)[-1], outputs)
 
 
 def cnn1d(
@@ -68,7 +72,7 @@ def cnn1d(
         length = (length + 2 - kernel) // 2 + 1
     if length < 1:
         raise SettingsError("length is too small for three convolutions of stride 2")
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * length, outputs))
+    return _whole([*layers, nn.Flatten()], channels * length, outputs)
 
 
 def conv4(
@@ -107,7 +111,11 @@ def conv4(
         convolution = nn.Conv2d(channels if place else inputs, channels, 3, padding=1)
         blocks += [convolution, norms[norm](), _activation(activation), nn.MaxPool2d(2)]
         size //= 2
-    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(channels * size * size, outputs))
+    return _whole([*blocks, nn.Flatten()], channels * size * size, outputs)
+
+
+def _whole(body: list[nn.Module], features: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(body=nn.Sequential(*body), head=nn.Linear(features, outputs)))
 
 
 def _activation(name: Activation) -> nn.Module:

@@ -97,6 +97,8 @@ def conform(value: Any, hint: Any, where: str) -> Any:
         SettingsError: It does not fit.
     """
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if origin in (typing.Union, types.UnionType):
         return _any_of(value, inside, where)
     if origin is Literal:

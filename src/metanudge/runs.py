@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
+from metanudge.checkpoint import LAST
 from metanudge.config import Config
 from metanudge.errors import SettingsError
 from metanudge.families import draw
 from metanudge.files import write
 from metanudge.learner import MetaLearner
+from metanudge.order import length
 from metanudge.settings import check_folder
 from metanudge.tasks.image_folders import Split
 from metanudge.training import Fit, fit
@@ -45,8 +47,8 @@ def _train(config: Config, seed: int, fresh: bool, progress: bool, console: Cons
     torch.manual_seed(seed)
     learner = learner_of(config)
     optimizer = config.optimizer(learner.model.parameters())
-    validation = config.validation.tasks
     given = config.training
+    fixed = first(tasks_of(config, "validation"), config.validation.tasks)
     found = fit(
         learner,
         optimizer,
@@ -56,7 +58,7 @@ def _train(config: Config, seed: int, fresh: bool, progress: bool, console: Cons
         tasks_at_once=given.tasks_at_once,
         scheduler=None if config.scheduler is None else config.scheduler(optimizer),
         max_norm=given.max_norm,
-        validation=first(tasks_of(config, "validation"), validation) if validation else None,
+        validation=[fixed[index] for index in range(len(fixed))] or None,
         metric=config.metric,
         better=config.validation.better,
         every=given.every,
@@ -113,16 +115,16 @@ def tasks_of(config: Config, split: Split, seed: int = 0) -> Dataset[Tasks]:
     return draw(config.family, split, seed, getattr(torch, config.whole.dtype), number)
 
 
-def first(tasks: Dataset[Tasks], number: int) -> list[Tasks]:
-    """The first ``number`` tasks, or as many as there are."""
-    have = getattr(tasks, "number", None)
-    return [tasks[index] for index in range(number if have is None else min(number, have))]
+def first(tasks: Dataset[Tasks], number: int) -> Subset[Tasks]:
+    """The first ``number`` tasks, or as many as there are; each drawn when it is asked for."""
+    have = length(tasks)
+    return Subset(tasks, range(number if have is None else min(number, have)))
 
 
 def _check_same(config: Config) -> None:
     """Refuse to go on with a training of other settings."""
     path = config.out / CONFIG
-    if not path.is_file():
+    if not path.is_file() or not any(config.out.glob(f"seed-*/{LAST}")):
         return
     before, now = (_settled(table) for table in (tomllib.loads(path.read_text()), config.table))
     for key in dict.fromkeys([*before, *now]):

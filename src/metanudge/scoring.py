@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from metanudge.accumulation import summarize
 from metanudge.checkpoint import LAST
@@ -86,7 +86,7 @@ def _folders(out: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def _evaluated(config: Config, folder: Path, tasks: list[Tasks], permutations: int, weights: Weights) -> Evaluation:
+def _evaluated(config: Config, folder: Path, tasks: Subset[Tasks], permutations: int, weights: Weights) -> Evaluation:
     """One training on the tasks, without dropout."""
     torch.manual_seed(0)
     learner = learner_of(config)
@@ -99,7 +99,7 @@ def _evaluated(config: Config, folder: Path, tasks: list[Tasks], permutations: i
             raise SettingsError(f"{folder / LAST} is of another model: {error}") from error
     learner.model.eval()
     size, device = config.training.tasks_per_step, device_of(config)
-    loader: Any = DataLoader(tasks, batch_size=size, collate_fn=collate)  # type: ignore[arg-type]
+    loader: Any = DataLoader(tasks, batch_size=size, collate_fn=collate)
     return learner.evaluate((moved(batch, device) for batch in loader), config.metric, permutations=permutations)
 
 
@@ -130,16 +130,15 @@ def _show(record: dict[str, Any], whole: Evaluation, found: dict[int, Evaluation
         cells = [f"{one.curve[step]:.4g} ± {one.curve_ci95[step]:.2g}" for one in found.values()]
         table.add_row(str(step), *cells, f"{whole.curve[step]:.4g} ± {whole.curve_ci95[step]:.2g}")
     console.print(table)
-    console.print(
-        f"{record['metric']} {whole.mean:.4g} ± {whole.ci95:.2g} (95 % interval over {record['tasks']} tasks), "
-        f"standard deviation over {len(found)} seeds {record['std_over_seeds']:.2g}, "
-        f"{record['permutations']} label permutations",
-        highlight=False,
-        soft_wrap=True,
-    )
+    told = f"{record['metric']} {whole.mean:.4g} ± {whole.ci95:.2g} (95 % interval over {record['tasks']} tasks)"
+    if len(found) > 1:
+        told += f", standard deviation over {len(found)} seeds {record['std_over_seeds']:.2g}"
+    if record["permutations"] > 1:
+        told += f", mean over {record['permutations']} label permutations of every task"
+    console.print(told, highlight=False, soft_wrap=True)
     for what, number, enough in (("tasks", record["tasks"], FEW_TASKS), ("seeds", len(found), FEW_SEEDS)):
         if number < enough:
-            console.print(f"These are {number} {what}; report at least {enough}.", style="yellow", highlight=False)
+            console.print(f"Only {number} of {what}: report at least {enough}.", style="yellow", highlight=False)
 
 
 def _steps(last: int) -> list[int]:

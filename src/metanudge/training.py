@@ -153,7 +153,7 @@ def fit(
             number = len(run.history) + 1
             pause = number % every == 0 or number == steps
             if pause and validation is not None:
-                found = validate(learner, validation, metric)
+                found = validate(learner, validation, metric, tasks_at_once or tasks_per_step)
             run.seconds = time.perf_counter() - begun
             record = Record.of(number, step, run.evaluations, lr, run.seconds, found if pause else None)
             run.history.append(record)
@@ -167,7 +167,7 @@ def fit(
             if pause and folder is not None:
                 run.save(folder / LAST)
     if found is None and validation is not None:  # nothing was left to do
-        found = validate(learner, validation, metric)
+        found = validate(learner, validation, metric, tasks_at_once or tasks_per_step)
     return Fit(run.history, found, run.best, run.best_step, run.skipped)
 
 
