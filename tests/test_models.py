@@ -148,6 +148,14 @@ class Tied(nn.Module):
         return self.out(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
+def half_frozen() -> nn.Module:
+    """The first layer's bias and the whole last layer do not train."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+    model[0].bias.requires_grad_(False)
+    model[4].requires_grad_(False)
+    return model
+
+
 class OddShapes(nn.Module):
     """A parameter without axes, a transposed one and an expanded sum of both."""
 
@@ -182,6 +190,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable, Callable[[], mn.Tasks
     "buffer": (BufferedLoss, squared_error, vectors),
     "idle": (Idle, squared_error, vectors),
     "tied": (Tied, squared_error, vectors),
+    "frozen": (half_frozen, squared_error, vectors),
     "odd_shapes": (OddShapes, squared_error, vectors),
     "dropout_eval": (
         lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1)).eval(),
@@ -213,7 +222,7 @@ def test_both_executions_agree_and_leave_the_model_alone(estimator: str, model: 
 
 def plain_maml(model: nn.Module, loss: Callable, tasks: mn.Tasks, prox: float, steps: int, lr: float) -> Tensor:
     """Autograd through gradient descent by torch.func.functional_call, one task after the other."""
-    theta = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    theta = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     total = 0.0
     singles = single_tasks(tasks)
@@ -231,7 +240,9 @@ def plain_maml(model: nn.Module, loss: Callable, tasks: mn.Tasks, prox: float, s
             )
             phi = {n: p - lr * (g + prox * (p - theta[n])) for (n, p), g in zip(phi.items(), slopes, strict=True)}
         total = total + at(phi, task.query) / len(singles)
-    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(total, list(theta.values()), materialize_grads=True)])
+    found = dict(zip(theta, torch.autograd.grad(total, list(theta.values()), materialize_grads=True), strict=True))
+    whole = [found.get(name, torch.zeros_like(p)) for name, p in model.named_parameters()]  # none of frozen ones
+    return torch.cat([g.reshape(-1) for g in whole])
 
 
 @pytest.mark.parametrize(
@@ -292,6 +303,32 @@ def test_dropout_is_the_same_for_every_estimator_under_one_seed(execution: str) 
         assert distance(differences, exact) < 1e-7
         maml, walked = (gradient_of(model, squared_error, data, e, execution) for e in (mn.MAML(), mn.HFMAML()))
         assert distance(walked, maml) < 1e-7
+
+
+def test_dropout_in_place_against_autograd_under_the_same_masks() -> None:
+    """Every evaluation's masks are a function of task, loss and step; the way from theta is differentiated by hand."""
+    model, steps, lr, prox = noisy(), 4, 0.1, 0.8
+    found = gradient_of(
+        model, squared_error, vectors(), mn.HFMAML(), "in_place", solver=mn.GradientDescent(steps, lr=lr), prox=prox
+    )
+    torch.manual_seed(11)
+    state = RandomState(int(torch.randint(2**62, ()).item()), torch.device("cpu"))
+    theta = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    total = torch.zeros((), dtype=DTYPE)
+    for index, task in enumerate(single_tasks(vectors())):
+
+        def at(phi: dict[str, Tensor], role: Role, step: int) -> Tensor:
+            state.enter(index, role, step)  # noqa: B023
+            wrapped = lambda x: torch.func.functional_call(model, phi, (x,))  # noqa: E731
+            return squared_error(wrapped, task[role.value])  # noqa: B023
+
+        phi = theta
+        for step in range(steps):
+            slopes = torch.autograd.grad(at(phi, Role.SUPPORT, step), list(phi.values()), create_graph=True)
+            phi = {n: p - lr * (g + prox * (p - theta[n])) for (n, p), g in zip(phi.items(), slopes, strict=True)}
+        total = total + at(phi, Role.QUERY, steps) / 2
+    exact = torch.cat([g.reshape(-1) for g in torch.autograd.grad(total, list(theta.values()))])
+    assert distance(found, exact) < 1e-7
 
 
 def test_random_states_differ_between_tasks_losses_and_steps() -> None:
