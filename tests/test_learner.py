@@ -402,7 +402,9 @@ def test_everything_is_restored_after_an_exception(call: int, execution: str) ->
         return value
 
     model = busy_model()
-    learner = mn.MetaLearner(model, loss, solver=mn.GradientDescent(4, lr=0.1), execution=execution)
+    learner = mn.MetaLearner(
+        model, loss, solver=mn.GradientDescent(4, lr=0.1), execution=execution, batch_norm="transductive"
+    )
     for use in (
         lambda: learner.backward(made.tasks),
         lambda: learner.evaluate(made.tasks),
@@ -428,7 +430,8 @@ def test_a_step_leaves_all_but_grad_as_it_was(execution: str) -> None:
     made = PROBLEMS["logistic"]()
     model = busy_model()
     before = Snapshot(model)
-    mn.MetaLearner(model, made.loss, solver=mn.Nesterov(3), execution=execution).backward(made.tasks)
+    settings = {"solver": mn.Nesterov(3), "execution": execution, "batch_norm": "transductive"}
+    mn.MetaLearner(model, made.loss, **settings).backward(made.tasks)
     assert model[0].weight.grad is None
     assert model[0].bias.grad is not None
     for parameter, gradient in before.gradients.items():
@@ -449,7 +452,8 @@ def test_a_mode_set_by_the_loss_does_not_last(execution: str) -> None:
 
     model = busy_model()
     before = Snapshot(model)
-    mn.MetaLearner(model, loss, solver=SOLVER, execution=execution).evaluate(made.tasks)
+    settings = {"solver": SOLVER, "execution": execution, "batch_norm": "transductive"}
+    mn.MetaLearner(model, loss, **settings).evaluate(made.tasks)
     before.check()
 
 

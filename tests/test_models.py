@@ -17,6 +17,12 @@ from problems import DTYPE, distance, flat_gradient, normal, single_tasks
 
 EXECUTIONS = ["vectorized", "in_place"]
 # Wide differences, so that the comparison of executions to 1e-12 is not one of round-off (see test_executions.py).
+NORMALISED = {
+    "batch_norm_train": "transductive",
+    "batch_norm_eval": "frozen",
+    "batch_norm_support": "support",
+    "batch_norm_no_statistics": "transductive",
+}
 FIRST_ORDER = {
     "symmetric": mn.FOBMAML(nu=0.1),
     "forward_linear": mn.FOBMAML("forward", nudge="linear", nu=0.1),
@@ -142,6 +148,14 @@ class Tied(nn.Module):
         return self.out(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
+def half_frozen() -> nn.Module:
+    """The first layer's bias and the whole last layer do not train."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+    model[0].bias.requires_grad_(False)
+    model[4].requires_grad_(False)
+    return model
+
+
 class OddShapes(nn.Module):
     """A parameter without axes, a transposed one and an expanded sum of both."""
 
@@ -164,6 +178,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable, Callable[[], mn.Tasks
     "conv": (lambda: conv(nn.Identity()), cross_entropy, images),
     "batch_norm_train": (lambda: conv(nn.BatchNorm2d(4)), cross_entropy, images),
     "batch_norm_eval": (lambda: conv(nn.BatchNorm2d(4)).eval(), cross_entropy, images),
+    "batch_norm_support": (lambda: conv(nn.BatchNorm2d(4)), cross_entropy, images),
     "batch_norm_no_statistics": (lambda: conv(nn.BatchNorm2d(4, track_running_stats=False)), cross_entropy, images),
     "group_norm": (lambda: conv(nn.GroupNorm(2, 4)), cross_entropy, images),
     "max_pool": (
@@ -175,6 +190,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable, Callable[[], mn.Tasks
     "buffer": (BufferedLoss, squared_error, vectors),
     "idle": (Idle, squared_error, vectors),
     "tied": (Tied, squared_error, vectors),
+    "frozen": (half_frozen, squared_error, vectors),
     "odd_shapes": (OddShapes, squared_error, vectors),
     "dropout_eval": (
         lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1)).eval(),
@@ -192,7 +208,10 @@ def test_both_executions_agree_and_leave_the_model_alone(estimator: str, model: 
     made, data = make().to(DTYPE), tasks()
     state = {name: tensor.clone() for name, tensor in made.state_dict().items()}
     buffers = [(buffer, buffer.clone()) for buffer in made.buffers()]
-    stacked, live = (gradient_of(made, loss, data, FIRST_ORDER[estimator], execution) for execution in EXECUTIONS)
+    norm = {"batch_norm": NORMALISED.get(model)}
+    stacked, live = (
+        gradient_of(made, loss, data, FIRST_ORDER[estimator], execution, **norm) for execution in EXECUTIONS
+    )
     assert stacked.norm() > 1e-3
     assert distance(stacked, live) < 1e-12
     for name, tensor in made.state_dict().items():
@@ -203,7 +222,7 @@ def test_both_executions_agree_and_leave_the_model_alone(estimator: str, model: 
 
 def plain_maml(model: nn.Module, loss: Callable, tasks: mn.Tasks, prox: float, steps: int, lr: float) -> Tensor:
     """Autograd through gradient descent by torch.func.functional_call, one task after the other."""
-    theta = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    theta = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     total = 0.0
     singles = single_tasks(tasks)
@@ -221,17 +240,22 @@ def plain_maml(model: nn.Module, loss: Callable, tasks: mn.Tasks, prox: float, s
             )
             phi = {n: p - lr * (g + prox * (p - theta[n])) for (n, p), g in zip(phi.items(), slopes, strict=True)}
         total = total + at(phi, task.query) / len(singles)
-    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(total, list(theta.values()), materialize_grads=True)])
+    found = dict(zip(theta, torch.autograd.grad(total, list(theta.values()), materialize_grads=True), strict=True))
+    whole = [found.get(name, torch.zeros_like(p)) for name, p in model.named_parameters()]  # none of frozen ones
+    return torch.cat([g.reshape(-1) for g in whole])
 
 
-@pytest.mark.parametrize("model", [name for name in MODELS if name not in ("transformer", "buffer")])
+@pytest.mark.parametrize(
+    "model", [name for name in MODELS if name not in ("transformer", "buffer", "batch_norm_support")]
+)
 def test_maml_of_a_model_is_autograd_through_its_functional_call(model: str) -> None:
     """An oracle that knows nothing of packing, lanes and chunks; BatchNorm normalises each task by its own batch."""
     make, loss, tasks = MODELS[model]
     made, data = make().to(DTYPE), tasks()
     expected = plain_maml(made, loss, data, prox=0.7, steps=5, lr=0.1)
-    assert distance(gradient_of(made, loss, data, mn.MAML(), prox=0.7), expected) < 1e-12
-    assert distance(gradient_of(made, loss, data, mn.HFMAML(), prox=0.7), expected) < 1e-6
+    settings = {"prox": 0.7, "batch_norm": NORMALISED.get(model)}
+    assert distance(gradient_of(made, loss, data, mn.MAML(), **settings), expected) < 1e-12
+    assert distance(gradient_of(made, loss, data, mn.HFMAML(), **settings), expected) < 1e-6
 
 
 # Noise.
@@ -279,6 +303,32 @@ def test_dropout_is_the_same_for_every_estimator_under_one_seed(execution: str) 
         assert distance(differences, exact) < 1e-7
         maml, walked = (gradient_of(model, squared_error, data, e, execution) for e in (mn.MAML(), mn.HFMAML()))
         assert distance(walked, maml) < 1e-7
+
+
+def test_dropout_in_place_against_autograd_under_the_same_masks() -> None:
+    """Every evaluation's masks are a function of task, loss and step; the way from theta is differentiated by hand."""
+    model, steps, lr, prox = noisy(), 4, 0.1, 0.8
+    found = gradient_of(
+        model, squared_error, vectors(), mn.HFMAML(), "in_place", solver=mn.GradientDescent(steps, lr=lr), prox=prox
+    )
+    torch.manual_seed(11)
+    state = RandomState(int(torch.randint(2**62, ()).item()), torch.device("cpu"))
+    theta = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    total = torch.zeros((), dtype=DTYPE)
+    for index, task in enumerate(single_tasks(vectors())):
+
+        def at(phi: dict[str, Tensor], role: Role, step: int) -> Tensor:
+            state.enter(index, role, step)  # noqa: B023
+            wrapped = lambda x: torch.func.functional_call(model, phi, (x,))  # noqa: E731
+            return squared_error(wrapped, task[role.value])  # noqa: B023
+
+        phi = theta
+        for step in range(steps):
+            slopes = torch.autograd.grad(at(phi, Role.SUPPORT, step), list(phi.values()), create_graph=True)
+            phi = {n: p - lr * (g + prox * (p - theta[n])) for (n, p), g in zip(phi.items(), slopes, strict=True)}
+        total = total + at(phi, Role.QUERY, steps) / 2
+    exact = torch.cat([g.reshape(-1) for g in torch.autograd.grad(total, list(theta.values()))])
+    assert distance(found, exact) < 1e-7
 
 
 def test_random_states_differ_between_tasks_losses_and_steps() -> None:

@@ -151,15 +151,32 @@ def test_shared_parameters_get_their_exact_meta_gradient(name: str, adapt_head: 
         assert distance(found[part], exact[part]) < tolerance
 
 
+@pytest.mark.parametrize("adapt_head", [True, False], ids=["anil", "boil"])
 @pytest.mark.parametrize(
     "name", [name for name in EXACT if name not in ("maml", "maml_checkpointed", "imaml", "tangent")]
 )
-def test_shared_parameters_in_place(name: str) -> None:
-    """All that need no double backward."""
+def test_shared_parameters_in_place(name: str, adapt_head: bool) -> None:
+    """All that need no double backward; the head alone adapted (ANIL), or the body alone (BOIL)."""
     estimator, tolerance = EXACT[name]
-    found, exact = estimate(estimator, mn.Nesterov(30), True, execution="in_place"), implicit(True)
-    for part in split(True):
+    found = estimate(estimator, mn.Nesterov(30), adapt_head, execution="in_place")
+    exact = implicit(adapt_head)
+    for part in split(adapt_head):
         assert distance(found[part], exact[part]) < max(tolerance, 1e-6)
+
+
+@pytest.mark.parametrize("adapt_head", [True, False], ids=["anil", "boil"])
+@pytest.mark.parametrize(
+    "estimator",
+    [mn.FOBMAML(nu=0.1), mn.FOBMAML(nudge="full", nu=0.1), mn.HFMAML(displacement=0.1), mn.FOMAML()],
+    ids=str,
+)
+def test_both_executions_agree_on_shared_parameters(estimator: object, adapt_head: bool) -> None:
+    solver = mn.GradientDescent(5, lr=0.3)
+    stacked, live = (
+        estimate(estimator, solver, adapt_head, execution=execution) for execution in ("vectorized", "in_place")
+    )
+    for part in split(adapt_head):
+        assert distance(stacked[part], live[part]) < 1e-12
 
 
 @pytest.mark.parametrize("prox", [0.0, PROX])

@@ -1,6 +1,7 @@
 """Meta-learning for PyTorch with first derivatives only."""
 
 from metanudge import metrics, optim, tasks
+from metanudge.config import LOSSES, METRICS, OPTIMIZERS, SCHEDULERS
 from metanudge.diagnostics import Check, Smoothness, check, smoothness
 from metanudge.errors import (
     LossError,
@@ -23,8 +24,10 @@ from metanudge.estimators import (
     Stencil,
     Tangent,
 )
+from metanudge.families import FAMILIES
 from metanudge.learner import MetaLearner
 from metanudge.logs import Record
+from metanudge.models import MODELS
 from metanudge.pretrained import load_pretrained
 from metanudge.solvers import SOLVERS, Adam, GradientDescent, Nesterov, TorchOptimizer
 from metanudge.training import Fit, fit
@@ -35,11 +38,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ESTIMATORS",
+    "FAMILIES",
     "FOBMAML",
     "FOMAML",
     "HFMAML",
     "IMAML",
+    "LOSSES",
     "MAML",
+    "METRICS",
+    "MODELS",
+    "OPTIMIZERS",
+    "SCHEDULERS",
     "SOLVERS",
     "STENCILS",
     "Adam",

@@ -1,4 +1,4 @@
-"""The command line: names to objects. The only file that knows strings."""
+"""The command line."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import tyro
 from rich.console import Console
 
 import metanudge
+from metanudge.config import read_config
 from metanudge.diagnostics import check, smoothness
 from metanudge.errors import MetanudgeError
 from metanudge.loading import load_learner
+from metanudge.runs import train
+from metanudge.scoring import evaluate
 from metanudge.settings import check_folder
 
 
@@ -43,6 +46,49 @@ class Reproduce:
         out = self.out or Path("results") / self.experiment
         reproduce(experiment, out, self.quick, self.seed, self.only, console)
         console.print(f"Figures and numbers: open [bold]{out / 'report.html'}[/bold]", highlight=False)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Meta-train by a settings file, with every seed into OUT/seed-N; killed anywhere, the same command goes on."""
+
+    config: tyro.conf.Positional[Path]
+    """A TOML file: tables tasks, model, learner, training, and optionally solver, estimator, optimizer, scheduler,
+    validation, evaluation."""
+    out: Path | None = None
+    """Folder to write into; by default what the file says, or runs/NAME."""
+    seeds: tuple[int, ...] = ()
+    """Train with these seeds alone; by default with those of the file."""
+    fresh: bool = False
+    """Begin anew, and overwrite a training that is there."""
+    quiet: bool = False
+    """No progress bar."""
+
+    def run(self, console: Console) -> int:
+        """Read, and train."""
+        config = read_config(self.config, self.out, self.seeds)
+        train(config, self.fresh, not self.quiet, console)
+        console.print(f"Written to [bold]{config.out}[/bold]; metanudge evaluate {config.out}", highlight=False)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Evaluate all seeds of a training on test tasks: mean and 95 % interval after every adaptation step."""
+
+    target: tyro.conf.Positional[Path]
+    """The folder that train wrote into, or its settings file."""
+    tasks: int | None = None
+    """How many test tasks; by default what the settings say, or 600."""
+    permutations: int | None = None
+    """Permutations of class labels to average over; by default what the settings say, or 4 of class labels."""
+    weights: Literal["best", "last"] = "best"
+    """Those that were best on the validation tasks, or the last ones."""
+
+    def run(self, console: Console) -> int:
+        """Evaluate, print and write evaluation.json."""
+        evaluate(self.target, self.tasks, self.permutations, self.weights, console)
         return 0
 
 
@@ -117,7 +163,9 @@ class Version:
 
 
 Command = (
-    Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
     | Annotated[Check, tyro.conf.subcommand("check")]
     | Annotated[Smoothness, tyro.conf.subcommand("smoothness")]
     | Annotated[Version, tyro.conf.subcommand("version")]
@@ -125,7 +173,7 @@ Command = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run ``metanudge`` and return its exit status: 0 done, 2 wrong usage or failure."""
+    """Run ``metanudge`` and return its exit status: 0 done, 2 wrong usage or failure, 130 stopped by hand."""
     given = sys.argv[1:] if arguments is None else arguments
     command = tyro.cli(
         Command,
@@ -137,5 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return command.run(console)
     except (MetanudgeError, OSError) as error:
-        Console(stderr=True).print(f"metanudge: {error}", style="red", highlight=False)
+        Console(stderr=True).print(f"metanudge: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
+    except KeyboardInterrupt:
+        Console(stderr=True).print("metanudge: stopped", style="red", highlight=False)
+        return 130

@@ -14,7 +14,7 @@ from metanudge import tree
 from metanudge.batching import single, split
 from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError
-from metanudge.oracle import Call, LiveLosses, LiveModule, RandomState, StackedLosses, Tally
+from metanudge.oracle import BatchNorm, Call, LiveLosses, LiveModule, RandomState, StackedLosses, Tally
 from metanudge.packing import Packing
 from metanudge.selection import Selection
 from metanudge.solvers.loop import Solver
@@ -51,8 +51,8 @@ class Execution(Protocol):
 
 
 @contextmanager
-def _kept(model: nn.Module) -> Iterator[RandomState]:
-    """Keep modes and random state.
+def _kept(model: nn.Module, norm: BatchNorm) -> Iterator[RandomState]:
+    """Keep modes and random state; BatchNorm layers follow their policy.
 
     One draw is taken from the user's generator, so that steps differ and ``torch.manual_seed`` decides them all.
     """
@@ -60,11 +60,15 @@ def _kept(model: nn.Module) -> Iterator[RandomState]:
     seed = int(torch.randint(2**62, ()).item())
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), norm.lent():
             yield RandomState(seed, device)
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+NONE = BatchNorm(None, nn.Identity())
+"""Of a model without BatchNorm layers."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Vectorized:
         model: Never written to.
         losses: The user's support and query loss.
         chunk_size: Tasks at once; None for all.
+        norm: What BatchNorm layers normalise by.
     """
 
     name: ClassVar[str] = "vectorized"
@@ -83,6 +88,7 @@ class Vectorized:
     model: nn.Module
     losses: Mapping[Role, LossFunction]
     chunk_size: int | None = None
+    norm: BatchNorm = NONE
 
     @contextmanager
     def lend(self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally) -> Iterator[Lent]:  # noqa: D102
@@ -95,7 +101,9 @@ class Vectorized:
             first = 0
             for stack in stacks:
                 for chunk, number in split(stack, self.chunk_size):
-                    losses = StackedLosses(call, self.losses, packing, shared, chunk, number, first, random, tally)
+                    losses = StackedLosses(
+                        call, self.losses, packing, shared, chunk, number, first, random, tally, self.norm
+                    )
                     yield InnerProblem(losses, theta, prox, number)
                     first += number
 
@@ -109,7 +117,7 @@ class Vectorized:
             parts = torch.split(found, [leaf.shape[-1] for leaf in theta.values()], dim=1)
             return {key: part.unsqueeze(1).to(theta[key]) for key, part in zip(theta, parts, strict=True)}
 
-        with _kept(self.model) as random:
+        with _kept(self.model, self.norm) as random:
             yield Lent(problems(random), named, rows, lanes)
 
 
@@ -120,6 +128,7 @@ class InPlace:
     Attributes:
         model: Lent out during a step and put back on every exit.
         losses: The user's support and query loss.
+        norm: What BatchNorm layers normalise by.
     """
 
     name: ClassVar[str] = "in_place"
@@ -127,6 +136,7 @@ class InPlace:
 
     model: nn.Module
     losses: Mapping[Role, LossFunction]
+    norm: BatchNorm = NONE
 
     @contextmanager
     def lend(self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally) -> Iterator[Lent]:  # noqa: D102
@@ -135,7 +145,7 @@ class InPlace:
 
         def problems(random: RandomState) -> Iterator[InnerProblem]:
             for index, task in enumerate(task for stack in stacks for task in single(stack)):
-                losses = LiveLosses(live, self.losses, selection.shared, task, index, random, tally)
+                losses = LiveLosses(live, self.losses, selection.shared, task, index, random, tally, self.norm)
                 yield InnerProblem(losses, theta, prox)
 
         def rows(params: Params) -> Tensor:
@@ -148,7 +158,7 @@ class InPlace:
             }
 
         try:
-            with _kept(self.model) as random:
+            with _kept(self.model, self.norm) as random:
                 yield Lent(problems(random), dict, rows, lanes)
         finally:
             live.give_back()
@@ -162,6 +172,7 @@ def choose_execution(
     name: str,
     model: nn.Module,
     losses: Mapping[Role, LossFunction],
+    norm: BatchNorm,
     selection: Selection,
     solver: Solver,
     chunk_size: int | None,
@@ -180,7 +191,7 @@ def choose_execution(
         alone = Need.LIVE_MODULE in solver.needs or compiled or sharded or adapted > LARGE
         name = "in_place" if alone else "vectorized"
     if name == "vectorized":
-        return Vectorized(model, losses, chunk_size)
+        return Vectorized(model, losses, chunk_size, norm)
     if chunk_size is not None:
         raise SettingsError("chunk_size belongs to the vectorized execution; in place there is one task at a time")
-    return InPlace(model, losses)
+    return InPlace(model, losses, norm)

@@ -21,9 +21,10 @@ from metanudge.batching import as_stacks, groups
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, TasksError, UnsolvedWarning
 from metanudge.estimators import FOBMAML, Estimator
 from metanudge.execution import Execution, choose_execution
-from metanudge.oracle import Tally
+from metanudge.oracle import BatchNorm, Policy, Tally
+from metanudge.permutations import permuted
 from metanudge.selection import AdaptOnly, Selection, select_parameters
-from metanudge.settings import check_function, check_part
+from metanudge.settings import check_function, check_part, check_steps
 from metanudge.solvers import Nesterov, Solver
 from metanudge.solvers.loop import solve
 from metanudge.types import Batch, Evaluation, LossFunction, MetaStep, Need, Params, Role, Tasks
@@ -38,7 +39,7 @@ class MetaLearner:
         \phi_i(\theta) = \arg\min_\phi \hat f_i(\phi) + \tfrac{\lambda}{2} \|\phi - \theta\|^2
 
     with support losses f̂ and query losses f. The model is used as it is, in the mode (train or eval) it is in; forward
-    passes may write buffers (BatchNorm statistics), but what they write is undone.
+    passes may write buffers, but what they write is undone.
 
     Args:
         model: Any ``nn.Module``; its parameters are θ.
@@ -55,6 +56,9 @@ class MetaLearner:
         chunk_size: Tasks at once in the vectorised execution; None for all.
         query_loss: The loss that judges adapted models, in the form of ``loss``; None for ``loss`` itself.
         warm_start: Begin inner solves of ``backward`` at the tasks' last solutions; ``mn.WarmStart()``.
+        batch_norm: What BatchNorm layers normalise by; a model that has some needs it said. "transductive": every batch
+            by its own statistics, so query predictions depend on each other; "support": support batches by their own,
+            query batches by those of the support set; "frozen": running statistics, which are never updated.
 
     Raises:
         SettingsError: Settings that can not work, alone or together, with the reason and the cure.
@@ -84,6 +88,7 @@ class MetaLearner:
         chunk_size: int | None = None,
         query_loss: LossFunction | None = None,
         warm_start: WarmStart | None = None,
+        batch_norm: Policy | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise SettingsError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -107,7 +112,10 @@ class MetaLearner:
         self.warm_start = warm_start
         self.adapt_only = adapt_only
         selection = select_parameters(model, adapt_only)
-        self.execution: Execution = choose_execution(execution, model, self.losses, selection, self.solver, chunk_size)
+        self.norm = BatchNorm(batch_norm, model)
+        self.execution: Execution = choose_execution(
+            execution, model, self.losses, self.norm, selection, self.solver, chunk_size
+        )
         self._selection()
         self._told: set[type[Warning]] = set()
 
@@ -287,29 +295,40 @@ class MetaLearner:
             for name, parameter in adapted.named_parameters():
                 if name in named:
                     parameter.copy_(named[name])
+        self.norm.settle(adapted, self.losses[Role.SUPPORT], support)
         return adapted
 
-    def evaluate(self, tasks: Tasks | Iterable[Tasks], metric: LossFunction | None = None) -> Evaluation:
+    def evaluate(
+        self, tasks: Tasks | Iterable[Tasks], metric: LossFunction | None = None, *, permutations: int = 1
+    ) -> Evaluation:
         """Adapt to every task's support set and measure on its query set, after every adaptation step.
 
         Args:
             tasks: A stack of tasks, a list of single ones of any sizes, or an iterable (a loader) of stacks.
             metric: ``metric(model, batch) -> scalar``, e.g. ``mn.metrics.accuracy``; None for the query loss.
+            permutations: A task's score is the mean over so many permutations of its class labels, support and query
+                alike, the first being none: how a classifier's outputs are named should not count. They depend on the
+                task's place alone.
 
         Returns:
             Mean and 95 % confidence interval over tasks, at the end and per step. A solver that stopped early keeps
             its last value.
 
         Raises:
-            TasksError: No tasks, or mismatched ones.
+            TasksError: No tasks, or mismatched ones; permutations of targets that are no class indices ``[n]``.
             SettingsError: A metric that is no function.
             LossError: A loss or metric that is not a scalar.
 
-        Cost: K gradients and K + 1 forward passes a task.
+        Cost: K gradients and K + 1 forward passes a task and permutation.
         """
+        check_steps(permutations, "permutations")
         function = self.losses[Role.QUERY] if metric is None else metric
         check_function("metric", function, "metric(model, batch) -> scalar tensor")
-        values = [self._curves(group, function) for group in groups(tasks)]
+        values: list[Tensor] = []
+        for group in groups(tasks):
+            first = sum(map(len, values))
+            curves = [self._curves(named, function) for named in permuted(group, permutations, first)]
+            values.append(torch.stack(curves).mean(0))
         if not values:
             raise TasksError("there are no tasks to evaluate; the iterable was empty")
         return summarize(torch.cat(values))

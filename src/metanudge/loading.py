@@ -1,11 +1,12 @@
-"""The user's own learner and tasks, by name."""
+"""The user's own functions, by name."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,15 +37,24 @@ def load_learner(target: str) -> Loaded:
         SettingsError: No such file, module or function, or one that returns something else. What the user's own code
             raises passes through.
     """
+    return _unpacked(load_function(target, FORM)(), target)
+
+
+def load_function(target: str, form: str = "one of your own") -> Callable[..., Any]:
+    """The function that ``target``, "package.module:function" or "path/to/file.py:function", names.
+
+    Raises:
+        SettingsError: No such file, module or function.
+    """
     place, colon, name = target.rpartition(":")
     if not colon or not place or not name:
         raise SettingsError(
-            f"expected FILE.py:FUNCTION or package.module:FUNCTION, got {target!r}; the function is {FORM}"
+            f"expected FILE.py:FUNCTION or package.module:FUNCTION, got {target!r}; the function is {form}"
         )
-    function = getattr(_module(place), name, None)
+    function: object = getattr(_module(place), name, None)
     if not callable(function):
-        raise SettingsError(f"{place} has no function {name!r}; it should be {FORM}")
-    return _unpacked(function(), target)
+        raise SettingsError(f"{place} has no function {name!r}; it should be {form}")
+    return function
 
 
 def _module(place: str) -> Any:
@@ -62,6 +72,12 @@ def _module(place: str) -> Any:
     path = Path(place)
     if not path.is_file():
         raise SettingsError(f"there is no file {place}")
+    return _of_file(path.resolve(), path.stat().st_mtime_ns)
+
+
+@cache
+def _of_file(path: Path, _changed: int) -> Any:
+    """The module in a file, run once however many of its functions are asked for."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

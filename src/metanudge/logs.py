@@ -1,17 +1,19 @@
-"""What a training leaves on disk to look at: a table, and TensorBoard's files."""
+"""What a training leaves on disk to look at: tables as CSV and JSON, and TensorBoard's files."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TextIO
 
 from metanudge.errors import SettingsError
 from metanudge.files import write
+from metanudge.types import Evaluation, MetaStep
 
 
 class Record(NamedTuple):
@@ -47,9 +49,29 @@ class Record(NamedTuple):
     validation: float = math.nan
     validation_ci95: float = math.nan
 
+    @classmethod
+    def of(
+        cls,
+        number: int,
+        step: MetaStep | None,
+        evaluations: int,
+        lr: float,
+        seconds: float,
+        found: Evaluation | None,
+    ) -> Record:
+        """Of a meta-step; None for one without a finite task, whose numbers are NaN."""
+        checked = (math.nan, math.nan) if found is None else (found.mean, found.ci95)
+        if step is None:
+            return cls(number, *(math.nan,) * 4, 0, math.nan, 0, evaluations, lr, seconds, *checked)
+        losses = step.query_loss, step.support_loss, step.residual, step.error_bound
+        rest = step.amplified_tasks, step.gradient_norm, step.dropped_tasks
+        return cls(number, *losses, *rest, evaluations, lr, seconds, *checked)
+
 
 class Logs:
-    """``log.csv``, and with ``tensorboard`` its event files, in one folder. Rows after a resumed step are forgotten.
+    """``log.csv``, ``log.jsonl`` (an object a line) and with ``tensorboard`` its event files, in one folder.
+
+    Rows after a resumed step are forgotten.
 
     Args:
         folder: None for no logs.
@@ -61,7 +83,7 @@ class Logs:
     """
 
     def __init__(self, folder: Path | None, history: Sequence[Record], tensorboard: bool) -> None:
-        self._file: io.TextIOWrapper | None = None
+        self._files: list[tuple[TextIO, Callable[[Record], str]]] = []
         self._board: Any = None
         if folder is None:
             if tensorboard:
@@ -75,18 +97,15 @@ class Logs:
                     "tensorboard is not installed; pip install -c constraints.txt '.[tensorboard]', or leave it out"
                 ) from error
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=len(history) + 1)
-        text = io.StringIO()
-        table = csv.writer(text)
-        table.writerow(Record._fields)
-        table.writerows(history)
-        write(folder / "log.csv", text.getvalue().encode())
-        self._file = (folder / "log.csv").open("a", newline="")
+        for name, head, form in (("log.csv", _row(Record._fields), _row), ("log.jsonl", "", _line)):
+            write(folder / name, (head + "".join(map(form, history))).encode())
+            self._files.append(((folder / name).open("a", newline=""), form))
 
     def add(self, record: Record) -> None:
         """Write one row."""
-        if self._file is not None:
-            csv.writer(self._file).writerow(record)
-            self._file.flush()
+        for file, form in self._files:
+            file.write(form(record))
+            file.flush()
         if self._board is not None:
             for name, value in record._asdict().items():
                 if name != "step" and math.isfinite(value):
@@ -100,7 +119,21 @@ class Logs:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the files."""
-        if self._file is not None:
-            self._file.close()
+        for file, _ in self._files:
+            file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _row(values: Iterable[Any]) -> str:
+    """A line of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text).writerow(values)
+    return text.getvalue()
+
+
+def _line(record: Record) -> str:
+    """A line of JSON, which knows no NaN: null."""
+    return (
+        json.dumps({name: value if math.isfinite(value) else None for name, value in record._asdict().items()}) + "\n"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metanudge.errors import LossError
@@ -63,3 +64,24 @@ def squared_error(model: nn.Module, batch: Batch) -> Tensor:
     _same_shape("predictions", predictions, "targets", batch.targets)
     error: Tensor = predictions - batch.targets
     return error.square().mean()
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross entropy of a classifier; a loss.
+
+    Args:
+        model: Maps inputs ``[n, ...]`` to logits ``[n, classes]``.
+        batch: Targets are class indices ``[n]``.
+
+    Raises:
+        LossError: Shapes that do not fit.
+
+    Example:
+        >>> import torch, metanudge as mn
+        >>> batch = mn.Batch(torch.zeros(3, 4), torch.tensor([0, 1, 3]))
+        >>> round(float(mn.metrics.cross_entropy(torch.nn.Identity(), batch).exp()), 3)
+        4.0
+    """
+    logits: Tensor = model(batch.inputs)
+    _same_shape("logits without their last axis", logits[..., 0], "class indices as targets", batch.targets)
+    return F.cross_entropy(logits.flatten(0, -2), batch.targets.flatten())

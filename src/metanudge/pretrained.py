@@ -26,7 +26,7 @@ def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[
     """Write the initialisation, and the settings it is to be adapted with, into ``folder``.
 
     ``model.safetensors`` holds parameters and buffers (tied ones once), ``metanudge.json`` prox, solver, estimator,
-    ``adapt_only`` and ``protocol``. Both are written beside their place and then moved into it.
+    ``adapt_only``, ``batch_norm`` and ``protocol``. Both are written beside their place and then moved into it.
 
     Args:
         learner: Its model is the initialisation.
@@ -56,6 +56,7 @@ def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[
         "solver": _described("solver", learner.solver, SOLVERS),
         "estimator": _described("estimator", learner.estimator, ESTIMATORS),
         "adapt_only": learner.adapt_only if learner.adapt_only is None else _listed(learner.adapt_only),
+        "batch_norm": learner.norm.policy,
         "query_loss": learner.losses[Role.QUERY] is not learner.losses[Role.SUPPORT],
         "protocol": dict(protocol or {}),
     }
@@ -84,8 +85,6 @@ def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **
     Raises:
         SettingsError: Nothing there, weights of another architecture, or a query loss that was used and is not given.
     """
-    from safetensors.torch import load_file, load_model
-
     folder = Path(folder)
     for name in (WEIGHTS, SETTINGS):
         if not (folder / name).is_file():
@@ -97,11 +96,25 @@ def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **
             "solver": _made(record["solver"], SOLVERS),
             "estimator": _made(record["estimator"], ESTIMATORS),
             "adapt_only": record["adapt_only"],
+            "batch_norm": record.get("batch_norm"),
         }
     except (ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{folder / SETTINGS} can not be understood: {error!r}") from error
     if record.get("query_loss") and "query_loss" not in settings:
         raise SettingsError("this learner had a query loss of its own; give query_loss=")
+    learner = MetaLearner(model, loss, **(given | settings))
+    load_weights(model, folder)
+    return learner
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Put the weights of ``folder`` into ``model``, which is left alone where they do not fit.
+
+    Raises:
+        SettingsError: Weights of another architecture.
+    """
+    from safetensors.torch import load_file, load_model
+
     stored = load_file(folder / WEIGHTS)
     own = model.state_dict()
     odd = [name for name, value in stored.items() if name not in own or own[name].shape != value.shape]
@@ -111,12 +124,10 @@ def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **
             f"the weights are of another architecture: {odd[0]} has shape {tuple(stored[odd[0]].shape)}, the model "
             f"has {found}"
         )
-    learner = MetaLearner(model, loss, **(given | settings))
     try:
         load_model(model, str(folder / WEIGHTS))
     except RuntimeError as error:
         raise SettingsError(f"the weights are of another architecture: {error}") from error
-    return learner
 
 
 def _listed(adapt_only: Any) -> str | list[str]:

@@ -4,8 +4,9 @@
 ``LiveLosses``: the module as it is and ``loss.backward()``, for one task.
 """
 
+from metanudge.oracle.batch_norm import BatchNorm, Policy
 from metanudge.oracle.common import RandomState, Tally
 from metanudge.oracle.live import LiveLosses, LiveModule
 from metanudge.oracle.stacked import Call, StackedLosses
 
-__all__ = ["Call", "LiveLosses", "LiveModule", "RandomState", "StackedLosses", "Tally"]
+__all__ = ["BatchNorm", "Call", "LiveLosses", "LiveModule", "Policy", "RandomState", "StackedLosses", "Tally"]

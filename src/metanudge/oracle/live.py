@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metanudge import tree
+from metanudge.oracle.batch_norm import BatchNorm
 from metanudge.oracle.common import RandomState, Tally, require_graph, scalar_loss, sum_of
 from metanudge.types import HessianProduct, LossFunction, Params, Role, Tasks, Weights
 
@@ -54,11 +55,11 @@ class LiveModule:
             parameter.grad = None
             parameter.requires_grad_(name in wanted)
 
-    def reset_buffers(self) -> None:
-        """Undo what forward passes wrote into buffers."""
+    def reset_buffers(self, *, copies: bool = False) -> None:
+        """Undo what forward passes wrote into buffers; or lay out copies, and leave those of a living graph alone."""
         for module, name, buffer, saved in self.buffers:
-            module._buffers[name] = buffer
-            if buffer is not None and saved is not None:
+            module._buffers[name] = saved.clone() if copies and saved is not None else buffer
+            if not copies and buffer is not None and saved is not None:
                 with torch.no_grad():
                     buffer.copy_(saved)
 
@@ -83,6 +84,7 @@ class LiveLosses:
         index: Its index in the whole step, for the random state.
         random: Seeds.
         tally: Counter.
+        norm: What BatchNorm layers normalise by.
     """
 
     live: LiveModule
@@ -92,6 +94,7 @@ class LiveLosses:
     index: int
     random: RandomState
     tally: Tally
+    norm: BatchNorm
     shared: Params = field(init=False)
 
     def __post_init__(self) -> None:
@@ -167,9 +170,13 @@ class LiveLosses:
 
     def _evaluate(self, function: LossFunction, role: Role, phi: Params, step: int) -> Tensor:
         self.live.load(phi)
-        self.live.reset_buffers()
-        self.random.enter(self.index, role, step)
-        return scalar_loss(function, self.live.model, self.task[role.value])
+
+        def at(read: Role, function: LossFunction) -> Tensor:
+            self.live.reset_buffers(copies=read is not role)
+            self.random.enter(self.index, read, step)
+            return scalar_loss(function, self.live.model, self.task[read.value])
+
+        return self.norm.evaluate(role, function, self.losses[Role.SUPPORT], at)
 
     def _taken(self, name: str) -> Tensor:
         """The gradient ``.backward()`` left; the module forgets it, so that the next one can not write into it."""

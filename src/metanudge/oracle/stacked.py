@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from metanudge import tree
 from metanudge.errors import LossError
+from metanudge.oracle.batch_norm import BatchNorm
 from metanudge.oracle.common import RandomState, Tally, require_graph, scalar_loss, sum_of
 from metanudge.packing import Packing
 from metanudge.types import Batch, HessianProduct, LossFunction, Params, PyTree, Role, Tasks, Weights
@@ -75,6 +76,7 @@ class StackedLosses:
         first_task: Index of its first task in the whole step, for the random state.
         random: Seeds.
         tally: Counter.
+        norm: What BatchNorm layers normalise by.
         attached: Keep gradients in the graph (unrolled differentiation).
     """
 
@@ -87,6 +89,7 @@ class StackedLosses:
     first_task: int
     random: RandomState
     tally: Tally
+    norm: BatchNorm
     attached: bool = False
 
     def gradient(self, weights: Weights, phi: Params, step: int) -> Params:  # noqa: D102
@@ -186,15 +189,21 @@ class StackedLosses:
         """
         nodes = _nodes(packed)
         lanes = self._lanes(packed, nodes)
-        data = {role: self.tasks[role.value] for role in functions}
+        read = [Role.SUPPORT, *functions] if self.norm.policy == "support" else functions
+        data = {role: self.tasks[role.value] for role in read}
 
         def one(packed: Params, buffers: dict[Role, dict[str, Tensor]], data: dict[Role, Batch]) -> dict[Role, Tensor]:
             named = self.packing.unpack(packed)
-            values = {}
-            for role, function in functions.items():
-                self.random.enter(self.first_task, role, step)
-                values[role] = self.call.at(named | buffers[role], function, data[role])
-            return values
+
+            def of(asked: Role) -> Tensor:
+                def at(role: Role, function: LossFunction) -> Tensor:
+                    self.random.enter(self.first_task, role, step)
+                    own = tree.clone(buffers[asked]) if role is not asked else buffers[asked]
+                    return self.call.at(named | own, function, data[role])
+
+                return self.norm.evaluate(asked, functions[asked], self.losses[Role.SUPPORT], at)
+
+            return {role: of(role) for role in functions}
 
         buffers = self._buffers(functions, nodes)
         with _explained():

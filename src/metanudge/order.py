@@ -1,0 +1,75 @@
+"""Which tasks every meta-step of a training takes, and drawing them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from metanudge.errors import SettingsError, TasksError
+from metanudge.tasks.episodes import collate
+from metanudge.tasks.seeding import stream
+from metanudge.types import Tasks
+
+
+class Order(Sampler[list[int]]):
+    """Which tasks every meta-step takes: consecutive ones of an endless set, shuffled epochs of a finite one."""
+
+    def __init__(self, number: int | None, size: int, seed: int) -> None:
+        if number is not None and number < size:
+            raise SettingsError(f"a meta-step takes {size} different tasks, but there are {number}")
+        self.number, self.size, self.seed = number, size, seed
+        self.first = self.last = 0
+
+    def at(self, step: int) -> list[int]:
+        """Indices of the tasks of meta-step ``step``, from 0."""
+        if self.number is None:
+            return list(range(step * self.size, (step + 1) * self.size))
+        per_epoch = self.number // self.size  # what is left over waits for another epoch's order
+        epoch, place = divmod(step, per_epoch)
+        shuffled = torch.randperm(self.number, generator=stream(self.seed, epoch))
+        return [int(index) for index in shuffled[place * self.size : (place + 1) * self.size]]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """The steps asked for."""
+        return (self.at(step) for step in range(self.first, self.last))
+
+    def batches(
+        self, tasks: Dataset[Tasks], first: int, last: int, workers: int, device: torch.device
+    ) -> Iterator[tuple[list[int], Tasks | list[Tasks]]]:
+        """Meta-steps first .. last - 1: indices, and the tasks. Torch's own random state is left alone."""
+        self.first, self.last = first, last
+        loader: Any = DataLoader(
+            tasks,
+            batch_sampler=self,
+            collate_fn=collate,
+            num_workers=workers,
+            generator=torch.Generator(),
+        )
+        return ((indices, moved(batch, device)) for indices, batch in zip(self, loader, strict=True))
+
+
+def moved(tasks: Any, device: torch.device) -> Any:
+    """The same tasks on ``device``."""
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tasks)
+
+
+def length(tasks: Dataset[Tasks]) -> int | None:
+    """How many tasks there are; None without an end.
+
+    Raises:
+        TasksError: No dataset of single tasks.
+    """
+    if not hasattr(tasks, "__getitem__") or isinstance(tasks, Tasks | list | tuple | dict):
+        raise TasksError(
+            "fit takes a map-style dataset of tasks, such as mn.tasks.episodes(mn.tasks.sinusoid) or "
+            f"mn.tasks.few_shot(...), got {type(tasks).__name__}"
+        )
+    try:
+        return len(tasks)  # type: ignore[arg-type]
+    except TypeError:
+        return None

@@ -1,0 +1,148 @@
+"""What ``metanudge train`` does: the parts a settings file names, and a training with every seed."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.utils.data import Dataset, Subset
+
+from metanudge.checkpoint import LAST
+from metanudge.config import Config
+from metanudge.errors import SettingsError
+from metanudge.families import draw
+from metanudge.files import write
+from metanudge.learner import MetaLearner
+from metanudge.order import length
+from metanudge.settings import check_folder
+from metanudge.tasks.image_folders import Split
+from metanudge.training import Fit, fit
+from metanudge.types import Tasks
+from metanudge.validation import called
+from metanudge.warm_start import WarmStart
+
+CONFIG = "config.toml"
+FREE = ("steps", "every", "workers", "tensorboard")
+"""Of ``[training]``: what a training may go on with other values of, as no step depends on them."""
+FIXED = ("device", "dtype", "tasks", "model", "learner", "solver", "estimator", "optimizer", "scheduler", "training")
+
+
+def train(config: Config, fresh: bool, progress: bool, console: Console) -> list[Fit]:
+    """Train with every seed into OUT/seed-N, each from its last checkpoint on, if there is one.
+
+    Raises:
+        SettingsError: Settings that can not work; a folder that holds a training with others.
+    """
+    check_folder(config.out)
+    if not fresh:
+        _check_same(config)
+    config.out.mkdir(parents=True, exist_ok=True)
+    write(config.out / CONFIG, config.text.encode())
+    return [_train(config, seed, fresh, progress, console) for seed in config.whole.seeds]
+
+
+def _train(config: Config, seed: int, fresh: bool, progress: bool, console: Console) -> Fit:
+    torch.manual_seed(seed)
+    learner = learner_of(config)
+    optimizer = config.optimizer(learner.model.parameters())
+    given = config.training
+    fixed = first(tasks_of(config, "validation"), config.validation.tasks)
+    found = fit(
+        learner,
+        optimizer,
+        tasks_of(config, "train", seed),
+        steps=given.steps,
+        tasks_per_step=given.tasks_per_step,
+        tasks_at_once=given.tasks_at_once,
+        scheduler=None if config.scheduler is None else config.scheduler(optimizer),
+        max_norm=given.max_norm,
+        validation=[fixed[index] for index in range(len(fixed))] or None,
+        metric=config.metric,
+        better=config.validation.better,
+        every=given.every,
+        out=config.out / f"seed-{seed}",
+        resume=not fresh,
+        workers=given.workers,
+        seed=seed,
+        tensorboard=given.tensorboard,
+        progress=progress,
+    )
+    last = found.history[-1]
+    told = f"seed {seed}: {last.step} steps, {last.seconds:.0f} s, query loss {last.query_loss:.4g}"
+    if found.validation is not None:
+        told += f", validation {called(config.metric)} {found.validation.mean:.4g} ± {found.validation.ci95:.2g}"
+        told += f", best {found.best:.4g} at step {found.best_step}"
+    console.print(told, highlight=False, soft_wrap=True)
+    return found
+
+
+def learner_of(config: Config) -> MetaLearner:
+    """The learner, on a new model drawn from torch's random state."""
+    settings = config.settings
+    model = config.model().to(getattr(torch, config.whole.dtype))
+    return MetaLearner(
+        model.to(device_of(config)),
+        config.loss,
+        query_loss=config.query_loss,
+        prox=settings.prox,
+        solver=config.solver,
+        estimator=config.estimator,
+        execution=settings.execution,
+        adapt_only=settings.adapt_only,
+        chunk_size=settings.chunk_size,
+        batch_norm=settings.batch_norm,
+        warm_start=WarmStart() if settings.warm_start else None,
+    )
+
+
+def device_of(config: Config) -> torch.device:
+    """Where the model is.
+
+    Raises:
+        SettingsError: No such device here.
+    """
+    try:
+        return torch.empty(0, device=config.whole.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f'there is no device "{config.whole.device}" here: {error}'.splitlines()[0]) from error
+
+
+def tasks_of(config: Config, split: Split, seed: int = 0) -> Dataset[Tasks]:
+    """Single tasks of a split."""
+    number = config.number if split == "train" else None
+    return draw(config.family, split, seed, getattr(torch, config.whole.dtype), number)
+
+
+def first(tasks: Dataset[Tasks], number: int) -> Subset[Tasks]:
+    """The first ``number`` tasks, or as many as there are; each drawn when it is asked for."""
+    have = length(tasks)
+    return Subset(tasks, range(number if have is None else min(number, have)))
+
+
+def _check_same(config: Config) -> None:
+    """Refuse to go on with a training of other settings."""
+    path = config.out / CONFIG
+    if not path.is_file() or not any(config.out.glob(f"seed-*/{LAST}")):
+        return
+    before, now = (_settled(table) for table in (tomllib.loads(path.read_text()), config.table))
+    for key in dict.fromkeys([*before, *now]):
+        if before.get(key) != now.get(key):
+            raise SettingsError(
+                f"{config.out} holds a training with {key} = {before.get(key, 'left out')}, these settings have "
+                f"{now.get(key, 'left out')}; give another folder (--out), or begin anew (--fresh)"
+            )
+
+
+def _settled(table: dict[str, Any]) -> dict[str, Any]:
+    """What a training can not change on its way, by dotted key."""
+    found = {}
+    for name in FIXED:
+        part = table.get(name)
+        if isinstance(part, dict):
+            kept = {key: value for key, value in part.items() if name != "training" or key not in FREE}
+            found.update({f"{name}.{key}": value for key, value in kept.items()})
+        elif part is not None:
+            found[name] = part
+    return found

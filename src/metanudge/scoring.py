@@ -1,0 +1,148 @@
+"""What ``metanudge evaluate`` does: all seeds of a training on test tasks, after every adaptation step."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader, Subset
+
+from metanudge.accumulation import summarize
+from metanudge.checkpoint import LAST
+from metanudge.config import Config, read_config
+from metanudge.errors import SettingsError
+from metanudge.files import load_state, write
+from metanudge.order import moved
+from metanudge.pretrained import load_weights
+from metanudge.runs import CONFIG, device_of, first, learner_of, tasks_of
+from metanudge.settings import check_steps
+from metanudge.tasks.episodes import collate
+from metanudge.training import BEST
+from metanudge.types import Evaluation, Tasks
+from metanudge.validation import called
+
+RESULT = "evaluation.json"
+FEW_TASKS, FEW_SEEDS, LABEL_PERMUTATIONS = 600, 3, 4
+Weights = Literal["best", "last"]
+
+
+def evaluate(
+    target: Path, number: int | None, permutations: int | None, weights: Weights, console: Console
+) -> dict[str, Any]:
+    """Adapt every seed's model to the same test tasks; print a table and write OUT/evaluation.json.
+
+    Args:
+        target: A folder that ``train`` left, or its settings file.
+        number: Test tasks; None for what the settings say, 600 if nothing.
+        permutations: Of the class labels; None for what the settings say.
+        weights: Those that were best on the validation tasks (the last ones, where there were none), or the last.
+        console: To print to.
+
+    Returns:
+        What was written.
+
+    Raises:
+        SettingsError: Nothing there to evaluate.
+    """
+    config = read_config(target / CONFIG, target) if target.is_dir() else read_config(target)
+    for name, value in (("tasks", number), ("permutations", permutations)):
+        if value is not None:
+            check_steps(value, name)
+    folders = _folders(config.out)
+    tasks = first(tasks_of(config, "test"), number or config.testing.tasks)
+    permutations = permutations or config.testing.permutations or (LABEL_PERMUTATIONS if _labelled(tasks[0]) else 1)
+    found: dict[int, Evaluation] = {}
+    for seed, folder in folders.items():
+        with console.status(f"seed {seed}: adapting to {len(tasks)} tasks"):
+            found[seed] = _evaluated(config, folder, tasks, permutations, weights)
+    whole = summarize(torch.stack([one.values for one in found.values()]).mean(0))
+    means = torch.tensor([one.mean for one in found.values()], dtype=torch.float64)
+    record = {
+        "metric": called(config.metric),
+        "tasks": len(tasks),
+        "permutations": permutations,
+        "weights": weights,
+        **_numbers(whole),
+        "std_over_seeds": float(means.std()) if len(means) > 1 else math.nan,
+        "seeds": {str(seed): _numbers(one) for seed, one in found.items()},
+    }
+    write(config.out / RESULT, json.dumps(_json(record), indent=1).encode() + b"\n")
+    _show(record, whole, found, console)
+    console.print(f"Written to [bold]{config.out / RESULT}[/bold]", highlight=False)
+    return record
+
+
+def _folders(out: Path) -> dict[int, Path]:
+    """The trainings in ``out``, by seed."""
+    numbered = {path.name.removeprefix("seed-"): path for path in out.glob("seed-*") if (path / LAST).is_file()}
+    found = {int(name): path for name, path in numbered.items() if name.isdigit()}
+    if not found:
+        raise SettingsError(f"there is no training in {out}: no seed-N/{LAST}; metanudge train makes them")
+    return dict(sorted(found.items()))
+
+
+def _evaluated(config: Config, folder: Path, tasks: Subset[Tasks], permutations: int, weights: Weights) -> Evaluation:
+    """One training on the tasks, without dropout."""
+    torch.manual_seed(0)
+    learner = learner_of(config)
+    if weights == "best" and (folder / BEST).is_dir():
+        load_weights(learner.model, folder / BEST)
+    else:
+        try:
+            learner.model.load_state_dict(load_state(folder / LAST)["model"])
+        except (KeyError, RuntimeError) as error:
+            raise SettingsError(f"{folder / LAST} is of another model: {error}") from error
+    learner.model.eval()
+    size, device = config.training.tasks_per_step, device_of(config)
+    loader: Any = DataLoader(tasks, batch_size=size, collate_fn=collate)
+    return learner.evaluate((moved(batch, device) for batch in loader), config.metric, permutations=permutations)
+
+
+def _labelled(task: Tasks) -> bool:
+    """Whether targets are class labels."""
+    targets = task.query.targets
+    return isinstance(targets, torch.Tensor) and targets.ndim == 1 and targets.dtype == torch.int64
+
+
+def _numbers(found: Evaluation) -> dict[str, Any]:
+    curves = {"curve": found.curve.tolist(), "curve_ci95": found.curve_ci95.tolist()}
+    return {"mean": found.mean, "ci95": found.ci95, **curves}
+
+
+def _json(value: Any) -> Any:
+    """With null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _json(inside) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [_json(inside) for inside in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _show(record: dict[str, Any], whole: Evaluation, found: dict[int, Evaluation], console: Console) -> None:
+    table = Table("adaptation steps", *(f"seed {seed}" for seed in found), "mean of seeds", title=record["metric"])
+    last = len(whole.curve) - 1
+    for step in _steps(last):
+        cells = [f"{one.curve[step]:.4g} ± {one.curve_ci95[step]:.2g}" for one in found.values()]
+        table.add_row(str(step), *cells, f"{whole.curve[step]:.4g} ± {whole.curve_ci95[step]:.2g}")
+    console.print(table)
+    told = f"{record['metric']} {whole.mean:.4g} ± {whole.ci95:.2g} (95 % interval over {record['tasks']} tasks)"
+    if len(found) > 1:
+        told += f", standard deviation over {len(found)} seeds {record['std_over_seeds']:.2g}"
+    if record["permutations"] > 1:
+        told += f", mean over {record['permutations']} label permutations of every task"
+    console.print(told, highlight=False, soft_wrap=True)
+    for what, number, enough in (("tasks", record["tasks"], FEW_TASKS), ("seeds", len(found), FEW_SEEDS)):
+        if number < enough:
+            console.print(f"Only {number} of {what}: report at least {enough}.", style="yellow", highlight=False)
+
+
+def _steps(last: int) -> list[int]:
+    """All steps of a short adaptation, some of a long one."""
+    if last <= 20:
+        return list(range(last + 1))
+    return sorted({round(last ** (place / 12)) for place in range(13)} | {0, last})
