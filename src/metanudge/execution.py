@@ -130,7 +130,7 @@ class InPlace:
 
     @contextmanager
     def lend(self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally) -> Iterator[Lent]:  # noqa: D102
-        live = LiveModule.take(self.model)
+        live = LiveModule.take(self.model, selection.adapted)
         theta = {name: live.values[name] for name in selection.adapted}
 
         def problems(random: RandomState) -> Iterator[InnerProblem]:

@@ -18,10 +18,12 @@ from torch.utils._pytree import tree_map
 from metanudge import advice
 from metanudge.accumulation import FiniteMean, summarize
 from metanudge.batching import as_stacks, groups
+from metanudge.energy import InnerProblem
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, TasksError, UnsolvedWarning
 from metanudge.estimators import FOBMAML, Estimator
-from metanudge.execution import Execution, choose_execution
+from metanudge.execution import Execution, Lent, choose_execution
 from metanudge.oracle import Tally
+from metanudge.oracle.common import whole
 from metanudge.selection import AdaptOnly, Selection, select_parameters
 from metanudge.settings import check_function, check_part
 from metanudge.solvers import Nesterov, Solver
@@ -168,23 +170,26 @@ class MetaLearner:
         stacks, places = as_stacks(tasks, self._device)
         order = iter(self._in_order(indices, places))
         tally, mean = Tally(), FiniteMean()
-        solved: list[tuple[list[int], Tensor]] = []
         with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, tally) as lent:
-            for problem in lent.problems:
-                if self.warm_start is not None:
-                    known = list(islice(order, problem.tasks))
-                    rows = lent.rows(problem.losses.spread(problem.theta))
-                    problem = replace(problem, start=lent.lanes(self.warm_start.get(known, rows)))
-                estimate = self.estimator(problem, self.solver)
-                mean.add(problem, estimate, lent.named)
-                if self.warm_start is not None:
-                    diverged = estimate.diverged.reshape(-1, 1)
-                    solved.append((known, lent.rows(estimate.solution).masked_fill(diverged, float("nan")).cpu()))
+            solved = [self._add(mean, lent, problem, list(islice(order, problem.tasks))) for problem in lent.problems]
+        del lent  # and with it what the estimates were made of
         step = self._deposit(mean, tally)
         if self.warm_start is not None:
             for known, rows in solved:
                 self.warm_start.put(known, rows)
         return step
+
+    def _add(self, mean: FiniteMean, lent: Lent, problem: InnerProblem, known: list[int]) -> tuple[list[int], Tensor]:
+        """Estimate, and add to the mean; nothing but the indices and solutions for a warm start stays alive."""
+        if self.warm_start is not None:
+            rows = lent.rows(problem.losses.spread(problem.theta))
+            problem = replace(problem, start=lent.lanes(self.warm_start.get(known, rows)))
+        estimate = self.estimator(problem, self.solver)
+        mean.add(problem, estimate, lent.named)
+        if self.warm_start is None:
+            return [], torch.empty(0)
+        diverged = estimate.diverged.reshape(-1, 1)
+        return known, lent.rows(estimate.solution).masked_fill(diverged, float("nan")).cpu()
 
     def _in_order(self, indices: Sequence[int] | None, places: list[int]) -> list[int]:
         """The indices in the order in which the tasks are solved."""
@@ -228,17 +233,16 @@ class MetaLearner:
             elif 2 * numbers.amplified_tasks > mean.kept:
                 told = advice.amplified(numbers.amplified_tasks, mean.kept, self.prox)
                 self._tell_once(UnsolvedWarning, told)
-        parameters = dict(self.model.named_parameters())
-        gradient = mean.gradient()
+        parameters, squares = dict(self.model.named_parameters()), []
         with torch.no_grad():
-            for name, leaf in gradient.items():
+            for name, leaf in mean.spend():
+                squares.append(whole(leaf.double().square().sum()))
                 parameter = parameters[name]
                 if parameter.grad is None:
-                    parameter.grad = leaf.to(parameter.dtype, copy=True)
+                    parameter.grad = leaf.to(parameter.dtype)
                 else:
                     parameter.grad.add_(leaf)
-        norm = torch.stack([leaf.double().square().sum() for leaf in gradient.values()]).sum().sqrt()
-        return MetaStep(*numbers, float(norm), dropped, tally.gradients)
+        return MetaStep(*numbers, float(torch.stack(squares).sum().sqrt()), dropped, tally.gradients)
 
     def _tell_once(self, kind: type[Warning], text: str) -> None:
         if kind not in self._told:

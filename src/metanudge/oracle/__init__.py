@@ -5,7 +5,8 @@
 """
 
 from metanudge.oracle.common import RandomState, Tally
-from metanudge.oracle.live import LiveLosses, LiveModule
+from metanudge.oracle.live import LiveLosses
+from metanudge.oracle.module import LiveModule
 from metanudge.oracle.stacked import Call, StackedLosses
 
 __all__ = ["Call", "LiveLosses", "LiveModule", "RandomState", "StackedLosses", "Tally"]

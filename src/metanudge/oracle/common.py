@@ -34,6 +34,17 @@ class RandomState:
             torch.cuda.manual_seed(seed)
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums over tensors of ``dtype`` are kept in: float32 for those of less precision."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The plain tensor of which the ranks hold parts."""
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return found
+
+
 def scalar_loss(function: LossFunction, model: nn.Module, batch: Batch) -> Tensor:
     """Evaluate a user's loss or metric.
 

@@ -2,73 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from metanudge import tree
-from metanudge.oracle.common import RandomState, Tally, require_graph, scalar_loss, sum_of
-from metanudge.types import HessianProduct, LossFunction, Params, Role, Tasks, Weights
-
-
-@dataclass(frozen=True)
-class LiveModule:
-    """The user's module, lent out: what was there when it was taken, and how to put it back."""
-
-    model: nn.Module
-    parameters: dict[str, nn.Parameter]
-    values: Params
-    gradients: dict[str, Tensor | None]
-    trainable: dict[str, bool]
-    buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]]
-
-    @classmethod
-    def take(cls, model: nn.Module) -> LiveModule:
-        """Remember parameters, gradients, flags and buffers."""
-        parameters = dict(model.named_parameters())
-        return cls(
-            model,
-            parameters,
-            {name: parameter.detach().clone() for name, parameter in parameters.items() if parameter.requires_grad},
-            {name: parameter.grad for name, parameter in parameters.items()},
-            {name: parameter.requires_grad for name, parameter in parameters.items()},
-            [
-                (module, name, buffer, None if buffer is None else buffer.clone())
-                for module in model.modules()
-                for name, buffer in module._buffers.items()
-            ],
-        )
-
-    def load(self, params: Mapping[str, Tensor]) -> None:
-        """Write ``params`` into the module; those that already are its parameters stay."""
-        with torch.no_grad():
-            for name, value in params.items():
-                if value is not self.parameters[name]:
-                    self.parameters[name].copy_(value)
-
-    def watch(self, wanted: Sequence[str]) -> None:
-        """Let ``.backward()`` fill the gradients of ``wanted`` and of nothing else."""
-        for name, parameter in self.parameters.items():
-            parameter.grad = None
-            parameter.requires_grad_(name in wanted)
-
-    def reset_buffers(self) -> None:
-        """Undo what forward passes wrote into buffers."""
-        for module, name, buffer, saved in self.buffers:
-            module._buffers[name] = buffer
-            if buffer is not None and saved is not None:
-                with torch.no_grad():
-                    buffer.copy_(saved)
-
-    def give_back(self) -> None:
-        """Put everything back."""
-        self.load(self.values)
-        self.reset_buffers()
-        for name, parameter in self.parameters.items():
-            parameter.grad = self.gradients[name]
-            parameter.requires_grad_(self.trainable[name])
+from metanudge.oracle.common import RandomState, Tally, accumulator, require_graph, scalar_loss, sum_of, whole
+from metanudge.oracle.module import LiveModule
+from metanudge.types import Batch, HessianProduct, LossFunction, Params, Role, Tasks, Weights
 
 
 @dataclass(frozen=True)
@@ -95,7 +38,8 @@ class LiveLosses:
     shared: Params = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shared", {name: self.live.values[name] for name in self.shared_names})
+        shared = {name: self.live.parameters[name].detach() for name in self.shared_names}
+        object.__setattr__(self, "shared", shared)
 
     def gradient(self, weights: Weights, phi: Params, step: int) -> Params:  # noqa: D102
         return self._differentiate(weights, phi, tuple(phi), step)[1]
@@ -107,8 +51,10 @@ class LiveLosses:
         return self._differentiate({role: 1.0}, phi, (*phi, *self.shared_names), step)
 
     def value(self, function: LossFunction, role: Role, phi: Params) -> Tensor:  # noqa: D102
+        self.live.load(phi)
+        self.random.enter(self.index, role, 0)
         with torch.no_grad():
-            return self._evaluate(function, role, phi, 0)
+            return self._evaluate(function, self.task[role.value])
 
     def loss(self, role: Role, phi: Params) -> Tensor:  # noqa: D102
         return self.value(self.losses[role], role, phi)
@@ -123,7 +69,12 @@ class LiveLosses:
         return params
 
     def inner(self, a: Params, b: Params) -> Tensor:  # noqa: D102
-        return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
+        products = [(a[name].to(accumulator(a[name].dtype)) * b[name]).sum() for name in a]
+        sharded = [product for product in products if hasattr(product, "full_tensor")]
+        if sharded:
+            products = [product for product in products if not hasattr(product, "full_tensor")]
+            products.append(whole(reduce(torch.add, sharded)))  # over the ranks once
+        return torch.stack(products).sum()
 
     def stencil_sums(  # noqa: D102
         self,
@@ -134,13 +85,13 @@ class LiveLosses:
         like = next(iter(self.live.values.values()))
         totals: list[tuple[Params, ...]] = []
         for node, *weights in zip(nodes, *rows, strict=True):
-            terms = term(like.new_tensor(node))
-            if not totals:
-                totals = [tuple(tree.zeros(one) for one in terms) for _ in rows]
-            totals = [
-                tuple(tree.axpy(weight, one, total) for one, total in zip(terms, sums, strict=True))
-                for weight, sums in zip(weights, totals, strict=True)
-            ]
+            terms = term(torch.tensor(node, dtype=like.dtype, device=like.device))
+            totals = totals or [tuple({} for _ in terms) for _ in rows]
+            for place, one in enumerate(terms):
+                for name in list(one):
+                    leaf = one.pop(name)
+                    for weight, sums in zip(weights, totals, strict=True):
+                        _accumulate(sums[place], name, leaf, weight)
         return totals
 
     def steppable(self, start: Params) -> Params:  # noqa: D102
@@ -154,25 +105,33 @@ class LiveLosses:
         self, weights: Weights, phi: Params, wanted: tuple[str, ...], step: int
     ) -> tuple[Tensor, Params]:
         """One ``.backward()`` a loss, so that one loss's activations are alive at a time; ``.grad`` adds them up."""
+        self.live.load(phi)
         self.live.watch(wanted)
         losses = {}
         for role, weight in weights.items():
+            self.random.enter(self.index, role, step)
             with torch.enable_grad():
-                loss = self._evaluate(self.losses[role], role, phi, step)
+                loss = self._evaluate(self.losses[role], self.task[role.value])
                 require_graph(loss)
                 (weight * loss).backward()  # type: ignore[no-untyped-call]
             losses[role] = loss.detach()
         self.tally.gradients += len(losses)
         return sum_of(weights, losses), {name: self._taken(name) for name in wanted}
 
-    def _evaluate(self, function: LossFunction, role: Role, phi: Params, step: int) -> Tensor:
-        self.live.load(phi)
+    def _evaluate(self, function: LossFunction, batch: Batch) -> Tensor:
         self.live.reset_buffers()
-        self.random.enter(self.index, role, step)
-        return scalar_loss(function, self.live.model, self.task[role.value])
+        return scalar_loss(function, self.live.model, batch)
 
     def _taken(self, name: str) -> Tensor:
         """The gradient ``.backward()`` left; the module forgets it, so that the next one can not write into it."""
         parameter = self.live.parameters[name]
         gradient, parameter.grad = parameter.grad, None
         return torch.zeros_like(parameter) if gradient is None else gradient
+
+
+def _accumulate(sums: Params, name: str, leaf: Tensor, weight: float) -> None:
+    """Add to a sum in place."""
+    if name in sums:
+        sums[name].add_(leaf, alpha=weight)
+    else:
+        sums[name] = weight * leaf.to(accumulator(leaf.dtype))
