@@ -25,6 +25,7 @@ from metanudge.estimators import (
 )
 from metanudge.learner import MetaLearner
 from metanudge.logs import Record
+from metanudge.minibatches import Minibatches
 from metanudge.pretrained import load_pretrained
 from metanudge.solvers import SOLVERS, Adam, GradientDescent, Nesterov, TorchOptimizer
 from metanudge.training import Fit, fit
@@ -52,6 +53,7 @@ __all__ = [
     "MetaLearner",
     "MetaStep",
     "MetanudgeError",
+    "Minibatches",
     "Nesterov",
     "NonFiniteError",
     "NonFiniteWarning",

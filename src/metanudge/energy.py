@@ -113,6 +113,8 @@ class InnerProblem:
         prox: λ >= 0.
         tasks: How many tasks the lanes hold.
         start: Where the free solve begins, a lane a task; None for θ.
+        sampled: Whether f̂ is seen through minibatches, so that nothing can be certified.
+        round_off: Relative round-off of gradients, where it is above that of the numbers they come in.
     """
 
     losses: LossGradients
@@ -120,6 +122,8 @@ class InnerProblem:
     prox: float
     tasks: int = 1
     start: Params | None = None
+    sampled: bool = False
+    round_off: float = 0.0
 
     def energy(self, nu: Tensor | None = None, slope: Params | None = None) -> Energy:
         """E(·; θ, ν); free without ``nu``, linearly nudged with ``slope``."""
@@ -148,5 +152,6 @@ class InnerProblem:
         _, pull = self.losses.value_and_all_gradients(Role.SUPPORT, phi, step)
         if energy.nu is not None and energy.slope is None:
             _, query = self.losses.value_and_all_gradients(Role.QUERY, phi, step)
-            pull = tree.axpy(energy.nu, query, pull)
+            nu = energy.nu
+            pull = tree.spend(lambda support, query: support + tree.over(nu, query) * query, pull, query)
         return pull

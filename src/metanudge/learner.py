@@ -21,7 +21,8 @@ from metanudge.batching import as_stacks, groups
 from metanudge.energy import InnerProblem
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, TasksError, UnsolvedWarning
 from metanudge.estimators import FOBMAML, Estimator
-from metanudge.execution import Execution, Lent, choose_execution
+from metanudge.execution import Execution, Lent, choose_execution, is_sharded
+from metanudge.minibatches import as_minibatches
 from metanudge.oracle import Tally
 from metanudge.oracle.common import whole
 from metanudge.selection import AdaptOnly, Selection, select_parameters
@@ -49,12 +50,14 @@ class MetaLearner:
         solver: How the inner problem is solved; None for ``Nesterov(steps=16)``.
         estimator: How the meta-gradient is formed; None for ``FOBMAML()``.
         execution: "vectorized" (all tasks at once under vmap), "in_place" (the live module, ``.backward()`` only), or
-            "auto": in place when the solver is a torch optimizer, the model is compiled or sharded, or more than ten
-            million parameters are adapted; otherwise vectorised.
+            "auto": in place when the solver is a torch optimizer, the model is compiled or sharded, more than ten
+            million parameters are adapted, or ``microbatch`` is given; otherwise vectorised.
         adapt_only: Parameters the inner problem adapts: names of parameters or modules (``"head"``), patterns
             (``"*.bias"``), or a predicate ``(name, parameter) -> bool``; None for all. Other trainable parameters are
             shared by all tasks and get their own exact meta-gradient; frozen ones cost nothing.
         chunk_size: Tasks at once in the vectorised execution; None for all.
+        microbatch: Examples of a task in one forward pass of the in-place execution, whose losses have to be means over
+            the examples: gradients are added up over the pieces. None for all at once.
         query_loss: The loss that judges adapted models, in the form of ``loss``; None for ``loss`` itself.
         warm_start: Begin inner solves of ``backward`` at the tasks' last solutions; ``mn.WarmStart()``.
 
@@ -84,6 +87,7 @@ class MetaLearner:
         execution: Literal["auto", "vectorized", "in_place"] = "auto",
         adapt_only: AdaptOnly | None = None,
         chunk_size: int | None = None,
+        microbatch: int | None = None,
         query_loss: LossFunction | None = None,
         warm_start: WarmStart | None = None,
     ) -> None:
@@ -94,10 +98,9 @@ class MetaLearner:
                 check_function(argument, function, "loss(model, batch) -> scalar tensor")
         if isinstance(prox, bool) or not isinstance(prox, int | float) or not 0 <= prox < float("inf"):
             raise SettingsError(f"prox must be a finite number of at least 0, got {prox!r}")
-        if chunk_size is not None and (
-            isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
-        ):
-            raise SettingsError(f"chunk_size must be a whole number of at least 1 or None, got {chunk_size!r}")
+        for name, number in (("chunk_size", chunk_size), ("microbatch", microbatch)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+                raise SettingsError(f"{name} must be a whole number of at least 1 or None, got {number!r}")
         self.model = model
         self.losses = {Role.SUPPORT: loss, Role.QUERY: loss if query_loss is None else query_loss}
         self.prox = float(prox)
@@ -109,7 +112,9 @@ class MetaLearner:
         self.warm_start = warm_start
         self.adapt_only = adapt_only
         selection = select_parameters(model, adapt_only)
-        self.execution: Execution = choose_execution(execution, model, self.losses, selection, self.solver, chunk_size)
+        self.execution: Execution = choose_execution(
+            execution, model, self.losses, selection, self.solver, chunk_size, microbatch
+        )
         self._selection()
         self._told: set[type[Warning]] = set()
 
@@ -253,13 +258,15 @@ class MetaLearner:
         """Adapt to one task: a new module of the same class; this learner's model is untouched.
 
         Args:
-            support: The examples of one task, without a task axis.
+            support: The examples of one task, without a task axis; or ``mn.Minibatches`` of them.
 
         Returns:
-            A deep copy of the model with the adapted parameters φ(θ).
+            A deep copy of the model with the adapted parameters φ(θ); frozen parameters (``requires_grad=False``) are
+            not copied, the two modules share them.
 
         Raises:
             TasksError: An empty support set, or one on another device than the model.
+            SettingsError: A model sharded by FSDP2, which can not be copied.
             LossError: A loss that is not a scalar or does not depend on the adapted parameters.
             NonFiniteError: The solve ended in non-finite parameters.
 
@@ -272,10 +279,12 @@ class MetaLearner:
             >>> bool((adapted.weight - 3).abs() < 0.2)
             True
         """
-        if not isinstance(support, Batch):
-            raise TasksError(f"adapt expects mn.Batch(inputs, targets) of one task, got {type(support).__name__}")
-        stack = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, support)
-        stacks, _ = as_stacks(Tasks(stack, stack), self._device)
+        if is_sharded(self.model):
+            raise SettingsError(
+                "adapt copies the model, which FSDP2 does not allow; use evaluate, or adapt the model unsharded, from "
+                "the initialisation that torch.distributed.checkpoint saves"
+            )
+        stacks = self._alone(support)
         with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, Tally()) as lent:
             problem = next(lent.problems)
             solution = solve(self.solver, problem.energy(), problem.losses.spread(problem.theta))
@@ -285,13 +294,24 @@ class MetaLearner:
                 "adaptation ended in non-finite parameters; let the inner solver take smaller steps (lr) "
                 "or hold it closer (prox)"
             )
-        adapted = copy.deepcopy(self.model)
+        frozen = {id(parameter): parameter for parameter in self.model.parameters() if not parameter.requires_grad}
+        adapted = copy.deepcopy(self.model, memo=dict(frozen))
         adapted.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
                 if name in named:
                     parameter.copy_(named[name])
         return adapted
+
+    def _alone(self, support: Batch) -> list[Tasks]:
+        """The stack of a task whose query does not matter."""
+        source = as_minibatches(support)
+        if source is not None:
+            return as_stacks([Tasks(support, source[0])], self._device)[0]
+        if not isinstance(support, Batch):
+            raise TasksError(f"adapt expects mn.Batch(inputs, targets) of one task, got {type(support).__name__}")
+        stack = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, support)
+        return as_stacks(Tasks(stack, stack), self._device)[0]
 
     def evaluate(self, tasks: Tasks | Iterable[Tasks], metric: LossFunction | None = None) -> Evaluation:
         """Adapt to every task's support set and measure on its query set, after every adaptation step.

@@ -117,7 +117,7 @@ class FOBMAML:
         start = free.phi if at_solution else problem.losses.spread(problem.theta)
         schedule = solver.settle(free.schedule, self._steps(solver)) if at_solution else free.schedule
 
-        certified = self.certify and at_solution and self.nudge == "linear"
+        certified = self.certify and at_solution and self.nudge == "linear" and not problem.sampled
         if slope is None:
             free = free._replace(query_gradient={})
         if not at_solution and 0 not in stencil.nodes:
@@ -170,7 +170,7 @@ class FOBMAML:
         if self.nu != "auto":
             nu = torch.full_like(norm, self.nu)
             return nu, nu / s
-        least = torch.finfo(norm.dtype).eps ** (1 / (order + 1))
+        least = max(torch.finfo(norm.dtype).eps, problem.round_off) ** (1 / (order + 1))
         if self.nudge == "full":
             nu = least * torch.minimum(s, s ** (1 / (order + 1)))
             return nu, nu / s

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
 from torch import Tensor
 
+from metanudge.batching import check_device, leaves, pieces
+from metanudge.minibatches import as_minibatches
 from metanudge.oracle.common import RandomState, Tally, accumulator, require_graph, scalar_loss, sum_of, whole
 from metanudge.oracle.module import LiveModule
 from metanudge.types import Batch, HessianProduct, LossFunction, Params, Role, Tasks, Weights
@@ -23,6 +25,7 @@ class LiveLosses:
         losses: The user's support and query loss.
         shared_names: Trainable parameters that are not adapted.
         task: The task, without a task axis.
+        microbatch: Most examples in a forward pass; None for all.
         index: Its index in the whole step, for the random state.
         random: Seeds.
         tally: Counter.
@@ -32,6 +35,7 @@ class LiveLosses:
     losses: Mapping[Role, LossFunction]
     shared_names: tuple[str, ...]
     task: Tasks
+    microbatch: int | None
     index: int
     random: RandomState
     tally: Tally
@@ -42,7 +46,7 @@ class LiveLosses:
         object.__setattr__(self, "shared", shared)
 
     def gradient(self, weights: Weights, phi: Params, step: int) -> Params:  # noqa: D102
-        return self._differentiate(weights, phi, tuple(phi), step)[1]
+        return self._differentiate(weights, phi, tuple(phi), step, minibatch=step)[1]
 
     def value_and_gradient(self, role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:  # noqa: D102
         return self._differentiate({role: 1.0}, phi, tuple(phi), step)
@@ -51,13 +55,10 @@ class LiveLosses:
         return self._differentiate({role: 1.0}, phi, (*phi, *self.shared_names), step)
 
     def value(self, function: LossFunction, role: Role, phi: Params) -> Tensor:  # noqa: D102
-        self.live.load(phi)
-        self.random.enter(self.index, role, 0)
-        with torch.no_grad():
-            return self._evaluate(function, self.task[role.value])
+        return self._value(function, role, phi, None)
 
     def loss(self, role: Role, phi: Params) -> Tensor:  # noqa: D102
-        return self.value(self.losses[role], role, phi)
+        return self._value(self.losses[role], role, phi, self.microbatch)
 
     def hessian_product(self, phi: Params, step: int) -> HessianProduct:  # noqa: D102
         raise NotImplementedError("the live module is never differentiated twice")
@@ -102,25 +103,51 @@ class LiveLosses:
         self.tally.gradients += gradients
 
     def _differentiate(
-        self, weights: Weights, phi: Params, wanted: tuple[str, ...], step: int
+        self, weights: Weights, phi: Params, wanted: tuple[str, ...], step: int, minibatch: int = 0
     ) -> tuple[Tensor, Params]:
-        """One ``.backward()`` a loss, so that one loss's activations are alive at a time; ``.grad`` adds them up."""
+        """One ``.backward()`` a piece of a loss, so that its activations alone are alive; ``.grad`` adds them up."""
         self.live.load(phi)
         self.live.watch(wanted)
-        losses = {}
+        losses: dict[Role, Tensor] = {}
+        sums: Params = {}
         for role, weight in weights.items():
-            self.random.enter(self.index, role, step)
-            with torch.enable_grad():
-                loss = self._evaluate(self.losses[role], self.task[role.value])
-                require_graph(loss)
-                (weight * loss).backward()  # type: ignore[no-untyped-call]
-            losses[role] = loss.detach()
+            for batch, share in self._pieces(role, step, minibatch, self.microbatch):
+                with torch.enable_grad():
+                    loss = self._evaluate(self.losses[role], batch)
+                    require_graph(loss)
+                    (weight * share * loss).backward()  # type: ignore[no-untyped-call]
+                value = share * loss.detach()
+                losses[role] = losses[role] + value if role in losses else value
+                self._widen(wanted, sums)
         self.tally.gradients += len(losses)
-        return sum_of(weights, losses), {name: self._taken(name) for name in wanted}
+        return sum_of(weights, losses), {name: sums[name] if name in sums else self._taken(name) for name in wanted}
+
+    def _value(self, function: LossFunction, role: Role, phi: Params, microbatch: int | None) -> Tensor:
+        self.live.load(phi)
+        with torch.no_grad():
+            parts = [share * self._evaluate(function, batch) for batch, share in self._pieces(role, 0, 0, microbatch)]
+        return torch.stack(parts).sum()
+
+    def _pieces(self, role: Role, step: int, minibatch: int, microbatch: int | None) -> Iterator[tuple[Batch, float]]:
+        """The batch of an evaluation in pieces, and its random state."""
+        self.random.enter(self.index, role, step)
+        batch, source = self.task[role.value], as_minibatches(self.task[role.value])
+        if source is not None:
+            batch = source[minibatch]  # whatever it draws, it draws for every solve
+            check_device(leaves(batch), self.random.device)
+            self.random.enter(self.index, role, step)
+        yield from pieces(batch, microbatch)
 
     def _evaluate(self, function: LossFunction, batch: Batch) -> Tensor:
         self.live.reset_buffers()
         return scalar_loss(function, self.live.model, batch)
+
+    def _widen(self, wanted: tuple[str, ...], sums: Params) -> None:
+        """Where gradients of less precision than float32 are to be added up, add them up in float32."""
+        for name in wanted:
+            gradient = self.live.parameters[name].grad
+            if gradient is not None and accumulator(gradient.dtype) != gradient.dtype:
+                _accumulate(sums, name, self._taken(name), 1.0)
 
     def _taken(self, name: str) -> Tensor:
         """The gradient ``.backward()`` left; the module forgets it, so that the next one can not write into it."""
