@@ -100,6 +100,8 @@ def as_stacks(tasks: Tasks | Sequence[Tasks], device: torch.device) -> tuple[lis
     for place, task in enumerate(tasks):
         if not isinstance(task, Tasks):
             raise TasksError(f"expected a list of mn.Tasks, found {type(task).__name__} in it")
+        if as_minibatches(task.query):
+            raise TasksError("mn.Minibatches are for the support of a task; give its query as mn.Batch")
         if as_minibatches(task.support):
             groups[place] = [place]
             continue
