@@ -21,6 +21,7 @@ from metanudge.batching import as_stacks, groups
 from metanudge.energy import InnerProblem
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, TasksError, UnsolvedWarning
 from metanudge.estimators import FOBMAML, Estimator
+from metanudge.estimators.base import told_to_go_first_order
 from metanudge.execution import Execution, Lent, choose_execution, is_sharded
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle import Tally
@@ -189,7 +190,8 @@ class MetaLearner:
         if self.warm_start is not None:
             rows = lent.rows(problem.losses.spread(problem.theta))
             problem = replace(problem, start=lent.lanes(self.warm_start.get(known, rows)))
-        estimate = self.estimator(problem, self.solver)
+        with told_to_go_first_order(self.estimator):
+            estimate = self.estimator(problem, self.solver)
         mean.add(problem, estimate, lent.named)
         if self.warm_start is None:
             return [], torch.empty(0)

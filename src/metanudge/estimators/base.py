@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from metanudge import tree
 from metanudge.energy import InnerProblem
+from metanudge.errors import LossError
 from metanudge.solvers.loop import Solver, solve
 from metanudge.types import Estimate, Need, Params, Role, Schedule
 
@@ -36,6 +40,29 @@ class Estimator(Protocol):
     def __call__(self, problem: InnerProblem, solver: Solver) -> Estimate:
         """Meta-gradients of the problems in the lanes."""
         ...
+
+
+_TWICE = re.compile(r"differentia|derivative|double backward|use_reentrant|vmap|functorch|batching rule", re.IGNORECASE)
+
+
+@contextmanager
+def told_to_go_first_order(estimator: Estimator) -> Iterator[None]:
+    """Where a model can not be differentiated twice, or not for many tasks at once, tell what can learn it.
+
+    Raises:
+        LossError: In the place of what PyTorch, or the oracle, said.
+    """
+    try:
+        yield
+    except (LossError, RuntimeError) as error:
+        said = error.__cause__ or error
+        if Need.DOUBLE_BACKWARD not in estimator.needs or not _TWICE.search(str(said)):
+            raise
+        raise LossError(
+            f"{type(estimator).__name__} differentiates the loss twice, for many tasks at once, which this model or "
+            'loss does not allow. Use FOBMAML with execution="in_place": it takes first derivatives only and runs any '
+            f"model. The reason: {said}"
+        ) from error
 
 
 class FreeSolve(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,26 @@ def require_graph(loss: Tensor) -> None:
             ".item(), torch.no_grad() or parameters read before the call in the loss or the model, for a wrong "
             "adapt_only, or for torch.inference_mode() around the call"
         )
+
+
+def require_second_derivative(gradients: Sequence[Tensor]) -> None:
+    """Raise a LossError where a backward pass may be taken once only (``once_differentiable``).
+
+    Such a pass ends the graph of its gradients in a node that raises when it is reached. But ``torch.autograd.grad``
+    does not visit what does not lead to its inputs: it would leave the second derivative out and say nothing.
+    """
+    ahead = [gradient.grad_fn for gradient in gradients if gradient.grad_fn is not None]
+    seen = set(ahead)
+    while ahead:
+        node = ahead.pop()
+        if node.name() == "torch::autograd::Error":
+            raise LossError(
+                "the model or the loss holds a function that can be differentiated once only "
+                "(torch.autograd.function.once_differentiable)"
+            )
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        ahead += new
 
 
 def sum_of(weights: Weights, losses: Mapping[Role, Tensor]) -> Tensor:
