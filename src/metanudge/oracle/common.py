@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,15 @@ def whole(tensor: Tensor) -> Tensor:
     """The plain tensor of which the ranks hold parts."""
     found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return found
+
+
+def sharded_like(tensor: Tensor, like: Any) -> Tensor:
+    """A tensor that every rank has whole, cut as ``like`` is."""
+    if not hasattr(like, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def scalar_loss(function: LossFunction, model: nn.Module, batch: Batch) -> Tensor:

@@ -120,13 +120,14 @@ class LiveLosses:
                 losses[role] = losses[role] + value if role in losses else value
                 self._widen(wanted, sums)
         self.tally.gradients += len(losses)
-        return sum_of(weights, losses), {name: sums[name] if name in sums else self._taken(name) for name in wanted}
+        total = self.live.over_ranks(sum_of(weights, losses))
+        return total, {name: sums[name] if name in sums else self._taken(name) for name in wanted}
 
     def _value(self, function: LossFunction, role: Role, phi: Params, microbatch: int | None) -> Tensor:
         self.live.load(phi)
         with torch.no_grad():
             parts = [share * self._evaluate(function, batch) for batch, share in self._pieces(role, 0, 0, microbatch)]
-        return torch.stack(parts).sum()
+        return self.live.over_ranks(torch.stack(parts).sum())
 
     def _pieces(self, role: Role, step: int, minibatch: int, microbatch: int | None) -> Iterator[tuple[Batch, float]]:
         """The batch of an evaluation in pieces, and its random state."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metanudge.oracle.common import accumulator
+from metanudge.oracle.common import accumulator, whole
 from metanudge.types import Params
 
 
@@ -89,6 +89,17 @@ class LiveModule:
             parameter.grad = None
             if not self.sharded:
                 parameter.requires_grad_(name in names)
+
+    def over_ranks(self, loss: Tensor) -> Tensor:
+        """The loss of a task whose examples the ranks of FSDP2 have divided: the mean, as FSDP2 takes of gradients."""
+        mesh: Any = next((p.device_mesh for p in self.parameters.values() if hasattr(p, "device_mesh")), None)
+        if mesh is None:
+            return loss
+        from torch.distributed.tensor import DTensor, Partial
+
+        parts = DTensor.from_local(loss, mesh, [Partial()] * mesh.ndim, run_check=False)
+        size: int = mesh.size()
+        return whole(parts) / size
 
     def reset_buffers(self) -> None:
         """Undo what forward passes wrote into buffers."""
