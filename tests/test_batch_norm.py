@@ -346,3 +346,11 @@ def test_the_layer_is_given_back_after_an_error(execution: str) -> None:
 def test_the_policy_is_saved_and_loaded(tmp_path: object) -> None:
     mn.MetaLearner(network(), squared_error, batch_norm="support").save_pretrained(tmp_path)
     assert mn.load_pretrained(tmp_path, network(), squared_error).norm.policy == "support"
+
+
+@pytest.mark.parametrize("policy", ["transductive", "support"])
+def test_pieces_of_a_batch_have_no_statistics_of_the_whole(policy):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    with pytest.raises(mn.SettingsError, match="microbatch=2 shows a piece"):
+        mn.MetaLearner(model, mn.metrics.squared_error, execution="in_place", microbatch=2, batch_norm=policy)
+    mn.MetaLearner(model, mn.metrics.squared_error, execution="in_place", microbatch=2, batch_norm="frozen")

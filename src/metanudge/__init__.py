@@ -27,6 +27,7 @@ from metanudge.estimators import (
 from metanudge.families import FAMILIES
 from metanudge.learner import MetaLearner
 from metanudge.logs import Record
+from metanudge.minibatches import Minibatches
 from metanudge.models import MODELS
 from metanudge.pretrained import load_pretrained
 from metanudge.solvers import SOLVERS, Adam, GradientDescent, Nesterov, TorchOptimizer
@@ -61,6 +62,7 @@ __all__ = [
     "MetaLearner",
     "MetaStep",
     "MetanudgeError",
+    "Minibatches",
     "Nesterov",
     "NonFiniteError",
     "NonFiniteWarning",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metanudge import tree
 from metanudge.energy import InnerProblem
+from metanudge.oracle.common import accumulator
 from metanudge.types import Estimate, Evaluation, Params
 
 
@@ -48,8 +49,12 @@ class FiniteMean:
         square = problem.losses.inner(estimate.gradient, estimate.gradient)
         valid = square.isfinite() & estimate.query_loss.isfinite() & estimate.support_loss.isfinite()
         valid = valid & ~estimate.diverged
-        gradient = named(tree.select(valid, estimate.gradient, tree.zeros(estimate.gradient)))
-        self._gradient = tree.add(self._gradient, gradient) if self._gradient else tree.clone(gradient)
+        kept = tree.tree_map(lambda leaf: leaf.where(tree.over(valid, leaf), 0.0), estimate.gradient)
+        for name, leaf in named(kept).items():
+            if name in self._gradient:
+                self._gradient[name].add_(leaf)
+            else:
+                self._gradient[name] = leaf.to(accumulator(leaf.dtype))
         amplified = (estimate.size > (1 + 1e-6) * estimate.slope).to(estimate.size.dtype)
         numbers = torch.stack(
             [
@@ -67,9 +72,10 @@ class FiniteMean:
         self._kept = self._kept.to(mask.device) + mask.sum()
         self._numbers = self._numbers.to(numbers) + numbers.where(mask, 0.0).sum(1)
 
-    def gradient(self) -> dict[str, Tensor]:
-        """The mean meta-gradient, by parameter name."""
-        return {name: total / self.kept for name, total in self._gradient.items()}
+    def spend(self) -> Iterator[tuple[str, Tensor]]:
+        """The mean meta-gradient by parameter name; each sum is let go when it has been used."""
+        for name in list(self._gradient):
+            yield name, self._gradient.pop(name) / self.kept
 
     def numbers(self) -> Numbers:
         """Means over the kept tasks."""

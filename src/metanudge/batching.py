@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from metanudge.errors import TasksError
+from metanudge.minibatches import as_minibatches
 from metanudge.types import Batch, Tasks
 
 
@@ -36,6 +37,11 @@ def check_stack(tasks: Tasks, device: torch.device) -> int:
         raise TasksError(f"expected mn.Tasks(support=..., query=...), got {type(tasks).__name__}")
     sizes = set()
     for part, batch in zip(Tasks._fields, tasks, strict=True):
+        if as_minibatches(batch):
+            raise TasksError(
+                f"the {part} of a stack can not be mn.Minibatches, which is the support of one task: give such tasks "
+                "as a list of mn.Tasks, without a task axis"
+            )
         if not isinstance(batch, Batch):
             raise TasksError(f"the {part} of mn.Tasks must be mn.Batch(inputs, targets), got {type(batch).__name__}")
         found = leaves(batch)
@@ -94,18 +100,31 @@ def as_stacks(tasks: Tasks | Sequence[Tasks], device: torch.device) -> tuple[lis
     for place, task in enumerate(tasks):
         if not isinstance(task, Tasks):
             raise TasksError(f"expected a list of mn.Tasks, found {type(task).__name__} in it")
+        if as_minibatches(task.query):
+            raise TasksError("mn.Minibatches are for the support of a task; give its query as mn.Batch")
+        if as_minibatches(task.support):
+            groups[place] = [place]
+            continue
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves(task))
         groups.setdefault((shapes, str(tree_flatten(task)[1])), []).append(place)
-    stacks: list[Tasks] = [
-        tree_map(lambda *same: torch.stack(same), *(tasks[place] for place in group)) for group in groups.values()
-    ]
-    for stack in stacks:
-        check_stack(stack, device)
+    stacks = [_stacked([tasks[place] for place in group], device) for group in groups.values()]
     return stacks, [place for group in groups.values() for place in group]
+
+
+def _stacked(tasks: list[Tasks], device: torch.device) -> Tasks:
+    """A checked stack of tasks of equal shapes; of one with minibatches, only the query is stacked."""
+    first = tasks[0]
+    if as_minibatches(first.support):
+        return _stacked([Tasks(first.query, first.query)], device)._replace(support=first.support)
+    stack: Tasks = tree_map(lambda *same: torch.stack(same), *tasks)
+    check_stack(stack, device)
+    return stack
 
 
 def split(tasks: Tasks, size: int | None) -> Iterator[tuple[Tasks, int]]:
     """Cut a stack into stacks of at most ``size`` tasks, each with its number of tasks."""
+    if as_minibatches(tasks.support):
+        raise TasksError('mn.Minibatches are taken one task after the other; give the MetaLearner execution="in_place"')
     number = leaves(tasks)[0].shape[0]
     step = size or number
     for first in range(0, number, step):
@@ -114,8 +133,34 @@ def split(tasks: Tasks, size: int | None) -> Iterator[tuple[Tasks, int]]:
 
 def single(tasks: Tasks) -> Iterator[Tasks]:
     """The tasks of a stack, one after the other, without the task axis."""
+    if as_minibatches(tasks.support):
+        (only,) = single(tasks._replace(support=tasks.query))
+        yield only._replace(support=tasks.support)
+        return
     for index in range(leaves(tasks)[0].shape[0]):
         yield tree_map(lambda leaf, index=index: leaf[index], tasks)
+
+
+def pieces(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:
+    """Cut a task's batch into batches of at most ``size`` examples, each with its share of them.
+
+    Raises:
+        TasksError: Its tensors do not agree on the number of examples, their leading axis.
+    """
+    if size is None:
+        yield batch, 1.0
+        return
+    numbers = {leaf.shape[0] for leaf in leaves(batch) if leaf.ndim > 0}
+    if len(numbers) != 1:
+        raise TasksError(
+            "microbatch cuts a task's batch along the leading axis of its tensors, the examples, but they have "
+            f"{', '.join(map(str, sorted(numbers))) or 'no'} of them; leave out microbatch, or give them one such axis"
+        )
+    (number,) = numbers
+    for first in range(0, number, size):
+        last = min(first + size, number)
+        piece = tree_map(lambda leaf, a=first, b=last: leaf[a:b] if leaf.ndim else leaf, batch)
+        yield piece, (last - first) / number
 
 
 def groups(tasks: Tasks | Iterable[Tasks]) -> Iterator[Tasks | Sequence[Tasks]]:

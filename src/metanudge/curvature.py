@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metanudge import tree
 from metanudge.energy import Energy
+from metanudge.oracle.common import sharded_like
 from metanudge.types import HessianProduct, LossGradients, Params, Role, Weights
 
 
@@ -89,5 +90,5 @@ def _generic(like: Params, lanes: int) -> Params:
         shape = leaf.shape[lanes:]
         index = torch.arange(shape.numel(), dtype=torch.float64, device=leaf.device) + (1 + begun[leaf.dtype])
         begun[leaf.dtype] += shape.numel()
-        found[name] = index.square().cos().to(leaf.dtype).reshape(shape).expand_as(leaf)
+        found[name] = sharded_like(index.square().cos().to(leaf.dtype).reshape(shape).expand(leaf.shape), leaf)
     return found

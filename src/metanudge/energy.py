@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, stack
 
 from metanudge import tree
 from metanudge.types import InnerGradients, LossGradients, Params, Role
@@ -45,33 +45,58 @@ class Energy:
     nu: Tensor | None = None
     slope: Params | None = None
 
-    def forces(self, phi: Params, step: int) -> tuple[Params, Params]:
-        """The two parts of ∂E/∂φ, which balance at the solution: ∇f̂ + ν ∇f, and λ (φ - θ)."""
+    def pull(self, phi: Params, step: int) -> Params:
+        """∇f̂ + ν ∇f."""
         weights: dict[Role, float | Tensor] = {Role.SUPPORT: 1.0}
         if self.nu is not None and self.slope is None:
             weights[Role.QUERY] = self.nu
         pull = self.losses.gradient(weights, phi, step)
         if self.nu is not None and self.slope is not None:
-            pull = tree.axpy(self.nu, self.slope, pull)
-        return pull, self.push(phi)
+            nu = self.nu
+            pull = tree.spend(lambda force, slope: force + tree.over(nu, slope) * slope, pull, self.slope)
+        return pull
 
     def push(self, phi: Params) -> Params:
         """λ (φ - θ)."""
-        return tree.scale(self.prox, tree.subtract(phi, self.theta))
+        return tree.tree_map(self._spring, phi, self.theta)
+
+    def spend_push(self, phi: Params) -> Params:
+        """-λ (φ - θ), leaf by leaf in the place of φ, which is emptied: of a large model there is no room for both."""
+        return tree.spend(lambda p, t: -self._spring(p, t), phi, self.theta)
+
+    def _spring(self, phi: Tensor, theta: Tensor) -> Tensor:
+        return self.prox * (phi - theta)
+
+    def forces(self, phi: Params, step: int) -> tuple[Params, Params]:
+        """The two parts of ∂E/∂φ, which balance at the solution."""
+        return self.pull(phi, step), self.push(phi)
 
     def gradient(self, phi: Params, step: int) -> Params:
         """∂E/∂φ = ∇f̂ + ν ∇f + λ (φ - θ)."""
-        return tree.add(*self.forces(phi, step))
+        pull = self.pull(phi, step)
+        return tree.spend(lambda force, p, t: force + self._spring(p, t), pull, phi, self.theta)
 
     def relative_residual(self, pull: Params, push: Params) -> Tensor:
         """How far the two forces are from balance: ||p + q|| / (||p|| + ||q||) in [0, 1]; 0 solved, 1 not begun.
 
         NaN without a proximal term: there is then nothing to balance the losses' force, and no scale to compare it to.
         """
+        return self._ratio(self.norm(tree.add(pull, push)), self.norm(pull), self.norm(push))
+
+    def balance(self, pull: Params, phi: Params) -> tuple[Tensor, Tensor]:
+        """The relative residual, and ||λ (φ - θ)||², leaf by leaf: no copy of the parameters is made."""
+
+        def squares(name: str) -> list[Tensor]:
+            force, push = pull[name], self._spring(phi[name], self.theta[name])
+            return [self.losses.inner({name: leaf}, {name: leaf}) for leaf in (force + push, force, push)]
+
+        rest, forward, back = (stack(column).sum(0) for column in zip(*map(squares, pull), strict=True))
+        return self._ratio(rest.sqrt(), forward.sqrt(), back.sqrt()), back
+
+    def _ratio(self, rest: Tensor, pull: Tensor, push: Tensor) -> Tensor:
         if self.prox == 0:
-            return self.norm(pull) * float("nan")
-        total = self.norm(pull) + self.norm(push)
-        return self.norm(tree.add(pull, push)) / total.clamp_min(1e-30)
+            return rest * float("nan")
+        return rest / (pull + push).clamp_min(1e-30)
 
     def norm(self, a: Params) -> Tensor:
         """Euclidean norm, ``[*L]``."""
@@ -88,6 +113,8 @@ class InnerProblem:
         prox: λ >= 0.
         tasks: How many tasks the lanes hold.
         start: Where the free solve begins, a lane a task; None for θ.
+        sampled: Whether f̂ is seen through minibatches, so that nothing can be certified.
+        round_off: Relative round-off of gradients, where it is above that of the numbers they come in.
     """
 
     losses: LossGradients
@@ -95,25 +122,36 @@ class InnerProblem:
     prox: float
     tasks: int = 1
     start: Params | None = None
+    sampled: bool = False
+    round_off: float = 0.0
 
     def energy(self, nu: Tensor | None = None, slope: Params | None = None) -> Energy:
         """E(·; θ, ν); free without ``nu``, linearly nudged with ``slope``."""
         return Energy(self.losses, self.theta, self.prox, nu, slope)
 
     def meta_partial(self, energy: Energy, phi: Params, step: int) -> Params:
-        """∂E/∂ω: ∂E/∂θ = λ (θ - φ) and, where parameters are shared, ∂E/∂w = ∂f̂/∂w + ν ∂f/∂w (linear nudge: ∂f̂/∂w)."""
-        if not self.losses.shared:
-            return tree.scale(-1.0, energy.push(phi))
-        return self.partials(energy, phi, step)[0]
+        """∂E/∂ω: ∂E/∂θ = λ (θ - φ) and, where parameters are shared, ∂E/∂w = ∂f̂/∂w + ν ∂f/∂w (linear nudge: ∂f̂/∂w).
+
+        It empties ``phi``.
+        """
+        shared = self.losses.shared
+        pull = self._pull_on_all(energy, phi, step) if shared else {}
+        return energy.spend_push(phi) | {name: pull[name] for name in shared}
 
     def partials(self, energy: Energy, phi: Params, step: int) -> tuple[Params, Params]:
         """∂E/∂ω, and ∂E/∂φ, from one gradient of each loss."""
-        _, pull = self.losses.value_and_all_gradients(Role.SUPPORT, phi, step)
-        if energy.nu is not None and energy.slope is None:
-            _, query = self.losses.value_and_all_gradients(Role.QUERY, phi, step)
-            pull = tree.axpy(energy.nu, query, pull)
+        pull = self._pull_on_all(energy, phi, step)
         push = energy.push(phi)
         force = {name: pull[name] + push[name] for name in phi}
         if energy.nu is not None and energy.slope is not None:
             force = tree.axpy(energy.nu, energy.slope, force)
         return tree.scale(-1.0, push) | {name: pull[name] for name in self.losses.shared}, force
+
+    def _pull_on_all(self, energy: Energy, phi: Params, step: int) -> Params:
+        """∇f̂ and, with the full nudge, ν ∇f in adapted and shared parameters."""
+        _, pull = self.losses.value_and_all_gradients(Role.SUPPORT, phi, step)
+        if energy.nu is not None and energy.slope is None:
+            _, query = self.losses.value_and_all_gradients(Role.QUERY, phi, step)
+            nu = energy.nu
+            pull = tree.spend(lambda support, query: support + tree.over(nu, query) * query, pull, query)
+        return pull

@@ -14,6 +14,7 @@ from metanudge import tree
 from metanudge.batching import single, split
 from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError
+from metanudge.minibatches import as_minibatches
 from metanudge.oracle import BatchNorm, Call, LiveLosses, LiveModule, RandomState, StackedLosses, Tally
 from metanudge.packing import Packing
 from metanudge.selection import Selection
@@ -128,6 +129,7 @@ class InPlace:
     Attributes:
         model: Lent out during a step and put back on every exit.
         losses: The user's support and query loss.
+        microbatch: Most examples in a forward pass; None for all.
         norm: What BatchNorm layers normalise by.
     """
 
@@ -136,17 +138,21 @@ class InPlace:
 
     model: nn.Module
     losses: Mapping[Role, LossFunction]
+    microbatch: int | None = None
     norm: BatchNorm = NONE
 
     @contextmanager
     def lend(self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally) -> Iterator[Lent]:  # noqa: D102
-        live = LiveModule.take(self.model)
+        live = LiveModule.take(self.model, selection.adapted)
         theta = {name: live.values[name] for name in selection.adapted}
 
         def problems(random: RandomState) -> Iterator[InnerProblem]:
             for index, task in enumerate(task for stack in stacks for task in single(stack)):
-                losses = LiveLosses(live, self.losses, selection.shared, task, index, random, tally, self.norm)
-                yield InnerProblem(losses, theta, prox)
+                losses = LiveLosses(
+                    live, self.losses, selection.shared, task, self.microbatch, index, random, tally, self.norm
+                )
+                sampled = as_minibatches(task.support) is not None
+                yield InnerProblem(losses, theta, prox, sampled=sampled, round_off=live.round_off)
 
         def rows(params: Params) -> Tensor:
             return torch.cat([leaf.reshape(1, -1) for leaf in params.values()], dim=1)
@@ -168,6 +174,11 @@ LARGE = 10_000_000
 """Adapted parameters above which "auto" takes the live module: a stack holds that many a task and node."""
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 or the like holds parameters as DTensors."""
+    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+
+
 def choose_execution(
     name: str,
     model: nn.Module,
@@ -176,6 +187,7 @@ def choose_execution(
     selection: Selection,
     solver: Solver,
     chunk_size: int | None,
+    microbatch: int | None,
 ) -> Execution:
     """Make the execution asked for; "auto" is documented at ``MetaLearner``.
 
@@ -186,12 +198,24 @@ def choose_execution(
         raise SettingsError(f'execution must be "auto", "vectorized" or "in_place", got {name!r}')
     if name == "auto":
         compiled = any(isinstance(module, torch._dynamo.OptimizedModule) for module in model.modules())
-        sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
         adapted = sum(model.get_parameter(key).numel() for key in selection.adapted)
-        alone = Need.LIVE_MODULE in solver.needs or compiled or sharded or adapted > LARGE
+        alone = (
+            Need.LIVE_MODULE in solver.needs
+            or compiled
+            or is_sharded(model)
+            or adapted > LARGE
+            or microbatch is not None
+        )
         name = "in_place" if alone else "vectorized"
     if name == "vectorized":
+        if microbatch is not None:
+            raise SettingsError("microbatch belongs to the in-place execution; in a stack, chunk_size limits the tasks")
         return Vectorized(model, losses, chunk_size, norm)
     if chunk_size is not None:
         raise SettingsError("chunk_size belongs to the vectorized execution; in place there is one task at a time")
-    return InPlace(model, losses, norm)
+    if microbatch is not None and norm.policy in ("transductive", "support"):
+        raise SettingsError(
+            f'batch_norm="{norm.policy}" normalises by a whole batch, of which microbatch={microbatch} shows a piece '
+            'at a time; give batch_norm="frozen", leave microbatch out, or take GroupNorm or LayerNorm'
+        )
+    return InPlace(model, losses, microbatch, norm)

@@ -18,10 +18,14 @@ from torch.utils._pytree import tree_map
 from metanudge import advice
 from metanudge.accumulation import FiniteMean, summarize
 from metanudge.batching import as_stacks, groups
+from metanudge.energy import InnerProblem
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, TasksError, UnsolvedWarning
 from metanudge.estimators import FOBMAML, Estimator
-from metanudge.execution import Execution, choose_execution
+from metanudge.estimators.base import told_to_go_first_order
+from metanudge.execution import Execution, Lent, choose_execution, is_sharded
+from metanudge.minibatches import as_minibatches
 from metanudge.oracle import BatchNorm, Policy, Tally
+from metanudge.oracle.common import whole
 from metanudge.permutations import permuted
 from metanudge.selection import AdaptOnly, Selection, select_parameters
 from metanudge.settings import check_function, check_part, check_steps
@@ -48,12 +52,14 @@ class MetaLearner:
         solver: How the inner problem is solved; None for ``Nesterov(steps=16)``.
         estimator: How the meta-gradient is formed; None for ``FOBMAML()``.
         execution: "vectorized" (all tasks at once under vmap), "in_place" (the live module, ``.backward()`` only), or
-            "auto": in place when the solver is a torch optimizer, the model is compiled or sharded, or more than ten
-            million parameters are adapted; otherwise vectorised.
+            "auto": in place when the solver is a torch optimizer, the model is compiled or sharded, more than ten
+            million parameters are adapted, or ``microbatch`` is given; otherwise vectorised.
         adapt_only: Parameters the inner problem adapts: names of parameters or modules (``"head"``), patterns
             (``"*.bias"``), or a predicate ``(name, parameter) -> bool``; None for all. Other trainable parameters are
             shared by all tasks and get their own exact meta-gradient; frozen ones cost nothing.
         chunk_size: Tasks at once in the vectorised execution; None for all.
+        microbatch: Examples of a task in one forward pass of the in-place execution, whose losses have to be means over
+            the examples: gradients are added up over the pieces. None for all at once.
         query_loss: The loss that judges adapted models, in the form of ``loss``; None for ``loss`` itself.
         warm_start: Begin inner solves of ``backward`` at the tasks' last solutions; ``mn.WarmStart()``.
         batch_norm: What BatchNorm layers normalise by; a model that has some needs it said. "transductive": every batch
@@ -86,6 +92,7 @@ class MetaLearner:
         execution: Literal["auto", "vectorized", "in_place"] = "auto",
         adapt_only: AdaptOnly | None = None,
         chunk_size: int | None = None,
+        microbatch: int | None = None,
         query_loss: LossFunction | None = None,
         warm_start: WarmStart | None = None,
         batch_norm: Policy | None = None,
@@ -97,10 +104,9 @@ class MetaLearner:
                 check_function(argument, function, "loss(model, batch) -> scalar tensor")
         if isinstance(prox, bool) or not isinstance(prox, int | float) or not 0 <= prox < float("inf"):
             raise SettingsError(f"prox must be a finite number of at least 0, got {prox!r}")
-        if chunk_size is not None and (
-            isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
-        ):
-            raise SettingsError(f"chunk_size must be a whole number of at least 1 or None, got {chunk_size!r}")
+        for name, number in (("chunk_size", chunk_size), ("microbatch", microbatch)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+                raise SettingsError(f"{name} must be a whole number of at least 1 or None, got {number!r}")
         self.model = model
         self.losses = {Role.SUPPORT: loss, Role.QUERY: loss if query_loss is None else query_loss}
         self.prox = float(prox)
@@ -114,7 +120,7 @@ class MetaLearner:
         selection = select_parameters(model, adapt_only)
         self.norm = BatchNorm(batch_norm, model)
         self.execution: Execution = choose_execution(
-            execution, model, self.losses, self.norm, selection, self.solver, chunk_size
+            execution, model, self.losses, self.norm, selection, self.solver, chunk_size, microbatch
         )
         self._selection()
         self._told: set[type[Warning]] = set()
@@ -176,19 +182,23 @@ class MetaLearner:
         stacks, places = as_stacks(tasks, self._device)
         order = iter(self._in_order(indices, places))
         tally, mean = Tally(), FiniteMean()
-        solved: list[tuple[list[int], Tensor]] = []
         with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, tally) as lent:
-            for problem in lent.problems:
-                if self.warm_start is not None:
-                    known = list(islice(order, problem.tasks))
-                    rows = lent.rows(problem.losses.spread(problem.theta))
-                    problem = replace(problem, start=lent.lanes(self.warm_start.get(known, rows)))
-                estimate = self.estimator(problem, self.solver)
-                mean.add(problem, estimate, lent.named)
-                if self.warm_start is not None:
-                    diverged = estimate.diverged.reshape(-1, 1)
-                    solved.append((known, lent.rows(estimate.solution).masked_fill(diverged, float("nan")).cpu()))
+            solved = [self._add(mean, lent, problem, list(islice(order, problem.tasks))) for problem in lent.problems]
+        del lent  # and with it what the estimates were made of
         return self._deposit(mean, tally, solved)
+
+    def _add(self, mean: FiniteMean, lent: Lent, problem: InnerProblem, known: list[int]) -> tuple[list[int], Tensor]:
+        """Estimate, and add to the mean; nothing but the indices and solutions for a warm start stays alive."""
+        if self.warm_start is not None:
+            rows = lent.rows(problem.losses.spread(problem.theta))
+            problem = replace(problem, start=lent.lanes(self.warm_start.get(known, rows)))
+        with told_to_go_first_order(self.estimator):
+            estimate = self.estimator(problem, self.solver)
+        mean.add(problem, estimate, lent.named)
+        if self.warm_start is None:
+            return [], torch.empty(0)
+        diverged = estimate.diverged.reshape(-1, 1)
+        return known, lent.rows(estimate.solution).masked_fill(diverged, float("nan")).cpu()
 
     def _in_order(self, indices: Sequence[int] | None, places: list[int]) -> list[int]:
         """The indices in the order in which the tasks are solved."""
@@ -232,21 +242,20 @@ class MetaLearner:
             elif 2 * numbers.amplified_tasks > mean.kept:
                 told = advice.amplified(numbers.amplified_tasks, mean.kept, self.prox)
                 self._tell_once(UnsolvedWarning, told)
-        parameters = dict(self.model.named_parameters())
-        gradient = mean.gradient()
         if self.warm_start is not None:  # which may refuse: nothing has been changed yet
             self.warm_start.put(
                 [index for known, _ in solved for index in known], torch.cat([rows for _, rows in solved])
             )
+        parameters, squares = dict(self.model.named_parameters()), []
         with torch.no_grad():
-            for name, leaf in gradient.items():
+            for name, leaf in mean.spend():
+                squares.append(whole(leaf.double().square().sum()))
                 parameter = parameters[name]
                 if parameter.grad is None:
-                    parameter.grad = leaf.to(parameter.dtype, copy=True)
+                    parameter.grad = leaf.to(parameter.dtype)
                 else:
                     parameter.grad.add_(leaf)
-        norm = torch.stack([leaf.double().square().sum() for leaf in gradient.values()]).sum().sqrt()
-        return MetaStep(*numbers, float(norm), dropped, tally.gradients)
+        return MetaStep(*numbers, float(torch.stack(squares).sum().sqrt()), dropped, tally.gradients)
 
     def _tell_once(self, kind: type[Warning], text: str) -> None:
         if kind not in self._told:
@@ -257,13 +266,15 @@ class MetaLearner:
         """Adapt to one task: a new module of the same class; this learner's model is untouched.
 
         Args:
-            support: The examples of one task, without a task axis.
+            support: The examples of one task, without a task axis; or ``mn.Minibatches`` of them.
 
         Returns:
-            A deep copy of the model with the adapted parameters φ(θ).
+            A deep copy of the model with the adapted parameters φ(θ); frozen parameters (``requires_grad=False``) are
+            not copied, the two modules share them.
 
         Raises:
             TasksError: An empty support set, or one on another device than the model.
+            SettingsError: A model sharded by FSDP2, which can not be copied.
             LossError: A loss that is not a scalar or does not depend on the adapted parameters.
             NonFiniteError: The solve ended in non-finite parameters.
 
@@ -276,10 +287,12 @@ class MetaLearner:
             >>> bool((adapted.weight - 3).abs() < 0.2)
             True
         """
-        if not isinstance(support, Batch):
-            raise TasksError(f"adapt expects mn.Batch(inputs, targets) of one task, got {type(support).__name__}")
-        stack = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, support)
-        stacks, _ = as_stacks(Tasks(stack, stack), self._device)
+        if is_sharded(self.model):
+            raise SettingsError(
+                "adapt copies the model, which FSDP2 does not allow; use evaluate, or adapt the model unsharded, from "
+                "the initialisation that torch.distributed.checkpoint saves"
+            )
+        stacks = self._alone(support)
         with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, Tally()) as lent:
             problem = next(lent.problems)
             solution = solve(self.solver, problem.energy(), problem.losses.spread(problem.theta))
@@ -289,14 +302,26 @@ class MetaLearner:
                 "adaptation ended in non-finite parameters; let the inner solver take smaller steps (lr) "
                 "or hold it closer (prox)"
             )
-        adapted = copy.deepcopy(self.model)
+        frozen = {id(parameter): parameter for parameter in self.model.parameters() if not parameter.requires_grad}
+        adapted = copy.deepcopy(self.model, memo=dict(frozen))
         adapted.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
                 if name in named:
                     parameter.copy_(named[name])
-        self.norm.settle(adapted, self.losses[Role.SUPPORT], support)
+        source = as_minibatches(support)
+        self.norm.settle(adapted, self.losses[Role.SUPPORT], support if source is None else source[0])
         return adapted
+
+    def _alone(self, support: Batch) -> list[Tasks]:
+        """The stack of a task whose query does not matter."""
+        source = as_minibatches(support)
+        if source is not None:
+            return as_stacks([Tasks(support, source[0])], self._device)[0]
+        if not isinstance(support, Batch):
+            raise TasksError(f"adapt expects mn.Batch(inputs, targets) of one task, got {type(support).__name__}")
+        stack = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, support)
+        return as_stacks(Tasks(stack, stack), self._device)[0]
 
     def evaluate(
         self, tasks: Tasks | Iterable[Tasks], metric: LossFunction | None = None, *, permutations: int = 1

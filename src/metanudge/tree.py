@@ -15,12 +15,19 @@ def over(coefficient: Tensor, leaf: Tensor) -> Tensor:
     """Give a per-lane coefficient the trailing axes, and the precision, it needs to multiply ``leaf``."""
     if coefficient.is_floating_point():
         coefficient = coefficient.to(leaf.dtype)
+    if coefficient.ndim == 0:  # which a sharded leaf takes too
+        return coefficient
     return coefficient.reshape(coefficient.shape + (1,) * (leaf.ndim - coefficient.ndim))
 
 
 def tree_map(function: Callable[..., Tensor], first: Params, *rest: Params) -> Params:
     """Apply ``function`` leaf by leaf."""
     return {name: function(leaf, *(tree[name] for tree in rest)) for name, leaf in first.items()}
+
+
+def spend(function: Callable[..., Tensor], first: Params, *rest: Params) -> Params:
+    """``tree_map`` that empties ``first``: a leaf is let go when it has been used, so that the two never both exist."""
+    return {name: function(first.pop(name), *(tree[name] for tree in rest)) for name in list(first)}
 
 
 def add(a: Params, b: Params) -> Params:

@@ -133,7 +133,7 @@ class Estimate(NamedTuple):
         size: Norm of ``gradient`` in the adapted parameters, ``[*L]``.
         slope: Norm of ∇f(phi) in the adapted parameters, ``[*L]``.
         diverged: Whether the free solve ended above where it began, ``[*L]``.
-        solution: φ(0), ``[*L, *shape]``.
+        solution: φ(0), ``[*L, *shape]``; empty where it was not needed to the end.
     """
 
     gradient: Params
@@ -270,7 +270,10 @@ class LossGradients(InnerGradients, Protocol):
         rows: tuple[tuple[float, ...], ...],
         term: Callable[[Tensor], tuple[Params, ...]],
     ) -> list[tuple[Params, ...]]:
-        """``sum_k weights[k] * term(nodes[k])`` for every row of weights: at once along the node axis, or in turn."""
+        """``sum_k weights[k] * term(nodes[k])`` for every row of weights: at once along the node axis, or in turn.
+
+        What ``term`` returns is emptied.
+        """
         ...
 
     def count(self, gradients: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from metanudge import tree
 from metanudge.energy import InnerProblem
+from metanudge.errors import LossError
 from metanudge.solvers.loop import Solver, solve
 from metanudge.types import Estimate, Need, Params, Role, Schedule
 
@@ -38,6 +42,29 @@ class Estimator(Protocol):
         ...
 
 
+_TWICE = re.compile(r"differentia|derivative|double backward|use_reentrant|vmap|functorch|batching rule", re.IGNORECASE)
+
+
+@contextmanager
+def told_to_go_first_order(estimator: Estimator) -> Iterator[None]:
+    """Where a model can not be differentiated twice, or not for many tasks at once, tell what can learn it.
+
+    Raises:
+        LossError: In the place of what PyTorch, or the oracle, said.
+    """
+    try:
+        yield
+    except (LossError, RuntimeError) as error:
+        said = error.__cause__ or error
+        if Need.DOUBLE_BACKWARD not in estimator.needs or not _TWICE.search(str(said)):
+            raise
+        raise LossError(
+            f"{type(estimator).__name__} differentiates the loss twice, for many tasks at once, which this model or "
+            'loss does not allow. Use FOBMAML with execution="in_place": it takes first derivatives only and runs any '
+            f"model. The reason: {said}"
+        ) from error
+
+
 class FreeSolve(NamedTuple):
     """The solved free problem and both losses there.
 
@@ -46,6 +73,7 @@ class FreeSolve(NamedTuple):
         schedule: For matched nudged solves.
         step: Index of the evaluations at φ(0), for the random state.
         query_gradient: ∇f(φ(0)) in adapted and shared parameters.
+        slope_norm: Norm of ∇f(φ(0)) in the adapted parameters, ``[*L]``.
         query_loss: ``[*L]``.
         support_loss: ``[*L]``.
         residual: Relative inner residual, ``[*L]``.
@@ -56,6 +84,7 @@ class FreeSolve(NamedTuple):
     schedule: Schedule
     step: int
     query_gradient: Params
+    slope_norm: Tensor
     query_loss: Tensor
     support_loss: Tensor
     residual: Tensor
@@ -82,8 +111,8 @@ class FreeSolve(NamedTuple):
             self.residual,
             torch.zeros_like(self.residual) if nu is None else nu,
             torch.full_like(self.residual, float("nan")) if error is None else error,
-            norm({name: gradient[name] for name in self.phi}),
-            norm(self.slope),
+            norm({name: gradient[name] for name in problem.theta}),
+            self.slope_norm,
             self.diverged,
             self.phi,
         )
@@ -110,28 +139,32 @@ def _value(problem: InnerProblem, phi: Params) -> Tensor:
 
 def judge(problem: InnerProblem, phi: Params, schedule: Schedule, step: int) -> FreeSolve:
     """Evaluate both losses, and the residual, at the solution."""
-    losses = problem.losses
+    losses, energy = problem.losses, problem.energy()
     support_loss, pull = losses.value_and_gradient(Role.SUPPORT, phi, step)
-    energy = problem.energy()
-    push = energy.push(phi)
+    residual, push = energy.balance(pull, phi)
+    del pull  # a large model has no room for it beside the query gradient
     query_loss, query_gradient = losses.value_and_all_gradients(Role.QUERY, phi, step)
     return FreeSolve(
         phi,
         schedule,
         step,
         query_gradient,
+        energy.norm({name: query_gradient[name] for name in phi}),
         query_loss,
         support_loss,
-        energy.relative_residual(pull, push),
+        residual,
         _diverged(problem, support_loss, push),
     )
 
 
-def _diverged(problem: InnerProblem, support_loss: Tensor, push: Params) -> Tensor:
-    """Whether E(φ) is far above E(θ): ten times its size, and more than round-off or a draw of dropout would do."""
+def _diverged(problem: InnerProblem, support_loss: Tensor, push: Tensor) -> Tensor:
+    """Whether E(φ) is far above E(θ): ten times its size, and more than round-off or a draw of dropout would do.
+
+    ``push`` is ||λ (φ - θ)||².
+    """
     start = problem.losses.loss(Role.SUPPORT, problem.losses.spread(problem.theta))
     rise = support_loss - start
     if problem.prox > 0:
-        rise = rise + problem.losses.inner(push, push) / (2 * problem.prox)
+        rise = rise + push / (2 * problem.prox)
     far: Tensor = rise > 10 * start.abs() + torch.finfo(start.dtype).eps ** 0.5
     return far

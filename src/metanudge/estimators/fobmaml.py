@@ -14,7 +14,7 @@ from metanudge.errors import SettingsError
 from metanudge.estimators.base import FreeSolve, solve_free
 from metanudge.estimators.certificate import Nudged, error_bound
 from metanudge.estimators.stencil import STENCILS, Stencil
-from metanudge.settings import check_positive, check_steps
+from metanudge.settings import check_flag, check_positive, check_steps
 from metanudge.solvers.loop import Solver, replay
 from metanudge.types import Estimate, Need, Params
 
@@ -45,7 +45,8 @@ class FOBMAML:
     Cost per task, K inner and K' nudged steps, N nodes other than 0: K + 2 + N K' gradients with the linear nudge, and
     4 + N for the bound ``MetaStep.error_bound``; K + 2 + 2 N K' with the full one, which has no bound, as little as the
     start at the "initialization". N is 2 for "symmetric". Memory: that of one gradient, and a
-    dozen copies of the adapted parameters (in place); nothing grows with K.
+    dozen copies of the adapted parameters (in place); three with the full nudge from the "initialization" in place
+    (docs/large_models.md); nothing grows with K.
 
     Args:
         scheme: A name in ``STENCILS`` ("forward", "symmetric", "fourth_order") or a ``Stencil``.
@@ -54,6 +55,8 @@ class FOBMAML:
         steps: Steps K' of a nudged solve; None for twice those of the solver (linear) or as many (full): equal cost.
         start: Where nudged solves begin: at the free "solution", or at the "initialization" θ, where the free solve
             serves as the node 0.
+        certify: Whether to bound the error (``MetaStep.error_bound``; linear nudge from the solution); False saves its
+            gradients and its memory.
 
     Raises:
         SettingsError: A value out of its range; or a learner with prox = 0.
@@ -77,6 +80,7 @@ class FOBMAML:
     nu: float | Literal["auto"] = "auto"
     steps: int | None = None
     start: Literal["solution", "initialization"] = "solution"
+    certify: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.scheme, Stencil) and self.scheme not in STENCILS:
@@ -87,6 +91,7 @@ class FOBMAML:
             raise SettingsError(f'start must be "solution" or "initialization", got {self.start!r}')
         if self.nu != "auto":
             check_positive(nu=self.nu)
+        check_flag(certify=self.certify)
         if self.steps is not None:
             check_steps(self.steps)
             if self.start == "initialization":
@@ -108,21 +113,25 @@ class FOBMAML:
         free = solve_free(problem, solver)
         nu, displacement = self._nudge_size(problem, free)
         slope = free.slope if self.nudge == "linear" else None
-        at_solution = self.start == "solution"
+        at_solution, stencil = self.start == "solution", self.stencil
         start = free.phi if at_solution else problem.losses.spread(problem.theta)
         schedule = solver.settle(free.schedule, self._steps(solver)) if at_solution else free.schedule
 
-        certified = at_solution and self.nudge == "linear"
+        certified = self.certify and at_solution and self.nudge == "linear" and not problem.sampled
+        if slope is None:
+            free = free._replace(query_gradient={})
+        if not at_solution and 0 not in stencil.nodes:
+            free = free._replace(phi={})
 
         def terms_at(energy: Energy) -> tuple[Params, ...]:
             solved = energy.nu is None and not at_solution
-            phi = free.phi if solved else replay(solver, energy, start, schedule)
+            phi = dict(free.phi if solved else replay(solver, energy, start, schedule))
             if certified:
                 return problem.partials(energy, phi, free.step)
             return (problem.meta_partial(energy, phi, free.step),)
 
-        stencil = self.stencil
-        rows = {node: pair for node, *pair in zip(stencil.nodes, stencil.weights, stencil.values, strict=True)}
+        table = (stencil.weights, stencil.values) if certified else (stencil.weights,)
+        rows = {node: row for node, *row in zip(stencil.nodes, *table, strict=True)}
         at_zero = rows.pop(0, None)  # node 0 is the free problem and needs no query gradient
         sums = problem.losses.stencil_sums(
             tuple(rows),
@@ -135,12 +144,13 @@ class FOBMAML:
                 tuple(tree.axpy(weight, one, total) for one, total in zip(found, both, strict=True))
                 for weight, both in zip(at_zero, sums, strict=True)
             ]
-        derivative, middle = sums
-        gradient = tree.scale(1 / nu, derivative[0])
+        derivative = sums[0]
         error = None
         if certified:
+            middle = sums[1]
             nudged = Nudged.of(problem, nu, displacement, derivative, middle)
             error = error_bound(problem, free, nudged, stencil.order)
+        gradient = tree.spend(lambda leaf: tree.over(1 / nu, leaf) * leaf, derivative[0])
         if self.nudge == "linear":
             gradient |= {name: gradient[name] + leaf for name, leaf in free.direct(problem).items()}
         return free.estimate(problem, gradient, nu, error)
@@ -160,7 +170,7 @@ class FOBMAML:
         if self.nu != "auto":
             nu = torch.full_like(norm, self.nu)
             return nu, nu / s
-        least = torch.finfo(norm.dtype).eps ** (1 / (order + 1))
+        least = max(torch.finfo(norm.dtype).eps, problem.round_off) ** (1 / (order + 1))
         if self.nudge == "full":
             nu = least * torch.minimum(s, s ** (1 / (order + 1)))
             return nu, nu / s

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,30 @@ class RandomState:
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
+
+    def aside(self) -> AbstractContextManager[None]:
+        """A context whose draws leave the state as it was."""
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums over tensors of ``dtype`` are kept in: float32 for those of less precision."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The plain tensor of which the ranks hold parts."""
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return found
+
+
+def sharded_like(tensor: Tensor, like: Any) -> Tensor:
+    """A tensor that every rank has whole, cut as ``like`` is."""
+    if not hasattr(like, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def scalar_loss(function: LossFunction, model: nn.Module, batch: Batch) -> Tensor:
@@ -62,6 +88,26 @@ def require_graph(loss: Tensor) -> None:
             ".item(), torch.no_grad() or parameters read before the call in the loss or the model, for a wrong "
             "adapt_only, or for torch.inference_mode() around the call"
         )
+
+
+def require_second_derivative(gradients: Sequence[Tensor]) -> None:
+    """Raise a LossError where a backward pass may be taken once only (``once_differentiable``).
+
+    Such a pass ends the graph of its gradients in a node that raises when it is reached. But ``torch.autograd.grad``
+    does not visit what does not lead to its inputs: it would leave the second derivative out and say nothing.
+    """
+    ahead = [gradient.grad_fn for gradient in gradients if gradient.grad_fn is not None]
+    seen = set(ahead)
+    while ahead:
+        node = ahead.pop()
+        if node.name() == "torch::autograd::Error":
+            raise LossError(
+                "the model or the loss holds a function that can be differentiated once only "
+                "(torch.autograd.function.once_differentiable)"
+            )
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        ahead += new
 
 
 def sum_of(weights: Weights, losses: Mapping[Role, Tensor]) -> Tensor:

@@ -2,74 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from metanudge import tree
+from metanudge.batching import check_device, leaves, pieces
+from metanudge.minibatches import as_minibatches
 from metanudge.oracle.batch_norm import BatchNorm
-from metanudge.oracle.common import RandomState, Tally, require_graph, scalar_loss, sum_of
-from metanudge.types import HessianProduct, LossFunction, Params, Role, Tasks, Weights
-
-
-@dataclass(frozen=True)
-class LiveModule:
-    """The user's module, lent out: what was there when it was taken, and how to put it back."""
-
-    model: nn.Module
-    parameters: dict[str, nn.Parameter]
-    values: Params
-    gradients: dict[str, Tensor | None]
-    trainable: dict[str, bool]
-    buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]]
-
-    @classmethod
-    def take(cls, model: nn.Module) -> LiveModule:
-        """Remember parameters, gradients, flags and buffers."""
-        parameters = dict(model.named_parameters())
-        return cls(
-            model,
-            parameters,
-            {name: parameter.detach().clone() for name, parameter in parameters.items() if parameter.requires_grad},
-            {name: parameter.grad for name, parameter in parameters.items()},
-            {name: parameter.requires_grad for name, parameter in parameters.items()},
-            [
-                (module, name, buffer, None if buffer is None else buffer.clone())
-                for module in model.modules()
-                for name, buffer in module._buffers.items()
-            ],
-        )
-
-    def load(self, params: Mapping[str, Tensor]) -> None:
-        """Write ``params`` into the module; those that already are its parameters stay."""
-        with torch.no_grad():
-            for name, value in params.items():
-                if value is not self.parameters[name]:
-                    self.parameters[name].copy_(value)
-
-    def watch(self, wanted: Sequence[str]) -> None:
-        """Let ``.backward()`` fill the gradients of ``wanted`` and of nothing else."""
-        for name, parameter in self.parameters.items():
-            parameter.grad = None
-            parameter.requires_grad_(name in wanted)
-
-    def reset_buffers(self, *, copies: bool = False) -> None:
-        """Undo what forward passes wrote into buffers; or lay out copies, and leave those of a living graph alone."""
-        for module, name, buffer, saved in self.buffers:
-            module._buffers[name] = saved.clone() if copies and saved is not None else buffer
-            if not copies and buffer is not None and saved is not None:
-                with torch.no_grad():
-                    buffer.copy_(saved)
-
-    def give_back(self) -> None:
-        """Put everything back."""
-        self.load(self.values)
-        self.reset_buffers()
-        for name, parameter in self.parameters.items():
-            parameter.grad = self.gradients[name]
-            parameter.requires_grad_(self.trainable[name])
+from metanudge.oracle.common import RandomState, Tally, accumulator, require_graph, scalar_loss, sum_of, whole
+from metanudge.oracle.module import LiveModule
+from metanudge.types import Batch, HessianProduct, LossFunction, Params, Role, Tasks, Weights
 
 
 @dataclass(frozen=True)
@@ -81,6 +26,7 @@ class LiveLosses:
         losses: The user's support and query loss.
         shared_names: Trainable parameters that are not adapted.
         task: The task, without a task axis.
+        microbatch: Most examples in a forward pass; None for all.
         index: Its index in the whole step, for the random state.
         random: Seeds.
         tally: Counter.
@@ -91,6 +37,7 @@ class LiveLosses:
     losses: Mapping[Role, LossFunction]
     shared_names: tuple[str, ...]
     task: Tasks
+    microbatch: int | None
     index: int
     random: RandomState
     tally: Tally
@@ -98,10 +45,11 @@ class LiveLosses:
     shared: Params = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shared", {name: self.live.values[name] for name in self.shared_names})
+        shared = {name: self.live.parameters[name].detach() for name in self.shared_names}
+        object.__setattr__(self, "shared", shared)
 
     def gradient(self, weights: Weights, phi: Params, step: int) -> Params:  # noqa: D102
-        return self._differentiate(weights, phi, tuple(phi), step)[1]
+        return self._differentiate(weights, phi, tuple(phi), step, minibatch=step)[1]
 
     def value_and_gradient(self, role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:  # noqa: D102
         return self._differentiate({role: 1.0}, phi, tuple(phi), step)
@@ -110,11 +58,10 @@ class LiveLosses:
         return self._differentiate({role: 1.0}, phi, (*phi, *self.shared_names), step)
 
     def value(self, function: LossFunction, role: Role, phi: Params) -> Tensor:  # noqa: D102
-        with torch.no_grad():
-            return self._evaluate(function, role, phi, 0)
+        return self._value(function, role, phi, None)
 
     def loss(self, role: Role, phi: Params) -> Tensor:  # noqa: D102
-        return self.value(self.losses[role], role, phi)
+        return self._value(self.losses[role], role, phi, self.microbatch)
 
     def hessian_product(self, phi: Params, step: int) -> HessianProduct:  # noqa: D102
         raise NotImplementedError("the live module is never differentiated twice")
@@ -126,7 +73,12 @@ class LiveLosses:
         return params
 
     def inner(self, a: Params, b: Params) -> Tensor:  # noqa: D102
-        return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
+        products = [(a[name].to(accumulator(a[name].dtype)) * b[name]).sum() for name in a]
+        sharded = [product for product in products if hasattr(product, "full_tensor")]
+        if sharded:
+            products = [product for product in products if not hasattr(product, "full_tensor")]
+            products.append(whole(reduce(torch.add, sharded)))  # over the ranks once
+        return torch.stack(products).sum()
 
     def stencil_sums(  # noqa: D102
         self,
@@ -137,13 +89,13 @@ class LiveLosses:
         like = next(iter(self.live.values.values()))
         totals: list[tuple[Params, ...]] = []
         for node, *weights in zip(nodes, *rows, strict=True):
-            terms = term(like.new_tensor(node))
-            if not totals:
-                totals = [tuple(tree.zeros(one) for one in terms) for _ in rows]
-            totals = [
-                tuple(tree.axpy(weight, one, total) for one, total in zip(terms, sums, strict=True))
-                for weight, sums in zip(weights, totals, strict=True)
-            ]
+            terms = term(torch.tensor(node, dtype=like.dtype, device=like.device))
+            totals = totals or [tuple({} for _ in terms) for _ in rows]
+            for place, one in enumerate(terms):
+                for name in list(one):
+                    leaf = one.pop(name)
+                    for weight, sums in zip(weights, totals, strict=True):
+                        _accumulate(sums[place], name, leaf, weight)
         return totals
 
     def steppable(self, start: Params) -> Params:  # noqa: D102
@@ -154,32 +106,78 @@ class LiveLosses:
         self.tally.gradients += gradients
 
     def _differentiate(
-        self, weights: Weights, phi: Params, wanted: tuple[str, ...], step: int
+        self, weights: Weights, phi: Params, wanted: tuple[str, ...], step: int, minibatch: int = 0
     ) -> tuple[Tensor, Params]:
-        """One ``.backward()`` a loss, so that one loss's activations are alive at a time; ``.grad`` adds them up."""
-        self.live.watch(wanted)
-        losses = {}
-        for role, weight in weights.items():
-            with torch.enable_grad():
-                loss = self._evaluate(self.losses[role], role, phi, step)
-                require_graph(loss)
-                (weight * loss).backward()  # type: ignore[no-untyped-call]
-            losses[role] = loss.detach()
-        self.tally.gradients += len(losses)
-        return sum_of(weights, losses), {name: self._taken(name) for name in wanted}
-
-    def _evaluate(self, function: LossFunction, role: Role, phi: Params, step: int) -> Tensor:
+        """One ``.backward()`` a piece of a loss, so that its activations alone are alive; ``.grad`` adds them up."""
         self.live.load(phi)
+        self.live.watch(wanted)
+        losses: dict[Role, Tensor] = {}
+        sums: Params = {}
+        for role, weight in weights.items():
+            for batch, share in self._pieces(role, step, minibatch, self.microbatch):
+                with torch.enable_grad():
+                    loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
+                    require_graph(loss)
+                    (weight * share * loss).backward()  # type: ignore[no-untyped-call]
+                value = share * loss.detach()
+                losses[role] = losses[role] + value if role in losses else value
+                self._widen(wanted, sums)
+        self.tally.gradients += len(losses)
+        total = self.live.over_ranks(sum_of(weights, losses))
+        return total, {name: sums[name] if name in sums else self._taken(name) for name in wanted}
+
+    def _value(self, function: LossFunction, role: Role, phi: Params, microbatch: int | None) -> Tensor:
+        self.live.load(phi)
+        with torch.no_grad():
+            parts = [
+                share * self._evaluate(function, role, batch, 0, 0)
+                for batch, share in self._pieces(role, 0, 0, microbatch)
+            ]
+        return self.live.over_ranks(torch.stack(parts).sum())
+
+    def _pieces(self, role: Role, step: int, minibatch: int, microbatch: int | None) -> Iterator[tuple[Batch, float]]:
+        """The batch of an evaluation in pieces, and its random state."""
+        yield from pieces(self._batch(role, step, minibatch), microbatch)
+
+    def _batch(self, role: Role, step: int, minibatch: int) -> Batch:
+        """The batch of an evaluation, and its random state."""
+        self.random.enter(self.index, role, step)
+        batch, source = self.task[role.value], as_minibatches(self.task[role.value])
+        if source is not None:
+            batch = source[minibatch]  # whatever it draws, it draws for every solve
+            check_device(leaves(batch), self.random.device)
+            self.random.enter(self.index, role, step)
+        return batch
+
+    def _evaluate(self, function: LossFunction, role: Role, batch: Batch, step: int, minibatch: int) -> Tensor:
+        """A loss or metric of a batch, and of the support set before it where BatchNorm layers look at that."""
 
         def at(read: Role, function: LossFunction) -> Tensor:
             self.live.reset_buffers(copies=read is not role)
-            self.random.enter(self.index, read, step)
-            return scalar_loss(function, self.live.model, self.task[read.value])
+            if read is role:
+                return scalar_loss(function, self.live.model, batch)
+            with self.random.aside():
+                return scalar_loss(function, self.live.model, self._batch(read, step, minibatch))
 
         return self.norm.evaluate(role, function, self.losses[Role.SUPPORT], at)
+
+    def _widen(self, wanted: tuple[str, ...], sums: Params) -> None:
+        """Where gradients of less precision than float32 are to be added up, add them up in float32."""
+        for name in wanted:
+            gradient = self.live.parameters[name].grad
+            if gradient is not None and accumulator(gradient.dtype) != gradient.dtype:
+                _accumulate(sums, name, self._taken(name), 1.0)
 
     def _taken(self, name: str) -> Tensor:
         """The gradient ``.backward()`` left; the module forgets it, so that the next one can not write into it."""
         parameter = self.live.parameters[name]
         gradient, parameter.grad = parameter.grad, None
         return torch.zeros_like(parameter) if gradient is None else gradient
+
+
+def _accumulate(sums: Params, name: str, leaf: Tensor, weight: float) -> None:
+    """Add to a sum in place."""
+    if name in sums:
+        sums[name].add_(leaf, alpha=weight)
+    else:
+        sums[name] = weight * leaf.to(accumulator(leaf.dtype))

@@ -19,7 +19,14 @@ from torch.utils._pytree import tree_map
 from metanudge import tree
 from metanudge.errors import LossError
 from metanudge.oracle.batch_norm import BatchNorm
-from metanudge.oracle.common import RandomState, Tally, require_graph, scalar_loss, sum_of
+from metanudge.oracle.common import (
+    RandomState,
+    Tally,
+    require_graph,
+    require_second_derivative,
+    scalar_loss,
+    sum_of,
+)
 from metanudge.packing import Packing
 from metanudge.types import Batch, HessianProduct, LossFunction, Params, PyTree, Role, Tasks, Weights
 
@@ -175,9 +182,12 @@ class StackedLosses:
                 require_graph(loss)
             weighted = sum_of(weights, losses)
             total = weighted.sum()  # lanes do not mix, so its gradient is every lane's own
-        gradients = torch.autograd.grad(
-            total, list(wanted.values()), create_graph=self.attached, allow_unused=True, materialize_grads=True
-        )
+        with _explained():
+            gradients = torch.autograd.grad(
+                total, list(wanted.values()), create_graph=self.attached, allow_unused=True, materialize_grads=True
+            )
+        if self.attached and step == 0:
+            require_second_derivative(gradients)
         self.tally.gradients += sum(loss.numel() for loss in losses.values())
         return weighted.detach(), dict(zip(wanted, gradients, strict=True))
 

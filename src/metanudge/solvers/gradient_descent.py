@@ -12,7 +12,7 @@ from metanudge.types import Need, Params, Schedule
 
 
 class State(NamedTuple):
-    """Iterate and velocity, None before the first step."""
+    """Iterate and velocity, None before the first step and without momentum."""
 
     phi: Params
     velocity: Params | None
@@ -64,9 +64,10 @@ class GradientDescent:
     def step(self, energy: Energy, plan: None, state: State, index: int, decision: None) -> tuple[State, None]:
         """Follow the velocity."""
         velocity = energy.gradient(state.phi, index)
-        if state.velocity is not None and self.momentum:
+        if state.velocity is not None:
             velocity = tree.axpy(self.momentum, state.velocity, velocity)
-        return State(tree.axpy(-self.lr, velocity, state.phi), velocity), None
+        kept = dict(velocity) if self.momentum else None
+        return State(tree.spend(lambda v, p: p.add(v, alpha=-self.lr), velocity, state.phi), kept), None
 
     def settle(self, schedule: Schedule, steps: int) -> Schedule:
         """The same steps everywhere."""

@@ -83,8 +83,10 @@ class TorchOptimizer:
         """One step of the optimizer."""
         gradient = energy.gradient(state.phi, index)
         for name, parameter in state.phi.items():
-            parameter.grad = gradient[name]
+            parameter.grad = gradient.pop(name).to(parameter.dtype)
         state.optimizer.step()
+        for parameter in state.phi.values():
+            parameter.grad = None
         return state, None
 
     def settle(self, schedule: Schedule, steps: int) -> Schedule:

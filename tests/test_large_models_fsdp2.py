@@ -1,0 +1,119 @@
+"""FSDP2 on two processes: each holds half of every parameter and of every task's examples, and finds what one would."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed.fsdp import fully_shard
+
+import metanudge as mn
+from problems import normal, squared_error
+
+SGD = mn.TorchOptimizer(lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.5), steps=3)
+ADAMW = mn.TorchOptimizer(lambda parameters: torch.optim.AdamW(parameters, lr=0.01, eps=1e-3), steps=3)
+LEAN = mn.FOBMAML(nudge="full", nu=0.3, start="initialization", certify=False)
+CASES: dict[str, dict[str, Any]] = {
+    "lean": {"solver": SGD, "estimator": LEAN},
+    "adamw": {"solver": ADAMW, "estimator": mn.FOBMAML(nu=0.3, certify=False)},
+    "certified": {"solver": mn.Nesterov(4), "estimator": mn.FOBMAML(nu=0.3)},
+    "shared_body": {"solver": SGD, "estimator": mn.FOBMAML(nudge="full", nu=0.3), "adapt_only": "4"},
+    "microbatch": {"solver": SGD, "estimator": LEAN, "microbatch": 2},
+}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 1))
+    model[2].bias.requires_grad_(False)
+    return model
+
+
+def tasks(part: slice) -> mn.Tasks:
+    g = torch.Generator().manual_seed(2)
+
+    def batch() -> mn.Batch:
+        x, y = normal(g, 2, 8, 5).float(), normal(g, 2, 8, 1).float()
+        return mn.Batch(x[:, part], y[:, part])
+
+    return mn.Tasks(batch(), batch())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def found(model: nn.Module, data: mn.Tasks, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a step and an evaluation give; with the execution that "auto" takes, where there is a choice."""
+    torch.manual_seed(3)
+    theta = [whole(parameter).detach().clone() for parameter in model.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mn.UnsolvedWarning)
+        learner = mn.MetaLearner(model, squared_error, prox=2.0, **settings)
+        step = learner.backward(data)
+    curves = learner.evaluate(data).curve
+    assert all(torch.equal(whole(p), value) for p, value in zip(model.parameters(), theta, strict=True))
+    gradient = torch.cat([whole(p.grad).reshape(-1) for p in model.parameters() if p.grad is not None])
+    return {"step": tuple(step), "curves": curves, "gradient": gradient}
+
+
+def refusals(model: nn.Module, data: mn.Tasks) -> list[str]:
+    """What a sharded model does not allow."""
+    told = []
+    single = mn.Batch(*(leaf[0] for leaf in data.support))
+    for refused in (
+        lambda: mn.MetaLearner(model, squared_error, estimator=mn.MAML()),
+        lambda: mn.MetaLearner(model, squared_error).adapt(single),
+    ):
+        try:
+            refused()
+        except mn.SettingsError as error:
+            told.append(str(error))
+    return told
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    results: dict[str, Any] = {}
+    data = tasks(slice(4 * rank, 4 * rank + 4))
+    for name, settings in CASES.items():
+        model = network()
+        fully_shard(model[0])
+        fully_shard(model)  # the other layers belong to the root, which keeps what it gathers until a backward pass
+        results[name] = found(model, data, settings)
+    results["refusals"] = refusals(model, data)
+    torch.save(results, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder: Path = tmp_path_factory.mktemp("fsdp2")
+    multiprocessing.spawn(worker, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_find_what_one_finds(name: str, ranks: list[dict[str, Any]]) -> None:
+    one = found(network(), tasks(slice(0, 8)), {"execution": "in_place"} | CASES[name])
+    for rank in ranks:
+        assert float((rank[name]["gradient"] - one["gradient"]).norm() / one["gradient"].norm()) < 1e-6
+        torch.testing.assert_close(rank[name]["curves"], one["curves"], rtol=1e-6, atol=0)
+        assert rank[name]["step"] == pytest.approx(one["step"], rel=1e-5, nan_ok=True)
+
+
+def test_both_ranks_report_the_same(ranks: list[dict[str, Any]]) -> None:
+    """Norms and losses are of all ranks, so that both take the same decisions."""
+    for name in CASES:
+        assert ranks[0][name]["step"] == pytest.approx(ranks[1][name]["step"], rel=0, nan_ok=True)
+
+
+def test_what_a_sharded_model_does_not_allow_is_told(ranks: list[dict[str, Any]]) -> None:
+    maml, adapt = ranks[0]["refusals"]
+    assert "Use FOBMAML" in maml
+    assert "adapt copies the model, which FSDP2 does not allow" in adapt

@@ -1,0 +1,308 @@
+"""The in-place execution at scale: what it keeps in memory, and how it takes a task in pieces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import metanudge as mn
+from metanudge.diagnostics.memory import LiveBytes
+from problems import DTYPE, PROBLEMS, distance, flat_gradient, normal, single_tasks, squared_error
+
+LEAN = mn.FOBMAML(nudge="full", start="initialization", certify=False)
+
+
+def sgd(steps: int = 3, lr: float = 0.1, **settings: object) -> mn.TorchOptimizer:
+    return mn.TorchOptimizer(lambda parameters: torch.optim.SGD(parameters, lr=lr, **settings), steps=steps)
+
+
+# Memory, in copies of the adapted parameters beyond what ordinary training keeps: the parameters and their gradients.
+
+LAYERS, WIDTH = 40, 64
+COPY = LAYERS * WIDTH**2 * 4
+
+
+def deep(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Big parameters, small activations; one parameter is a fortieth of all."""
+    layers = [layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh())]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def vectors(tasks: int, size: int = 2, width: int = WIDTH, dtype: torch.dtype = torch.float32) -> mn.Tasks:
+    g = torch.Generator().manual_seed(1)
+    return mn.Tasks(*(mn.Batch(*(normal(g, tasks, size, width).to(dtype) for _ in range(2))) for _ in range(2)))
+
+
+def ordinary_peak(model: nn.Module, tasks: mn.Tasks) -> int:
+    """Two steps of a plain training loop."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with LiveBytes() as live:
+        for task in single_tasks(tasks)[:2]:
+            optimizer.zero_grad()
+            squared_error(model, task.support).backward()
+            optimizer.step()
+    return live.peak
+
+
+def copies(estimator: object, solver: object, tasks: int, **settings: object) -> float:
+    data = vectors(tasks)
+    learner = mn.MetaLearner(
+        deep(), squared_error, solver=solver, estimator=estimator, execution="in_place", **settings
+    )
+    with LiveBytes() as live:
+        learner.backward(data)
+    return (live.peak - ordinary_peak(deep(), vectors(2))) / COPY
+
+
+@pytest.mark.parametrize(
+    ("solver", "tasks", "most"),
+    [
+        (sgd(), 1, 2),
+        (sgd(), 3, 3),
+        (sgd(momentum=0.9), 3, 3 + 1),  # and the optimizer's state
+        (sgd(foreach=True), 3, 3),
+        (mn.GradientDescent(3, lr=0.1), 1, 3),
+        (mn.GradientDescent(3, lr=0.1), 3, 4),  # its iterate is not the module's parameters themselves
+    ],
+    ids=["sgd_one_task", "sgd", "momentum", "foreach", "gradient_descent_one_task", "gradient_descent"],
+)
+def test_the_lean_form_keeps_a_snapshot_a_nudged_solution_and_an_accumulator(
+    solver: object, tasks: int, most: int
+) -> None:
+    assert copies(LEAN, solver, tasks) <= most + 4 / LAYERS  # what is in the hand while a sum is formed
+
+
+def test_memory_does_not_grow_with_tasks_or_steps() -> None:
+    few, many = copies(LEAN, sgd(2), tasks=2), copies(LEAN, sgd(8), tasks=4)
+    assert few == pytest.approx(many, abs=0.01)  # the tasks themselves
+
+
+def test_the_bound_is_what_certify_leaves_out() -> None:
+    assert copies(mn.FOBMAML(certify=False), sgd(), 3) <= 5 + 4 / LAYERS < copies(mn.FOBMAML(), sgd(), 3)
+
+
+def test_frozen_and_shared_parameters_are_not_copied() -> None:
+    """Of a body, seen once itself: a shared one has the gradients of both losses and its two sums, a frozen nothing."""
+    for trainable, most in ((False, 1), (True, 1 + 4)):
+        model = nn.Sequential(deep(), nn.Linear(WIDTH, 1))
+        model[0].requires_grad_(trainable)
+        data = mn.Tasks(*(mn.Batch(batch.inputs, batch.targets[..., :1]) for batch in vectors(2)))
+        learner = mn.MetaLearner(model, squared_error, solver=sgd(), estimator=LEAN, adapt_only="1")
+        with LiveBytes() as live:
+            learner.backward(data)
+        assert live.peak / COPY <= most + 4 / LAYERS
+
+
+@pytest.mark.parametrize("execution", ["vectorized", "in_place"])
+@pytest.mark.parametrize("scheme", ["symmetric", "forward", "fourth_order"])
+def test_without_the_bound_the_estimate_is_the_same(scheme: str, execution: str) -> None:
+    made = PROBLEMS["logistic"]()
+    both = []
+    for certify in (True, False):
+        model = made.make()
+        estimator = mn.FOBMAML(scheme, certify=certify)
+        learner = mn.MetaLearner(
+            model, made.loss, prox=made.prox, solver=mn.GradientDescent(4, lr=0.1), estimator=estimator,
+            execution=execution,
+        )  # fmt: skip
+        step = learner.backward(made.tasks)
+        assert (step.error_bound == step.error_bound) is certify
+        both.append((flat_gradient(model), step))
+    (bounded, with_bound), (free, without) = both
+    assert torch.equal(bounded, free)
+    saved = 4 + len(mn.FOBMAML(scheme).stencil.nodes)
+    assert with_bound.gradient_evaluations - without.gradient_evaluations == saved * len(made.plain)
+
+
+def test_certify_is_true_or_false() -> None:
+    with pytest.raises(mn.SettingsError, match="certify must be True or False"):
+        mn.FOBMAML(certify="no")
+
+
+# Low precision.
+
+
+class Weights(nn.Module):
+    """phi, used linearly: the loss <x, phi> has the gradient x wherever it is taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phi = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+
+
+def linear(model: nn.Module, batch: mn.Batch) -> Tensor:
+    return (batch.inputs * model.phi).sum(-1).mean()
+
+
+def bfloat16_gradient(tasks: mn.Tasks, solver: object, **settings: object) -> Tensor:
+    model = Weights()
+    learner = mn.MetaLearner(model, linear, solver=solver, execution="in_place", **{"estimator": LEAN, **settings})
+    learner.backward(tasks)
+    assert model.phi.grad.dtype == torch.bfloat16
+    assert torch.equal(model.phi.detach(), torch.ones(2, dtype=torch.bfloat16))
+    return model.phi.grad.float()
+
+
+def constant(*shape: int) -> mn.Tasks:
+    x = torch.ones(*shape, 2, dtype=torch.bfloat16)
+    return mn.Tasks(mn.Batch(0.001 * x, x), mn.Batch(x, x))
+
+
+def test_iterates_are_kept_in_float32_under_bfloat16_parameters() -> None:
+    """grad F is the query slope, 1. At phi = 1 bfloat16 has steps of 1/128: neither the support gradient nor the nudge
+    could move phi."""
+    found = bfloat16_gradient(constant(1, 1), mn.GradientDescent(20, lr=0.5), estimator=mn.FOBMAML(nu=1e-3))
+    torch.testing.assert_close(found, torch.ones(2), rtol=2**-8, atol=0)
+
+
+def test_the_mean_over_tasks_is_kept_in_float32() -> None:
+    """A sum of ones in bfloat16 does not get past 256."""
+    found = bfloat16_gradient(constant(300, 1), mn.GradientDescent(1, lr=1.0), estimator=mn.FOMAML())
+    torch.testing.assert_close(found, torch.ones(2), rtol=2**-8, atol=0)
+
+
+def test_gradients_of_microbatches_are_added_up_in_float32() -> None:
+    found = bfloat16_gradient(constant(1, 600), mn.GradientDescent(1, lr=1.0), estimator=mn.FOMAML(), microbatch=1)
+    torch.testing.assert_close(found, torch.ones(2), rtol=2**-8, atol=0)
+
+
+def narrow_error(dtype: torch.dtype, estimator: object, around: bool | None = None) -> float:
+    """Distance from the exact meta-gradient in float64; ``around``: autocast around the step, or within the loss."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1)).double()
+    data = vectors(2, size=16, width=8, dtype=DTYPE)
+    data = mn.Tasks(*(mn.Batch(batch.inputs, batch.targets[..., :1]) for batch in data))
+    exact_learner = mn.MetaLearner(model, squared_error, prox=4.0, solver=mn.Nesterov(60), estimator=mn.Tangent())
+    exact_learner.backward(data)
+    exact = flat_gradient(model)
+
+    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=around is not None):
+            found = model(batch.inputs)
+        return (found.float() - batch.targets.float()).square().mean()
+
+    model = model.to(dtype)
+    model.zero_grad()
+    learner = mn.MetaLearner(
+        model, loss, prox=4.0, solver=mn.GradientDescent(40, lr=0.1), estimator=estimator, execution="in_place"
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(around)):
+        learner.backward(mn.Tasks(*(mn.Batch(*(x.to(dtype) for x in batch)) for batch in data)))
+    return distance(flat_gradient(model).double(), exact)
+
+
+@pytest.mark.parametrize("estimator", [LEAN, mn.FOBMAML()], ids=["lean", "default"])
+def test_bfloat16_parameters(estimator: object) -> None:
+    assert narrow_error(torch.bfloat16, estimator) < 0.06
+
+
+@pytest.mark.parametrize("estimator", [LEAN, mn.FOBMAML()], ids=["lean", "default"])
+def test_autocast_around_the_step(estimator: object) -> None:
+    """Autocast keeps the casts it has made of parameters, and does not know that they have moved."""
+    assert narrow_error(torch.float32, estimator, around=True) < 0.06
+
+
+@pytest.mark.parametrize("estimator", [mn.FOBMAML(nudge="full", nu=0.1), mn.FOBMAML()], ids=["full", "default"])
+def test_autocast_within_the_loss(estimator: object) -> None:
+    assert narrow_error(torch.float32, estimator, around=False) < 0.06
+
+
+# Gradient accumulation within a task.
+
+
+def network(width: int = 6) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, 8), nn.Tanh(), nn.Linear(8, width)).to(DTYPE)
+
+
+def gradient(tasks: object, model: nn.Module | None = None, **settings: object) -> Tensor:
+    torch.manual_seed(4)
+    model = network() if model is None else model
+    model.zero_grad()
+    given = {"solver": mn.GradientDescent(4, lr=0.1), "estimator": mn.FOBMAML(nu=0.1), "execution": "in_place"}
+    torch.manual_seed(5)
+    mn.MetaLearner(model, squared_error, **(given | settings)).backward(tasks)
+    return flat_gradient(model)
+
+
+@pytest.mark.parametrize("estimator", [mn.FOBMAML(nu=0.1), mn.FOBMAML(nudge="full", nu=0.1), mn.FOMAML()], ids=str)
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 20])
+def test_microbatches_equal_the_whole_batch(size: int, estimator: object) -> None:
+    data = vectors(2, size=7, width=6, dtype=DTYPE)
+    whole = gradient(data, estimator=estimator)
+    assert distance(gradient(data, estimator=estimator, microbatch=size), whole) < 1e-12
+
+
+def test_microbatches_report_and_cost_the_same() -> None:
+    data, model = vectors(2, size=7, width=6, dtype=DTYPE), network()
+    one, other = (
+        mn.MetaLearner(model, squared_error, solver=mn.GradientDescent(3, lr=0.1), **settings).backward(data)
+        for settings in ({"execution": "in_place"}, {"microbatch": 3})
+    )
+    for field in ("query_loss", "support_loss", "residual"):
+        assert getattr(one, field) == pytest.approx(getattr(other, field), rel=1e-9), field
+    assert one.gradient_evaluations == other.gradient_evaluations
+
+
+def test_microbatches_keep_fewer_activations() -> None:
+    wide = nn.Sequential(nn.Linear(4, 512), nn.Tanh(), nn.Linear(512, 4))
+    data = vectors(1, size=256, width=4)
+    peaks = []
+    for microbatch in (None, 16):
+        learner = mn.MetaLearner(
+            wide, squared_error, solver=sgd(), estimator=LEAN, execution="in_place", microbatch=microbatch
+        )
+        with LiveBytes() as live:
+            learner.backward(data)
+        peaks.append(live.peak)
+    assert peaks[0] > 5 * peaks[1]
+
+
+def test_a_microbatch_takes_what_has_no_axis_whole() -> None:
+    g = torch.Generator().manual_seed(6)
+
+    def batch() -> mn.Batch:
+        return mn.Batch({"x": normal(g, 2, 7, 6), "scale": normal(g, 2)}, normal(g, 2, 7, 6))
+
+    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
+        return (batch.inputs["scale"] * model(batch.inputs["x"]) - batch.targets).square().mean()
+
+    data = mn.Tasks(batch(), batch())
+    found = []
+    for microbatch in (None, 2):
+        torch.manual_seed(7)
+        model = network()
+        mn.MetaLearner(model, loss, solver=mn.Nesterov(4), execution="in_place", microbatch=microbatch).backward(data)
+        found.append(flat_gradient(model))
+    assert distance(*found) < 1e-9
+
+
+def test_dropout_is_matched_over_microbatches() -> None:
+    """Equal masks in all solves: the estimate with a tiny nudge is finite and settled, not noise over the nudge."""
+    torch.manual_seed(8)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.5), nn.Linear(16, 6)).to(DTYPE)
+    data = vectors(2, size=8, width=6, dtype=DTYPE)
+    small, large = (
+        gradient(data, model, estimator=mn.FOBMAML(nudge="full", nu=nu), microbatch=3) for nu in (1e-4, 1e-3)
+    )
+    assert distance(small, large) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"microbatch": 0}, "microbatch must be a whole number"),
+        ({"microbatch": 2.0}, "microbatch must be a whole number"),
+        ({"microbatch": 2, "execution": "vectorized"}, "microbatch belongs to the in-place execution"),
+    ],
+)
+def test_bad_microbatches_are_refused(settings: dict, words: str) -> None:
+    with pytest.raises(mn.SettingsError, match=words):
+        mn.MetaLearner(network(), squared_error, **settings)
+
+
+def test_a_batch_that_can_not_be_cut_is_refused() -> None:
+    g = torch.Generator().manual_seed(9)
+    batch = mn.Batch(normal(g, 2, 7, 6), normal(g, 2, 5, 6))
+    with pytest.raises(mn.TasksError, match=r"microbatch cuts .* but they have 5, 7 of them"):
+        gradient(mn.Tasks(batch, batch), microbatch=2)

@@ -1,0 +1,203 @@
+"""mn.Minibatches: step k of every solve sees minibatch k."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import metanudge as mn
+from problems import DTYPE, distance, flat_gradient, normal, squared_error
+
+STEPS, LR, PROX, NU = 4, 0.1, 0.7, 0.05
+SGD = mn.TorchOptimizer(lambda parameters: torch.optim.SGD(parameters, lr=LR), steps=STEPS)
+DESCENT = mn.GradientDescent(STEPS, lr=LR)
+LEAN = mn.FOBMAML(nudge="full", nu=NU, start="initialization", certify=False)
+
+
+def batch(seed: int, size: int = 5) -> mn.Batch:
+    g = torch.Generator().manual_seed(seed)
+    return mn.Batch(normal(g, size, 3), normal(g, size, 1))
+
+
+BATCHES, QUERY = [batch(seed) for seed in range(6)], batch(99)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).to(DTYPE)
+
+
+def gradient(support: object, solver: object = DESCENT, estimator: object = LEAN, seed: int = 2) -> Tensor:
+    model = network()
+    learner = mn.MetaLearner(model, squared_error, prox=PROX, solver=solver, estimator=estimator, execution="in_place")
+    torch.manual_seed(seed)
+    learner.backward([mn.Tasks(support, QUERY)])
+    return flat_gradient(model)
+
+
+def descend(support: Callable[[int], mn.Batch], nu: float, start: Tensor | None = None, steps: int = STEPS) -> Tensor:
+    """Gradient descent on fhat_k + nu f + prox/2 ||phi - theta||^2 by torch.autograd, as a flat vector."""
+    model = network()
+    theta = nn.utils.parameters_to_vector(model.parameters()).detach()
+    phi = theta if start is None else start
+    for k in range(steps):
+        leaf = phi.clone().requires_grad_()
+
+        def at(data: mn.Batch, leaf: Tensor = leaf) -> Tensor:
+            named, first = {}, 0
+            for name, parameter in model.named_parameters():
+                named[name] = leaf[first : first + parameter.numel()].view(parameter.shape)
+                first += parameter.numel()
+            return squared_error(lambda x: torch.func.functional_call(model, named, (x,)), data)
+
+        energy = at(support(k)) + nu * at(QUERY) + PROX / 2 * (leaf - theta).square().sum()
+        phi = phi - LR * torch.autograd.grad(energy, leaf)[0]
+    return phi
+
+
+@pytest.mark.parametrize("solver", [SGD, DESCENT], ids=["torch_sgd", "descent"])
+@pytest.mark.parametrize("source", [BATCHES, lambda k: BATCHES[k], iter(BATCHES)], ids=["list", "function", "iterator"])
+def test_against_a_naive_transcription(source: object, solver: object) -> None:
+    source = iter(BATCHES) if not callable(source) and not isinstance(source, list) else source
+    expected = PROX * (descend(BATCHES.__getitem__, -NU) - descend(BATCHES.__getitem__, NU)) / (2 * NU)
+    assert distance(gradient(mn.Minibatches(source), solver), expected) < 1e-12
+
+
+@pytest.mark.parametrize("solver", [SGD, DESCENT], ids=["torch_sgd", "descent"])
+def test_from_the_solution_nudged_solves_begin_with_minibatch_0(solver: object) -> None:
+    found = gradient(mn.Minibatches(BATCHES), solver, mn.FOBMAML(nudge="full", nu=NU))
+    free = descend(BATCHES.__getitem__, 0.0)
+    behind, ahead = (descend(BATCHES.__getitem__, nu, start=free) for nu in (-NU, NU))
+    assert distance(found, PROX * (behind - ahead) / (2 * NU)) < 1e-12
+
+
+def test_equal_minibatches_are_a_batch() -> None:
+    for estimator in (LEAN, mn.FOBMAML(nu=NU), mn.FOMAML(), mn.Reptile(), mn.HFMAML(displacement=0.1)):
+        whole = gradient(BATCHES[0], estimator=estimator)
+        assert distance(gradient(mn.Minibatches(lambda k: BATCHES[0]), estimator=estimator), whole) < 1e-12
+
+
+def test_a_list_begins_again_and_an_iterable_is_read_once() -> None:
+    read = []
+
+    def few() -> object:
+        for each in BATCHES[:3]:
+            read.append(each)
+            yield each
+
+    expected = gradient(mn.Minibatches(lambda k: BATCHES[k % 3]))
+    assert torch.equal(gradient(mn.Minibatches(BATCHES[:3])), expected)
+    kept = mn.Minibatches(few())
+    assert torch.equal(gradient(kept), expected)
+    assert torch.equal(gradient(kept), expected)
+    assert len(read) == 3
+
+
+def test_an_endless_iterable_is_read_as_far_as_needed() -> None:
+    seen = []
+
+    def endless() -> object:
+        while True:
+            seen.append(None)
+            yield BATCHES[0]
+
+    gradient(mn.Minibatches(endless()))
+    assert len(seen) == STEPS
+
+
+def test_a_loader_that_shuffles() -> None:
+    dataset = TensorDataset(torch.cat([b.inputs for b in BATCHES]), torch.cat([b.targets for b in BATCHES]))
+
+    def collate(rows: list) -> mn.Batch:
+        return mn.Batch(*map(torch.stack, zip(*rows, strict=True)))
+
+    loader = DataLoader(dataset, batch_size=5, shuffle=True, collate_fn=collate)
+    support = mn.Minibatches(loader)
+    found = gradient(support)
+    drawn = [support[k] for k in range(STEPS)]
+    expected = PROX * (descend(drawn.__getitem__, -NU) - descend(drawn.__getitem__, NU)) / (2 * NU)
+    assert distance(found, expected) < 1e-12
+
+
+def test_what_a_function_draws_it_draws_for_every_solve() -> None:
+    """Were the nudged solves to draw different batches, a nudge of 1e-5 would divide their distance."""
+    rows = mn.Batch(torch.cat([b.inputs for b in BATCHES]), torch.cat([b.targets for b in BATCHES]))
+
+    def draw(k: int) -> mn.Batch:
+        chosen = torch.randint(30, (5,))
+        return mn.Batch(rows.inputs[chosen], rows.targets[chosen])
+
+    small, large = (
+        gradient(mn.Minibatches(draw), estimator=mn.FOBMAML(nudge="full", nu=nu, start="initialization"))
+        for nu in (1e-5, 1e-4)
+    )
+    assert distance(small, large) < 1e-6
+    assert distance(gradient(mn.Minibatches(draw), seed=3), gradient(mn.Minibatches(draw), seed=4)) > 1e-3
+
+
+def test_nothing_is_certified_of_minibatches() -> None:
+    learner = mn.MetaLearner(network(), squared_error, solver=mn.Nesterov(4), execution="in_place")
+    step = learner.backward([mn.Tasks(mn.Minibatches(BATCHES), QUERY), mn.Tasks(mn.Minibatches(BATCHES), QUERY)])
+    assert step.error_bound != step.error_bound
+    assert step.dropped_tasks == 0
+
+
+def test_tasks_with_and_without_minibatches_mix() -> None:
+    """And keep their places: the mean over tasks does not care, the curves of an evaluation do."""
+    plain, split = mn.Tasks(BATCHES[0], QUERY), mn.Tasks(mn.Minibatches(BATCHES), QUERY)
+    learner = mn.MetaLearner(network(), squared_error, prox=PROX, solver=DESCENT, execution="in_place")
+    both = learner.evaluate([split, plain]).values
+    assert torch.equal(both[0], learner.evaluate([split]).values[0])
+    assert torch.equal(both[1], learner.evaluate([plain]).values[0])
+    assert not torch.equal(both[0], both[1])
+
+
+def test_adapt_takes_minibatches() -> None:
+    learner = mn.MetaLearner(network(), squared_error, prox=PROX, solver=SGD)
+    adapted = learner.adapt(mn.Minibatches(BATCHES))
+    found = nn.utils.parameters_to_vector(adapted.parameters()).detach()
+    assert distance(found, descend(BATCHES.__getitem__, 0.0)) < 1e-12
+
+
+@pytest.mark.parametrize("source", [BATCHES[0], 3, None], ids=["batch", "number", "none"])
+def test_what_is_no_source_is_refused(source: object) -> None:
+    with pytest.raises(mn.SettingsError, match="Minibatches expects a function"):
+        mn.Minibatches(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (lambda k: BATCHES[0].inputs, r"minibatch 0 must be mn\.Batch"),
+        ([], "there are no minibatches"),
+        (iter(()), "there are no minibatches"),
+        ([mn.Batch(torch.zeros(2, 3, device="meta"), torch.zeros(2, 1))], "the model is on cpu but"),
+        ([mn.Batch(3.0, torch.zeros(2, 1))], "tasks hold tensors"),
+    ],
+    ids=["no_batch", "empty_list", "empty_iterator", "device", "no_tensor"],
+)
+def test_minibatches_that_are_none_are_refused_and_the_model_stays(source: object, words: str) -> None:
+    model = network()
+    learner = mn.MetaLearner(model, squared_error, solver=SGD, estimator=LEAN)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(mn.TasksError, match=words):
+        learner.backward([mn.Tasks(mn.Minibatches(source), QUERY)])
+    for parameter, value in zip(model.parameters(), before, strict=True):
+        assert parameter.grad is None
+        assert torch.equal(parameter.detach(), value)
+
+
+def test_minibatches_out_of_place_are_told_where_they_belong() -> None:
+    support = mn.Minibatches(BATCHES)
+    learner = mn.MetaLearner(network(), squared_error, solver=SGD)
+    with pytest.raises(mn.TasksError, match=r"as a list of mn\.Tasks"):
+        learner.backward(mn.Tasks(support, QUERY))
+    with pytest.raises(mn.TasksError, match=r"give its query as mn\.Batch"):
+        learner.backward([mn.Tasks(QUERY, support)])
+    stacked = mn.MetaLearner(network(), squared_error, solver=DESCENT)
+    with pytest.raises(mn.TasksError, match='execution="in_place"'):
+        stacked.backward([mn.Tasks(support, QUERY)])
