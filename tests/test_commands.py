@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import metanudge as mn
 from metanudge.accumulation import summarize
@@ -274,9 +275,13 @@ def test_failures_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.Captu
     for old, new, told in (
         ("[model]", "[mdel]", 'did you mean "model"'),
         ("seeds =", 'device = "cuda:77"\nseeds =', 'no device "cuda:77"'),
+        ('"parameter_free"', '"parameter_free"\nscale = -1.0', "scale must be"),
+        ("dropout = 0.2", "dropout = 0.2\nbatch_norm = 3", 'no setting "batch_norm"'),
+        ("prox = 2.0", 'prox = 2.0\nbatch_norm = "suport"', 'did you mean "support"'),
     ):
         assert main(["train", written(tmp_path, **{old: new}), "--out", out]) == 2
         assert told in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
     for target, told in ((str(tmp_path), "config.toml can not be read"), (written(tmp_path), "no training in runs")):
         assert main(["evaluate", target]) == 2
         assert told in " ".join(capsys.readouterr().err.split())
@@ -301,6 +306,72 @@ def test_classes_are_judged_by_accuracy_over_permutations_of_their_labels(
     assert record["mean"] == pytest.approx(expected, abs=1e-6)
     shutil.rmtree(tmp_path / "out" / "seed-3")
     assert main(["evaluate", out]) == 2
+
+
+IMAGES = """
+seeds = [0]
+[tasks]
+name = "image_folders"
+root = "ROOT"
+ways = 2
+shots = 2
+queries = 1
+size = 16
+rotations = true
+number = 6
+[model]
+name = "conv4"
+outputs = 2
+inputs = 3
+channels = 4
+size = 16
+norm = "batch"
+activation = "gelu"
+[learner]
+loss = "cross_entropy"
+adapt_only = "head"
+batch_norm = "support"
+warm_start = true
+[solver]
+name = "gradient_descent"
+steps = 2
+lr = 0.5
+[training]
+steps = STEPS
+tasks_per_step = 2
+every = 2
+[validation]
+tasks = 2
+[evaluation]
+tasks = 2
+"""
+
+
+def test_images_batch_norm_and_a_warm_start(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Class folders, a BatchNorm policy, the head alone adapted and a finite set of tasks: in two halves as in one."""
+    for split, number in (("train", 3), ("val", 2), ("test", 2)):
+        for kind in range(number):
+            (tmp_path / split / f"{kind}").mkdir(parents=True)
+            for place in range(3):
+                pixels = torch.randint(256, (16, 16, 3), generator=torch.Generator().manual_seed(9 * kind + place))
+                Image.fromarray(pixels.to(torch.uint8).numpy()).save(tmp_path / split / f"{kind}" / f"{place}.png")
+    for steps, folders in (("2", ["halves"]), ("4", ["halves", "whole"])):
+        config = written(tmp_path, IMAGES, ROOT=str(tmp_path), STEPS=steps)
+        for folder in folders:
+            assert main(["train", config, "--quiet", "--out", str(tmp_path / folder)]) == 0
+    assert same(state(tmp_path / "whole" / "seed-0"), state(tmp_path / "halves" / "seed-0"))
+    assert main(["evaluate", str(tmp_path / "whole"), "--permutations", "2"]) == 0
+    capsys.readouterr()
+    text = IMAGES.replace('batch_norm = "support"', "")
+    config = written(tmp_path, text, ROOT=str(tmp_path), STEPS="2")
+    assert main(["train", config, "--quiet", "--out", str(tmp_path / "other")]) == 2
+    assert 'batch_norm="transductive"' in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    settings = read_config(tmp_path / "halves" / "config.toml")
+    train, test = tasks_of(settings, "train", 0), tasks_of(settings, "test")
+    assert len(train) == 6
+    assert len(train.draw.args[0].draw.dataset.classes) == 12  # three classes in four turns
+    assert len(test.draw.args[0].draw.dataset.classes) == 2
 
 
 # learner.evaluate(..., permutations=P)

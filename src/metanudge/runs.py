@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, Subset
 
 from metanudge.checkpoint import LAST
@@ -38,15 +39,22 @@ def train(config: Config, fresh: bool, progress: bool, console: Console) -> list
     check_folder(config.out)
     if not fresh:
         _check_same(config)
+    _parts(config, config.whole.seeds[0])  # what can not be made is told before anything is written
     config.out.mkdir(parents=True, exist_ok=True)
     write(config.out / CONFIG, config.text.encode())
     return [_train(config, seed, fresh, progress, console) for seed in config.whole.seeds]
 
 
-def _train(config: Config, seed: int, fresh: bool, progress: bool, console: Console) -> Fit:
+def _parts(config: Config, seed: int) -> tuple[MetaLearner, torch.optim.Optimizer, LRScheduler | None]:
+    """What is trained, and by what, as this seed begins."""
     torch.manual_seed(seed)
     learner = learner_of(config)
     optimizer = config.optimizer(learner.model.parameters())
+    return learner, optimizer, None if config.scheduler is None else config.scheduler(optimizer)
+
+
+def _train(config: Config, seed: int, fresh: bool, progress: bool, console: Console) -> Fit:
+    learner, optimizer, scheduler = _parts(config, seed)
     given = config.training
     fixed = first(tasks_of(config, "validation"), config.validation.tasks)
     found = fit(
@@ -56,7 +64,7 @@ def _train(config: Config, seed: int, fresh: bool, progress: bool, console: Cons
         steps=given.steps,
         tasks_per_step=given.tasks_per_step,
         tasks_at_once=given.tasks_at_once,
-        scheduler=None if config.scheduler is None else config.scheduler(optimizer),
+        scheduler=scheduler,
         max_norm=given.max_norm,
         validation=[fixed[index] for index in range(len(fixed))] or None,
         metric=config.metric,

@@ -124,7 +124,9 @@ def _json(value: Any) -> Any:
 
 
 def _show(record: dict[str, Any], whole: Evaluation, found: dict[int, Evaluation], console: Console) -> None:
-    table = Table("adaptation steps", *(f"seed {seed}" for seed in found), "mean of seeds", title=record["metric"])
+    table = Table(title=record["metric"])
+    for name in ("step", *(f"seed {seed}" for seed in found), "mean"):
+        table.add_column(name, no_wrap=True)
     last = len(whole.curve) - 1
     for step in _steps(last):
         cells = [f"{one.curve[step]:.4g} ± {one.curve_ci95[step]:.2g}" for one in found.values()]
