@@ -22,7 +22,7 @@ from metanudge.settings import check_folder
 class Reproduce:
     """Reproduce a result: writes metrics.json, figures (PNG and SVG) and report.html."""
 
-    experiment: tyro.conf.Positional[Literal["synthetic", "solves"]]
+    experiment: tyro.conf.Positional[Literal["synthetic", "solves", "memory"]]
     """Which result."""
     out: Path | None = None
     """Folder to write into; by default results/EXPERIMENT."""

@@ -1,0 +1,12 @@
+"""``metanudge reproduce memory``: peak memory and time of one meta-gradient, against an ordinary training step."""
+
+from metanudge.experiments.memory import steps
+from metanudge.experiments.study import Entry, Experiment
+
+EXPERIMENT = Experiment(
+    name="memory",
+    title="Memory and time",
+    studies={
+        "steps": Entry(steps.StepsSettings, steps.run),
+    },
+)
