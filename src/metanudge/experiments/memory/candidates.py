@@ -137,7 +137,10 @@ CANDIDATES = {
         LABELS["hfmaml"], COLOURS["hfmaml"], "in place", partial(meta_gradient, mn.HFMAML, True, False)
     ),
     "imaml": Candidate(
-        "iMAML (10 CG steps)", COLOURS["imaml"], "vectorised", partial(meta_gradient, mn.IMAML, False, False)
+        "iMAML (5 CG steps)",
+        COLOURS["imaml"],
+        "vectorised",
+        partial(meta_gradient, partial(mn.IMAML, cg_steps=5), False, False),
     ),
     "maml_checkpointed": Candidate(
         "MAML, checkpointed",
@@ -148,3 +151,6 @@ CANDIDATES = {
     "maml": Candidate(LABELS["maml"], COLOURS["maml"], "vectorised", partial(meta_gradient, mn.MAML, False, False)),
 }
 """By the key of the metrics. All take the same steps of gradient descent on the same proximal problem."""
+
+SECOND_ORDER = frozenset({"imaml", "maml_checkpointed", "maml"})
+"""These differentiate twice, which fused attention kernels do not allow."""

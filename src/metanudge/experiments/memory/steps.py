@@ -55,7 +55,7 @@ class StepsSettings:
     def quick(cls) -> Self:
         """Up to 100 steps, and 20 for what takes longer."""
         slow = ("fobmaml_default", "hfmaml", "imaml", "maml_checkpointed", "maml")
-        return cls(steps=(1, 20, 100), limits=dict.fromkeys(slow, 20), measuring=Measuring(repeats=3, budget=2.0))
+        return cls(steps=(1, 20, 100), limits=dict.fromkeys(slow, 20), measuring=Measuring(repeats=3, budget=0.5))
 
 
 def network(width: int, depth: int, examples: int, seed: int) -> Inner:
