@@ -45,10 +45,6 @@ class Inner(NamedTuple):
         """On another device."""
         return self._replace(model=self.model.to(device), tasks=tree_map(lambda leaf: leaf.to(device), self.tasks))
 
-    def one_example(self) -> Inner:
-        """The same with the first example alone."""
-        return self._replace(tasks=tree_map(lambda leaf: leaf[:, :1], self.tasks))
-
 
 PROX = 1.0
 LR = 1e-3

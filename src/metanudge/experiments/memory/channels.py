@@ -14,7 +14,7 @@ import metanudge as mn
 from metanudge.experiments.memory.candidates import CANDIDATES, Inner
 from metanudge.experiments.memory.claims import memory_claim, time_claim
 from metanudge.experiments.memory.figures import draw
-from metanudge.experiments.memory.measuring import Job, Measuring, measure
+from metanudge.experiments.memory.measuring import QUICK, Job, Measuring, measure
 from metanudge.experiments.study import Advance, Study
 
 
@@ -42,8 +42,14 @@ class ChannelsSettings:
 
     @classmethod
     def quick(cls) -> Self:
-        """The narrowest and the widest network, one image a class, one inner step."""
-        return cls(channels=(25, 250), shots=1, inner_steps=1, measuring=Measuring(repeats=3, budget=0.5))
+        """The narrowest and the widest network, shallower, fewer images, one inner step."""
+        return cls(
+            channels=(25, 250),
+            blocks=4,
+            shots=3,
+            inner_steps=1,
+            measuring=QUICK,
+        )
 
 
 class Block(nn.Module):

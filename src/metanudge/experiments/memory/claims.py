@@ -18,10 +18,8 @@ def memory_claim(metrics: Mapping[str, Any], x: str, place: str) -> Claim:
         lean, plain = (metrics[quantity][name][x] for name in ("fobmaml", "plain"))
         allowed = FACTOR * plain + COPIES * copy
         holds = holds and lean <= allowed
-        told.append(
-            f"{word} {lean / 2**20:.1f} of {allowed / 2**20:.1f} MiB allowed ({lean / plain:.2f} training steps; "
-            f"a training step and {(lean - plain) / copy:.1f} copies)"
-        )
+        copies = (lean - plain) / copy
+        told.append(f"{word} {lean / 2**20:.1f} of {allowed / 2**20:.1f} MiB, a training step and {copies:.1f} copies")
     return Claim(
         f"At {place} FO-B-MAML needs little more memory than a training step",
         f"peak at most {FACTOR} times that of one plain training step plus {COPIES} copies of the adapted parameters "

@@ -17,7 +17,7 @@ from metanudge.errors import SettingsError
 from metanudge.experiments.memory.candidates import CANDIDATES, SECOND_ORDER, Inner
 from metanudge.experiments.memory.claims import memory_claim, time_claim
 from metanudge.experiments.memory.figures import draw
-from metanudge.experiments.memory.measuring import Job, Measuring, measure
+from metanudge.experiments.memory.measuring import QUICK, Job, Measuring, measure
 from metanudge.experiments.study import Advance, Claim, Study
 
 
@@ -48,8 +48,8 @@ class LoraSettings:
 
     @classmethod
     def quick(cls) -> Self:
-        """Two widths, one inner step."""
-        return cls(widths=(64, 256), inner_steps=1, measuring=Measuring(repeats=3, budget=0.5))
+        """Two widths, fewer layers, one inner step."""
+        return cls(widths=(64, 256), layers=2, inner_steps=1, measuring=QUICK)
 
 
 def next_token(model: nn.Module, batch: mn.Batch) -> Tensor:

@@ -6,6 +6,7 @@ same memory and costs no second import.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import re
@@ -23,6 +24,7 @@ from statistics import median
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from metanudge.diagnostics.memory import LiveBytes
 from metanudge.errors import MetanudgeError
@@ -34,6 +36,9 @@ RETURNING = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC
 KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 """Lets it keep them all: else its page faults, which come and go with what happens to lie on top of the heap, are a
 tenth of the time of what is timed, and vary by as much."""
+
+LATE = ("torch._dynamo",)
+"""What torch imports when the first optimizer is made, in a second: nurses do it, once for all."""
 
 T = TypeVar("T")
 
@@ -72,11 +77,14 @@ class Measuring:
     judged_budget: float = 20.0
 
 
+QUICK = Measuring(repeats=3, budget=0.5, judged_budget=4.0)
+
+
 class Resident(NamedTuple):
     """Peaks above what was held before, in bytes.
 
     Attributes:
-        baseline: What the process held before: imports, model, data, and what a first small gradient left.
+        baseline: What the process held before: imports, model, data, and what a first estimate of one step left.
         peak: Of the process's resident memory, above that.
         device: As torch.cuda counts it; None without a GPU.
     """
@@ -105,7 +113,8 @@ def resident(job: Job) -> Resident:
     """Peak resident memory of one meta-gradient; for a process of its own."""
     torch.set_num_threads(1)
     inner = job.make()
-    CANDIDATES[job.candidate].prepare(inner.one_example(), 1)()  # the libraries set themselves up
+    release()
+    CANDIDATES[job.candidate].prepare(inner, 1)()  # the libraries set themselves up
     inner.model.zero_grad()
     baseline, peak = resident_peak(CANDIDATES[job.candidate].prepare(inner, job.steps))
     return Resident(baseline, peak, device_peak(job) if torch.cuda.is_available() else None)
@@ -117,6 +126,8 @@ def live(job: Job) -> tuple[int, int]:
     inner = job.make()
     act = CANDIDATES[job.candidate].prepare(inner, job.steps)
     with LiveBytes() as alive:
+        held = [*inner.model.parameters(), *inner.model.buffers(), *tree_leaves(inner.tasks)]
+        alive.alive |= {leaf.untyped_storage()._cdata for leaf in held}  # a view of them is nothing new
         act()
     return alive.peak, inner.parameter_bytes
 
@@ -130,6 +141,13 @@ def resident_peak(act: Callable[[], object]) -> tuple[int, int]:
     return before, _held("VmHWM") - before
 
 
+def release() -> None:
+    """Give the system what lies free inside the heap, so that using it again counts; glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def _held(field: str) -> int:
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
@@ -140,7 +158,7 @@ def _held(field: str) -> int:
 def device_peak(job: Job) -> int:
     """The same in the GPU's memory, as torch.cuda counts it."""
     inner = job.make().to("cuda")
-    CANDIDATES[job.candidate].prepare(inner.one_example(), 1)()
+    CANDIDATES[job.candidate].prepare(inner, 1)()
     inner.model.zero_grad()
     act = CANDIDATES[job.candidate].prepare(inner, job.steps)
     torch.cuda.reset_peak_memory_stats()
@@ -222,7 +240,7 @@ def in_fresh_processes(
     """``function(job)`` of every job, in order, each in a process of its own."""
     with (
         _environment(environment),
-        ProcessPoolExecutor(workers, get_context("spawn"), import_all, (preload,)) as nurses,
+        ProcessPoolExecutor(workers, get_context("spawn"), import_all, ((*LATE, *preload),)) as nurses,
     ):
         yield from nurses.map(partial(forked, function), jobs)
 
@@ -255,7 +273,7 @@ def forked(function: Callable[[Job], T], job: Job) -> T:
         MetanudgeError: It failed or was killed, and what the cause was.
     """
     receive, send = get_context("fork").Pipe(duplex=False)
-    child = get_context("fork").Process(target=_tell, args=(send, function, job))
+    child = get_context("fork").Process(target=tell, args=(send, function, job))
     child.start()
     send.close()
     try:
@@ -270,7 +288,8 @@ def forked(function: Callable[[Job], T], job: Job) -> T:
     return measured
 
 
-def _tell(send: Connection, function: Callable[[Job], Any], job: Job) -> None:
+def tell(send: Connection, function: Callable[[Job], Any], job: Job) -> None:
+    """Send ``(result, None)``, or ``(None, what went wrong)``."""
     try:
         send.send((function(job), None))
     except Exception as error:

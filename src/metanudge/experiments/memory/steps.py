@@ -13,7 +13,7 @@ import metanudge as mn
 from metanudge.experiments.memory.candidates import CANDIDATES, Inner
 from metanudge.experiments.memory.claims import time_claim
 from metanudge.experiments.memory.figures import draw
-from metanudge.experiments.memory.measuring import Job, Measuring, measure
+from metanudge.experiments.memory.measuring import QUICK, Job, Measuring, measure
 from metanudge.experiments.study import Advance, Claim, Study
 
 SUMMARY = (
@@ -43,19 +43,26 @@ class StepsSettings:
     """
 
     steps: tuple[int, ...] = (1, 5, 20, 50, 200, 1000)
-    limits: dict[str, int] = field(default_factory=lambda: {"maml": 50, "maml_checkpointed": 200})
+    limits: dict[str, int] = field(
+        default_factory=lambda: {"maml": 50, "maml_checkpointed": 200, "hfmaml": 200, "fobmaml_default": 200}
+    )
     compared: int = 20
     width: int = 32
     depth: int = 10
-    examples: int = 8192
+    examples: int = 16384
     measuring: Measuring = field(default_factory=Measuring)
     seed: int = 0
 
     @classmethod
     def quick(cls) -> Self:
-        """Up to 100 steps, and 20 for what takes longer."""
+        """Fewer examples; up to 100 steps, and 20 for what takes longer."""
         slow = ("fobmaml_default", "hfmaml", "imaml", "maml_checkpointed", "maml")
-        return cls(steps=(1, 20, 100), limits=dict.fromkeys(slow, 20), measuring=Measuring(repeats=3, budget=0.5))
+        return cls(
+            steps=(1, 20, 100),
+            limits=dict.fromkeys(slow, 20),
+            examples=8192,
+            measuring=QUICK,
+        )
 
 
 def network(width: int, depth: int, examples: int, seed: int) -> Inner:
@@ -92,8 +99,8 @@ def run(settings: StepsSettings, advance: Advance) -> Study:
 def _claims(metrics: dict[str, Any], settings: StepsSettings) -> list[Claim]:
     first, last, compared = (str(steps) for steps in (settings.steps[0], settings.steps[-1], settings.compared))
     kinds = {"resident": metrics["peak_bytes"], "tensors": metrics["live_bytes"]}
-    growth = {word: table["fobmaml"][last] / table["fobmaml"][first] - 1 for word, table in kinds.items()}
-    ratio = {word: table["maml"][compared] / table["fobmaml"][compared] for word, table in kinds.items()}
+    growth = {word: table["fobmaml"][last] / max(table["fobmaml"][first], 1) - 1 for word, table in kinds.items()}
+    ratio = {word: table["maml"][compared] / max(table["fobmaml"][compared], 1) for word, table in kinds.items()}
     return [
         Claim(
             "FO-B-MAML's memory does not depend on the inner steps",

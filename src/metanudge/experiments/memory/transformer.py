@@ -15,7 +15,7 @@ import metanudge as mn
 from metanudge.experiments.memory.candidates import CANDIDATES, SECOND_ORDER, Inner
 from metanudge.experiments.memory.claims import memory_claim, time_claim
 from metanudge.experiments.memory.figures import draw
-from metanudge.experiments.memory.measuring import Job, Measuring, measure
+from metanudge.experiments.memory.measuring import QUICK, Job, Measuring, measure
 from metanudge.experiments.study import Advance, Study
 
 
@@ -44,8 +44,8 @@ class TransformerSettings:
 
     @classmethod
     def quick(cls) -> Self:
-        """Two depths, two lengths, one inner step."""
-        return cls(depths=(2, 4), lengths=(64, 256), inner_steps=1, measuring=Measuring(repeats=3, budget=0.5))
+        """Two depths, two lengths, fewer sequences, one inner step."""
+        return cls(depths=(1, 2), lengths=(64, 256), sequences=4, inner_steps=1, measuring=QUICK)
 
 
 class Transformer(nn.Module):
