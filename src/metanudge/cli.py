@@ -25,7 +25,7 @@ from metanudge.settings import check_folder
 class Reproduce:
     """Reproduce a result: writes metrics.json, figures (PNG and SVG) and report.html."""
 
-    experiment: tyro.conf.Positional[Literal["synthetic", "solves", "sinusoid", "mnist1d"]]
+    experiment: tyro.conf.Positional[Literal["synthetic", "solves", "sinusoid", "mnist1d", "memory"]]
     """Which result."""
     out: Path | None = None
     """Folder to write into; by default results/EXPERIMENT."""
@@ -36,7 +36,8 @@ class Reproduce:
     only: tuple[str, ...] = ()
     """Run these studies alone, and keep the other results in the folder. Of synthetic: bias, stationarity, smoothness,
     meta_optimizers; of solves: convergence, quality, certificate, guards, sinusoid (the longest, about an hour);
-    of sinusoid: results (tanh), relu; of mnist1d: results (permuted labels), new_classes."""
+    of sinusoid: results (tanh), relu; of mnist1d: results (permuted labels), new_classes; of memory: steps,
+    channels, transformer, lora."""
 
     def run(self, console: Console) -> int:
         """Run the experiment."""

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import metanudge as mn
 from metanudge.experiments.networks import mnist1d_network, sinusoid_network
@@ -63,11 +62,6 @@ class Benchmark(NamedTuple):
     unit: str
 
 
-def cross_entropy(model: nn.Module, batch: mn.Batch) -> Tensor:
-    """Of class indices."""
-    return F.cross_entropy(model(batch.inputs), batch.targets)
-
-
 def sinusoid(activation: str) -> Benchmark:
     """Finn's sinusoids, 10 shots."""
     return Benchmark(
@@ -97,7 +91,7 @@ def mnist1d(protocol: Protocol) -> Benchmark:
 
     return Benchmark(
         network=partial(mnist1d_network, WAYS[protocol]),
-        loss=cross_entropy,
+        loss=mn.metrics.cross_entropy,
         metric=mn.metrics.accuracy,
         higher=True,
         train=lambda seed, first, number: draw("train", seed, first, number),

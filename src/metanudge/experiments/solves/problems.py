@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metanudge as mn
@@ -77,11 +76,6 @@ def sinusoid(activation: str, number: int, seed: int) -> Inner:
     return Inner(model, mn.metrics.squared_error, mn.tasks.sinusoid(number, seed=seed), 2.0, True)
 
 
-def cross_entropy(model: nn.Module, batch: mn.Batch) -> Tensor:
-    """Of class indices."""
-    return F.cross_entropy(model(batch.inputs), batch.targets)
-
-
 def mnist1d_tasks(number: int, seed: int, shots: int = 5, samples: int = 1000) -> mn.Tasks:
     """Ten digits under permuted labels, ``shots`` of each to adapt and as many to judge."""
     inputs, digits = signals(samples, seed)
@@ -101,7 +95,7 @@ def mnist1d_tasks(number: int, seed: int, shots: int = 5, samples: int = 1000) -
 
 def mnist1d(number: int, seed: int) -> Inner:
     """10-way 5-shot MNIST-1D on three convolutions of 25 channels."""
-    return Inner(mnist1d_network(10, seed), cross_entropy, mnist1d_tasks(number, seed), 1.0, False)
+    return Inner(mnist1d_network(10, seed), mn.metrics.cross_entropy, mnist1d_tasks(number, seed), 1.0, False)
 
 
 PROBLEMS: dict[str, Callable[[int, int], Inner]] = {

@@ -1,0 +1,57 @@
+"""Peak memory and time against one quantity, a line an estimator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from metanudge.experiments.memory.candidates import CANDIDATES
+from metanudge.experiments.study import figure
+
+MIB = 2**20
+
+
+def draw(metrics: Mapping[str, Any], panels: Mapping[str, Mapping[str, float]], note: str = "") -> Figure:
+    """Draw a row of panels: memory and time of each.
+
+    Args:
+        metrics: As ``measure`` returns them.
+        panels: By the label of the x axis: the place of every key x.
+        note: Written into the figure.
+    """
+    made, axes = figure(columns=2 * len(panels), width=4.2, height=4.2)
+    for index, (label, places) in enumerate(panels.items()):
+        memory, time = axes[2 * index : 2 * index + 2]
+        _lines(memory, metrics["live_bytes"], places, MIB, ":")
+        _lines(memory, metrics["peak_bytes"], places, MIB, "o-")
+        _lines(time, metrics["seconds"], places, 1, "o-")
+        memory.set(xlabel=label, ylabel="peak memory, MiB (dotted: tensors alone)")
+        time.set(xlabel=label, ylabel="processor seconds")
+        for axis in (memory, time):
+            axis.set(xscale="log", yscale="log")
+            axis.set_xticks(list(places.values()), [f"{place:g}" for place in places.values()])
+            axis.minorticks_off()
+    handles, names = axes[1].get_legend_handles_labels()
+    made.legend(handles, names, loc="outside lower center", ncols=5 if len(panels) == 1 else 9, fontsize=8)
+    if note:
+        made.suptitle(note, fontsize=8, color="#555555")
+    return made
+
+
+def _lines(
+    axis: Axes, table: Mapping[str, Mapping[str, float]], places: Mapping[str, float], unit: float, style: str
+) -> None:
+    for name, candidate in CANDIDATES.items():
+        row = {places[x]: value / unit for x, value in table.get(name, {}).items() if x in places}
+        axis.plot(
+            list(row),
+            list(row.values()),
+            style,
+            markersize=3.5,
+            color=candidate.colour,
+            label=candidate.label,
+            zorder=3 if name == "fobmaml" else 2,
+        )

@@ -1,0 +1,120 @@
+"""Peak memory and time of adapting LoRA adapters on a frozen transformer, against the width of the transformer."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metanudge as mn
+from metanudge.errors import SettingsError
+from metanudge.experiments.memory.candidates import CANDIDATES, SECOND_ORDER, Inner
+from metanudge.experiments.memory.claims import memory_claim, time_claim
+from metanudge.experiments.memory.figures import draw
+from metanudge.experiments.memory.measuring import QUICK, Job, Measuring, measure
+from metanudge.experiments.study import Advance, Claim, Study
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Settings of the study.
+
+    Attributes:
+        widths: Of the frozen base's residual stream.
+        layers: Of the base.
+        rank: Of the adapters, on the query and value projections.
+        sequences: Of support and of query.
+        length: Tokens a sequence.
+        vocabulary: Tokens there are.
+        inner_steps: Of every estimator.
+    """
+
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    layers: int = 4
+    heads: int = 4
+    rank: int = 8
+    sequences: int = 4
+    length: int = 64
+    vocabulary: int = 256
+    inner_steps: int = 3
+    measuring: Measuring = field(default_factory=Measuring)
+    seed: int = 0
+
+    @classmethod
+    def quick(cls) -> Self:
+        """Two widths, fewer layers, one inner step."""
+        return cls(widths=(64, 256), layers=2, inner_steps=1, measuring=QUICK)
+
+
+def next_token(model: nn.Module, batch: mn.Batch) -> Tensor:
+    """Cross entropy of the next token."""
+    return F.cross_entropy(model(input_ids=batch.inputs).logits.flatten(0, 1), batch.targets.flatten())
+
+
+def adapters(settings: LoraSettings, second_order: bool, width: int) -> Inner:
+    """A Llama of random weights, frozen, with LoRA adapters to learn."""
+    transformers, peft = _packages()
+    torch.manual_seed(settings.seed)
+    base = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=settings.vocabulary,
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.heads,
+            max_position_embeddings=settings.length,
+            use_cache=False,
+            attn_implementation="eager" if second_order else "sdpa",
+        )
+    )
+    lora = peft.LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules=["q_proj", "v_proj"])
+
+    def batch() -> mn.Batch:
+        tokens = torch.randint(settings.vocabulary, (1, settings.sequences, settings.length + 1))
+        return mn.Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the one package about the other
+        model = peft.get_peft_model(base, lora)
+    return Inner(model, next_token, mn.Tasks(batch(), batch()))
+
+
+def _packages() -> tuple[Any, Any]:
+    try:
+        return import_module("transformers"), import_module("peft")
+    except ImportError as error:
+        raise SettingsError(
+            "the study lora needs transformers and peft, which are not installed; pip install 'metanudge[peft]', or "
+            "leave it out: --only steps channels transformer"
+        ) from error
+
+
+SUMMARY = (
+    "LoRA through PEFT on a frozen Llama of random weights. What is adapted is small, so copies of it are nothing, and "
+    "the frozen base is never copied: a meta-gradient has the peak of a training step. iMAML and MAML run with eager "
+    "attention, the only one that can be differentiated twice."
+)
+CAPTION = "Peak memory above that of the idle process, and time, of one meta-gradient, against the width of the base."
+
+
+def run(settings: LoraSettings, advance: Advance) -> Study:
+    """Measure every estimator on every base."""
+    _packages()
+    jobs = [
+        Job(name, str(width), partial(adapters, settings, name in SECOND_ORDER, width), settings.inner_steps)
+        for name in CANDIDATES
+        for width in settings.widths
+    ]
+    metrics = measure(jobs, settings.measuring, advance, preload=("transformers.models.llama.modeling_llama", "peft"))
+    widest = str(settings.widths[-1])
+    place = f"width {widest}"
+    claims: list[Claim] = [check(metrics, widest, place) for check in (memory_claim, time_claim)]
+    made = draw(metrics, {"width of the frozen base": {str(width): width for width in settings.widths}})
+    return Study("lora", "LoRA on a frozen transformer", SUMMARY, claims, metrics, {"lora": (made, CAPTION)})

@@ -1,0 +1,296 @@
+"""Peak memory and time of one meta-gradient, each measured in a process that has done nothing else.
+
+A *nurse* imports everything and computes nothing; every measurement is a fork of a nurse, so that it starts from the
+same memory and costs no second import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from metanudge.diagnostics.memory import LiveBytes
+from metanudge.errors import MetanudgeError
+from metanudge.experiments.memory.candidates import CANDIDATES, Act, Inner, forward_backward
+
+THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+RETURNING = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Lets glibc give every larger block back to the system at once: the peak would else count blocks long freed."""
+KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""Lets it keep them all: else its page faults, which come and go with what happens to lie on top of the heap, are a
+tenth of the time of what is timed, and vary by as much."""
+
+LATE = ("torch._dynamo",)
+"""What torch imports when the first optimizer is made, in a second: nurses do it, once for all."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement.
+
+    Attributes:
+        candidate: Key of ``CANDIDATES``.
+        x: Where in the figure.
+        make: The inner problem; a function of a module, with its arguments bound.
+        steps: Inner steps.
+    """
+
+    candidate: str
+    x: str
+    make: Callable[[], Inner]
+    steps: int
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How to measure.
+
+    Attributes:
+        workers: Memory is measured in as many processes at once; time always in one.
+        repeats: Of a timing, at most.
+        budget: Seconds after which a timing is not repeated.
+        judged_budget: The same for FO-B-MAML, whose time is judged.
+    """
+
+    workers: int = 2
+    repeats: int = 7
+    budget: float = 2.0
+    judged_budget: float = 20.0
+
+
+QUICK = Measuring(repeats=3, budget=0.5, judged_budget=4.0)
+
+
+class Resident(NamedTuple):
+    """Peaks above what was held before, in bytes.
+
+    Attributes:
+        baseline: What the process held before: imports, model, data, and what a first estimate of one step left.
+        peak: Of the process's resident memory, above that.
+        device: As torch.cuda counts it; None without a GPU.
+    """
+
+    baseline: int
+    peak: int
+    device: int | None
+
+
+class Seconds(NamedTuple):
+    """Processor time on one thread.
+
+    Attributes:
+        estimate: Of one meta-gradient; median.
+        over_loop: Over that of as many gradients of the same model in an ordinary loop; each meta-gradient is divided
+            by a loop that ran right after it; median of the ratios.
+        gradients: How many it evaluates.
+    """
+
+    estimate: float
+    over_loop: float
+    gradients: int
+
+
+def resident(job: Job) -> Resident:
+    """Peak resident memory of one meta-gradient; for a process of its own."""
+    torch.set_num_threads(1)
+    inner = job.make()
+    release()
+    CANDIDATES[job.candidate].prepare(inner, 1)()  # the libraries set themselves up
+    inner.model.zero_grad()
+    baseline, peak = resident_peak(CANDIDATES[job.candidate].prepare(inner, job.steps))
+    return Resident(baseline, peak, device_peak(job) if torch.cuda.is_available() else None)
+
+
+def live(job: Job) -> tuple[int, int]:
+    """Peak of the tensor bytes alive in one meta-gradient, and those of one copy of the adapted parameters."""
+    torch.set_num_threads(1)
+    inner = job.make()
+    act = CANDIDATES[job.candidate].prepare(inner, job.steps)
+    with LiveBytes() as alive:
+        held = [*inner.model.parameters(), *inner.model.buffers(), *tree_leaves(inner.tasks)]
+        alive.alive |= {leaf.untyped_storage()._cdata for leaf in held}  # a view of them is nothing new
+        act()
+    return alive.peak, inner.parameter_bytes
+
+
+def resident_peak(act: Callable[[], object]) -> tuple[int, int]:
+    """What the process holds before ``act``, and how far its peak is above that, in bytes. Linux."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _held("VmRSS")
+    act()
+    return before, _held("VmHWM") - before
+
+
+def release() -> None:
+    """Give the system what lies free inside the heap, so that using it again counts; glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _held(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise MetanudgeError(f"this system does not tell {field} in /proc/self/status; peak memory is read there")
+    return 1024 * int(found[1])
+
+
+def device_peak(job: Job) -> int:
+    """The same in the GPU's memory, as torch.cuda counts it."""
+    inner = job.make().to("cuda")
+    CANDIDATES[job.candidate].prepare(inner, 1)()
+    inner.model.zero_grad()
+    act = CANDIDATES[job.candidate].prepare(inner, job.steps)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    act()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def seconds(job: Job, how: Measuring) -> Seconds:
+    """Time one meta-gradient and the ordinary loop in turns; for a process of its own."""
+    torch.set_num_threads(1)
+    inner = job.make()
+    CANDIDATES[job.candidate].prepare(inner, 1)()
+    act = CANDIDATES[job.candidate].prepare(inner, job.steps)
+    estimates: list[float] = []
+    ratios: list[float] = []
+    gradients, begun = 0, time.perf_counter()
+    budget = how.judged_budget if job.candidate == "fobmaml" else how.budget
+    while not estimates or (len(estimates) < how.repeats and time.perf_counter() - begun < budget):
+        took, gradients = _timed(act)
+        loop = min(gradients, 100)
+        ordinary, _ = _timed(partial(_loop, inner, loop))
+        estimates.append(took)
+        ratios.append(took / gradients / (ordinary / loop))
+    return Seconds(median(estimates), median(ratios), gradients)
+
+
+def _loop(inner: Inner, gradients: int) -> int:
+    for _ in range(gradients):
+        forward_backward(inner)
+    return gradients
+
+
+def _timed(act: Act) -> tuple[float, int]:
+    begun = time.process_time()
+    gradients = act()
+    return time.process_time() - begun, gradients
+
+
+def measure(
+    jobs: Sequence[Job], how: Measuring, advance: Callable[[float], None], preload: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Resident memory, tensor bytes and time of every job: ``{quantity: {candidate: {x: number}}}``.
+
+    Args:
+        jobs: What to measure.
+        how: Settings.
+        advance: Told the share that is done.
+        preload: Modules that a nurse imports for all.
+    """
+    passes: list[tuple[Callable[[Job], Any], int, dict[str, str], tuple[str, ...]]] = [
+        (resident, how.workers, RETURNING, ("baseline_bytes", "peak_bytes", "device_bytes")),
+        (live, how.workers, KEEPING, ("live_bytes", "parameter_bytes")),
+        (
+            partial(seconds, how=how),
+            1,
+            KEEPING,
+            ("seconds", "seconds_over_loop", "gradients"),
+        ),
+    ]
+    metrics: dict[str, Any] = {}
+    for place, (function, workers, environment, quantities) in enumerate(passes):
+        found = in_fresh_processes(function, jobs, workers, THREADS | environment, preload)
+        for done, (job, numbers) in enumerate(zip(jobs, found, strict=True), 1):
+            for quantity, number in zip(quantities, numbers, strict=True):
+                if number is not None:
+                    metrics.setdefault(quantity, {}).setdefault(job.candidate, {})[job.x] = number
+            advance((place + done / len(jobs)) / len(passes))
+    return metrics
+
+
+def in_fresh_processes(
+    function: Callable[[Job], T],
+    jobs: Sequence[Job],
+    workers: int,
+    environment: Mapping[str, str],
+    preload: tuple[str, ...],
+) -> Iterator[T]:
+    """``function(job)`` of every job, in order, each in a process of its own."""
+    with (
+        _environment(environment),
+        ProcessPoolExecutor(workers, get_context("spawn"), import_all, ((*LATE, *preload),)) as nurses,
+    ):
+        yield from nurses.map(partial(forked, function), jobs)
+
+
+def import_all(modules: tuple[str, ...]) -> None:
+    """What a nurse does before its first job."""
+    for module in modules:
+        import_module(module)
+
+
+@contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """For the processes started inside; this one read its own long ago."""
+    kept = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def forked(function: Callable[[Job], T], job: Job) -> T:
+    """``function(job)`` in a fork of this process.
+
+    Raises:
+        MetanudgeError: It failed or was killed, and what the cause was.
+    """
+    receive, send = get_context("fork").Pipe(duplex=False)
+    child = get_context("fork").Process(target=tell, args=(send, function, job))
+    child.start()
+    send.close()
+    try:
+        result, error = receive.recv()
+    except EOFError:
+        child.join()
+        result, error = None, f"the process ended with code {child.exitcode}; -9 is for want of memory"
+    child.join()
+    if error is not None:
+        raise MetanudgeError(f"{job.candidate} at {job.x} with {job.steps} inner steps could not be measured: {error}")
+    measured: T = result
+    return measured
+
+
+def tell(send: Connection, function: Callable[[Job], Any], job: Job) -> None:
+    """Send ``(result, None)``, or ``(None, what went wrong)``."""
+    try:
+        send.send((function(job), None))
+    except Exception as error:
+        send.send((None, f"{type(error).__name__}: {error}"))

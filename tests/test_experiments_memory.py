@@ -1,0 +1,181 @@
+"""The study of memory: what is measured is what is there, claims follow the numbers, and a tiny form runs."""
+
+from __future__ import annotations
+
+import os
+from multiprocessing import Pipe
+
+import pytest
+import torch
+
+import metanudge as mn
+from metanudge.experiments.memory import EXPERIMENT, channels, lora, steps, transformer
+from metanudge.experiments.memory.candidates import CANDIDATES, SECOND_ORDER, Inner
+from metanudge.experiments.memory.claims import memory_claim, time_claim
+from metanudge.experiments.memory.measuring import (
+    RETURNING,
+    THREADS,
+    Job,
+    Measuring,
+    in_fresh_processes,
+    live,
+    resident_peak,
+    seconds,
+    tell,
+)
+
+MIB = 2**20
+FAST = Measuring(workers=1, repeats=1, budget=0.0, judged_budget=0.0)
+
+
+def allocate(job: Job) -> tuple[int, int]:
+    """Two blocks of ``job.steps`` MiB after each other, and one half as large beside the second; or an end."""
+    if job.x == "killed":
+        os._exit(9)
+
+    def act() -> None:
+        first = torch.ones(job.steps * MIB // 4)
+        del first
+        second = torch.ones(job.steps * MIB // 4)
+        third = torch.ones(job.steps * MIB // 8)
+        del second, third
+
+    torch.ones(1000).sum()  # torch sets itself up
+    return os.getpid(), resident_peak(act)[1]
+
+
+def small(steps_: int = 1) -> Inner:
+    return steps.network(4, 2, 16, 0)
+
+
+def test_the_peak_of_a_process_is_what_it_holds_at_once_and_not_what_others_held():
+    jobs = [Job("plain", x, small, size) for x, size in (("large", 40), ("small", 10), ("killed", 7))]
+    found = in_fresh_processes(allocate, jobs, 1, THREADS | RETURNING, ())
+    (first, large), (second, less) = next(found), next(found)
+    assert len({first, second, os.getpid()}) == 3
+    assert large == pytest.approx(60 * MIB, abs=2 * MIB)
+    assert less == pytest.approx(15 * MIB, abs=2 * MIB)
+    with pytest.raises(mn.MetanudgeError, match=r"plain at killed with 7 inner steps .* ended with code 9"):
+        next(found)
+    assert "MALLOC_ARENA_MAX" not in os.environ
+
+
+def test_an_error_of_a_measurement_is_told():
+    def fail(job: Job) -> None:
+        raise ValueError(f"no such {job.x}")
+
+    receive, send = Pipe(duplex=False)
+    tell(send, fail, Job("plain", "thing", small, 1))
+    assert receive.recv() == (None, "ValueError: no such thing")
+
+
+def test_tensor_bytes_of_a_training_step():
+    """One layer, n examples: the prediction, its error and gradient twice, and the parameters' gradient."""
+
+    def linear() -> Inner:
+        model = torch.nn.Linear(1, 1, bias=False)
+        return Inner(model, lambda model, batch: model(batch.inputs).sum(), mn.tasks.sinusoid(1, shots=1000))
+
+    peak, parameters = live(Job("plain", "x", linear, 1))
+    assert parameters == 4
+    assert 4000 <= peak <= 4000 + 100  # the prediction; the gradient of a sum is one number, expanded
+
+
+def test_gradients_are_counted_and_timed():
+    took = seconds(Job("fobmaml", "x", small, 3), FAST)
+    assert took.gradients == 3 + 2 + 4 * 3
+    assert took.estimate > 0
+    assert took.over_loop > 0
+    assert seconds(Job("plain", "x", small, 3), FAST).gradients == 1
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_candidates_take_the_same_steps(name):
+    """Of the same inner problem, wherever they run: the losses they report are those after the same solve."""
+    inner = small()
+    before = [leaf.clone() for leaf in inner.model.parameters()]
+    CANDIDATES[name].prepare(inner, 4)()
+    moved = not all(torch.equal(a, b) for a, b in zip(before, inner.model.parameters(), strict=True))
+    assert moved == (name == "plain")
+    assert all(leaf.grad is not None for leaf in inner.model.parameters())
+
+
+def in_this_process(function, jobs, workers, environment, preload):
+    assert environment["OMP_NUM_THREADS"] == "1"
+    return map(function, jobs)
+
+
+TINY = {
+    "steps": steps.StepsSettings(
+        steps=(1, 4), limits={"maml": 1}, compared=1, width=4, depth=2, examples=16, measuring=FAST
+    ),
+    "channels": channels.ChannelsSettings(channels=(2, 3), blocks=1, size=4, shots=1, inner_steps=1, measuring=FAST),
+    "transformer": transformer.TransformerSettings(
+        depths=(1,), lengths=(4, 8), width=8, heads=2, sequences=2, vocabulary=5, inner_steps=1, measuring=FAST
+    ),
+    "lora": lora.LoraSettings(
+        widths=(8,), layers=1, heads=2, rank=2, sequences=2, length=8, vocabulary=16, inner_steps=1, measuring=FAST
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_studies(name, monkeypatch):
+    if name == "lora":
+        pytest.importorskip("peft")
+    monkeypatch.setattr("metanudge.experiments.memory.measuring.in_fresh_processes", in_this_process)
+    chosen = CANDIDATES if name == "steps" else {key: CANDIDATES[key] for key in ("plain", "fobmaml", "maml")}
+    monkeypatch.setattr(f"metanudge.experiments.memory.{name}.CANDIDATES", chosen)
+    shares: list[float] = []
+    study = EXPERIMENT.studies[name].run(TINY[name], shares.append)
+    assert study.name == name
+    assert set(study.figures) == {name}
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)
+    quantities = {"baseline_bytes", "peak_bytes", "live_bytes", "parameter_bytes"}
+    quantities |= {"seconds", "seconds_over_loop", "gradients"}
+    assert quantities | ({"device_bytes"} if torch.cuda.is_available() else set()) == set(study.metrics)
+    for quantity in quantities:
+        assert set(study.metrics[quantity]) == set(chosen)
+    if name == "steps":
+        assert set(study.metrics["live_bytes"]["maml"]) == {"1"}  # its limit
+        assert set(study.metrics["live_bytes"]["fomaml"]) == {"1", "4"}
+    assert len(study.claims) == {"steps": 3, "channels": 2, "transformer": 4, "lora": 2}[name]
+    quick = EXPERIMENT.studies[name].settings.quick()
+    assert quick != EXPERIMENT.studies[name].settings()
+    assert quick.seed == 0
+
+
+def test_only_what_is_adapted_is_counted_as_a_copy():
+    pytest.importorskip("peft")
+    inner = lora.adapters(TINY["lora"], False, 8)
+    assert inner.parameter_bytes == 4 * 2 * (2 * 8 + 8 * 2)  # float32; query and value; A and B
+
+
+def test_missing_packages_are_told_before_any_work(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    with pytest.raises(mn.SettingsError, match=r"metanudge\[peft\].*--only steps channels transformer"):
+        lora.run(TINY["lora"], lambda share: None)
+
+
+def test_attention_of_second_order_estimators_gives_the_same_loss():
+    """The candidates that differentiate twice are measured on the same problem."""
+    settings = TINY["transformer"]
+    losses = [
+        inner.loss(inner.model, inner.support)
+        for inner in (transformer.network(settings, name in SECOND_ORDER, 1, 8) for name in ("fobmaml", "maml"))
+    ]
+    torch.testing.assert_close(*losses)
+
+
+def test_claims_follow_the_numbers():
+    def table(lean: float) -> dict[str, dict[str, float]]:
+        return {"fobmaml": {"8": lean}, "plain": {"8": 100.0}}
+
+    def metrics(lean: float, ratio: float) -> dict[str, object]:
+        found = {"peak_bytes": table(100.0), "live_bytes": table(lean), "parameter_bytes": {"fobmaml": {"8": 2.0}}}
+        return found | {"seconds_over_loop": {"fobmaml": {"8": ratio}}, "gradients": {"fobmaml": {"8": 7}}}
+
+    for lean, ratio, holds in ((136.0, 1.1, True), (136.1, 1.11, False)):  # 1.3 * 100 + 3 * 2
+        assert memory_claim(metrics(lean, ratio), "8", "here").holds is holds
+        assert time_claim(metrics(lean, ratio), "8", "here").holds is holds
