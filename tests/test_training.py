@@ -377,3 +377,21 @@ def test_what_can_not_be_saved_or_loaded_is_told(tmp_path):
     (tmp_path / "out" / "metanudge.json").write_text("{}")
     with pytest.raises(mn.SettingsError, match="can not be understood"):
         mn.load_pretrained(tmp_path / "out", nn.Linear(2, 2), mn.metrics.squared_error)
+
+
+def test_a_store_that_refuses_a_checkpoint_leaves_model_and_optimizer_alone(tmp_path):
+    def begun(store: str):
+        model = network()
+        learner = mn.MetaLearner(
+            model, mn.metrics.squared_error, prox=2.0, solver=mn.Nesterov(4), warm_start=mn.WarmStart(tmp_path / store)
+        )
+        return model, learner, torch.optim.Adam(model.parameters())
+
+    _, learner, optimizer = begun("first")
+    mn.fit(learner, optimizer, FINITE, steps=2, out=tmp_path / "run", **COMMON)
+    model, learner, optimizer = begun("another")
+    before = vector(model)
+    with pytest.raises(mn.SettingsError, match="does not hold it"):
+        mn.fit(learner, optimizer, FINITE, steps=4, out=tmp_path / "run", **COMMON)
+    assert torch.equal(vector(model), before)
+    assert not optimizer.state

@@ -81,11 +81,17 @@ class Run:
                 name: value.shape for name, value in state["model"].items()
             }:
                 raise SettingsError(f"{path} is of a training of another model; give another folder, or resume=False")
+            before = self.optimizer.state_dict()
             self.optimizer.load_state_dict(state["optimizer"])
+            try:  # what may refuse comes before what does not
+                if self.learner.warm_start is not None:
+                    self.learner.warm_start.load_state_dict(state["warm_start"])
+            except SettingsError:
+                self.optimizer.load_state_dict(before)
+                raise
             self.learner.model.load_state_dict(state["model"])
-            for name, part in parts.items():
-                if part is not None:
-                    part.load_state_dict(state[name])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
             self.history = [Record(*values) for values in state["history"]]
             for name in NUMBERS:
                 setattr(self, name, state["numbers"][name])
