@@ -383,7 +383,11 @@ def test_a_store_that_refuses_a_checkpoint_leaves_model_and_optimizer_alone(tmp_
     def begun(store: str):
         model = network()
         learner = mn.MetaLearner(
-            model, mn.metrics.squared_error, prox=2.0, solver=mn.Nesterov(4), warm_start=mn.WarmStart(tmp_path / store)
+            model,
+            mn.metrics.squared_error,
+            prox=2.0,
+            solver=mn.Nesterov(4),
+            warm_start=mn.WarmStart(folder=tmp_path / store),
         )
         return model, learner, torch.optim.Adam(model.parameters())
 
