@@ -296,7 +296,13 @@ def test_nothing_of_the_users_changes_whatever_happens(execution: str, calls: in
 
     store = mn.WarmStart()
     learner = mn.MetaLearner(
-        model, loss, prox=10.0, solver=mn.Nesterov(4), execution=execution, warm_start=store, chunk_size=None
+        model,
+        loss,
+        prox=10.0,
+        solver=mn.Nesterov(4),
+        execution=execution,
+        warm_start=store,
+        batch_norm="transductive",
     )
     left[0], wanted = None, calls
     learner.backward(mn.tasks.sinusoid(2), indices=[0, 1])

@@ -84,6 +84,7 @@ class Learner:
         execution: As of ``MetaLearner``.
         adapt_only: As of ``MetaLearner``.
         chunk_size: As of ``MetaLearner``.
+        microbatch: As of ``MetaLearner``.
         batch_norm: As of ``MetaLearner``.
         warm_start: Whether inner solves begin at a task's last solution; give the tasks a number.
     """
@@ -94,6 +95,7 @@ class Learner:
     execution: Literal["auto", "vectorized", "in_place"] = "auto"
     adapt_only: str | tuple[str, ...] | None = None
     chunk_size: int | None = None
+    microbatch: int | None = None
     batch_norm: Policy | None = None
     warm_start: bool = False
 

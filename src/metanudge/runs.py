@@ -100,6 +100,7 @@ def learner_of(config: Config) -> MetaLearner:
         execution=settings.execution,
         adapt_only=settings.adapt_only,
         chunk_size=settings.chunk_size,
+        microbatch=settings.microbatch,
         batch_norm=settings.batch_norm,
         warm_start=WarmStart() if settings.warm_start else None,
     )

@@ -68,6 +68,8 @@ class Bench:
             adapt_only=old.adapt_only,
             execution=cast(Any, execution or old.execution.name),
             chunk_size=getattr(old.execution, "chunk_size", None),
+            microbatch=getattr(old.execution, "microbatch", None) if execution is None else None,
+            batch_norm=old.norm.policy,
         )
 
 
