@@ -435,5 +435,8 @@ def test_only_class_labels_can_be_permuted() -> None:
     learner = mn.MetaLearner(torch.nn.Linear(1, 1), mn.metrics.squared_error)
     with pytest.raises(mn.TasksError, match="label permutations need class indices"):
         learner.evaluate(mn.tasks.sinusoid(2), permutations=2)
+    sampled = mn.Tasks(mn.Minibatches([mn.Batch(torch.ones(2, 2), torch.arange(2))]), episodes(3, 1)[0].query)
+    with pytest.raises(mn.TasksError, match="got Minibatches"):
+        learner.evaluate([sampled], permutations=2)
     with pytest.raises(mn.SettingsError, match="permutations must be"):
         learner.evaluate(mn.tasks.sinusoid(2), permutations=0)

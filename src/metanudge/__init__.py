@@ -1,7 +1,6 @@
 """Meta-learning for PyTorch with first derivatives only."""
 
 from metanudge import metrics, optim, tasks
-from metanudge.config import LOSSES, METRICS, OPTIMIZERS, SCHEDULERS
 from metanudge.diagnostics import Check, Smoothness, check, smoothness
 from metanudge.errors import (
     LossError,
@@ -30,6 +29,7 @@ from metanudge.logs import Record
 from metanudge.minibatches import Minibatches
 from metanudge.models import MODELS
 from metanudge.pretrained import load_pretrained
+from metanudge.registries import LOSSES, METRICS, OPTIMIZERS, SCHEDULERS
 from metanudge.solvers import SOLVERS, Adam, GradientDescent, Nesterov, TorchOptimizer
 from metanudge.training import Fit, fit
 from metanudge.types import Batch, Evaluation, MetaStep, Tasks

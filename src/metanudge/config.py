@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,49 +10,23 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, StepLR
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
-from metanudge import metrics, optim
+from metanudge import metrics
 from metanudge.errors import SettingsError
 from metanudge.estimators import ESTIMATORS, FOBMAML, Estimator
 from metanudge.families import FAMILIES, MOST_SEEDS
 from metanudge.models import MODELS
 from metanudge.named import arguments, choose, nearest, part
 from metanudge.oracle import Policy
+from metanudge.registries import LOSSES, METRICS, OPTIMIZERS, SCHEDULERS
 from metanudge.settings import check_seed, check_steps
 from metanudge.solvers import SOLVERS, Nesterov, Solver
-from metanudge.tasks.logistic import logistic_loss
 from metanudge.types import LossFunction, Tasks
 from metanudge.validation import Better
 
 T = TypeVar("T")
-LOSSES: dict[str, LossFunction] = {
-    "squared_error": metrics.squared_error,
-    "cross_entropy": metrics.cross_entropy,
-    "logistic": logistic_loss,
-}
-METRICS: dict[str, LossFunction] = {"accuracy": metrics.accuracy, **LOSSES}
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "normalized_sgd": optim.NormalizedSGD,
-    "clipped_sgd": optim.ClippedSGD,
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
-
-
-def _multi_step(optimizer: torch.optim.Optimizer, milestones: tuple[int, ...], gamma: float = 0.1) -> MultiStepLR:
-    """Torch's own, whose annotations can not be read."""
-    return MultiStepLR(optimizer, milestones, gamma)
-
-
-SCHEDULERS: dict[str, Callable[..., LRScheduler]] = {
-    "parameter_free": optim.ParameterFree,
-    "cosine": CosineAnnealingLR,
-    "step": StepLR,
-    "multi_step": _multi_step,
-}
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import operator
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -13,25 +10,23 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from metanudge import advice
 from metanudge.accumulation import FiniteMean, summarize
+from metanudge.adaptation import adapted_copy, alone, curves
 from metanudge.batching import as_stacks, groups
+from metanudge.deposit import add_to_grad, in_order, verdict
 from metanudge.energy import InnerProblem
-from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, TasksError, UnsolvedWarning
+from metanudge.errors import NonFiniteError, SettingsError, TasksError
 from metanudge.estimators import FOBMAML, Estimator
 from metanudge.estimators.base import told_to_go_first_order
 from metanudge.execution import Execution, Lent, choose_execution, is_sharded
-from metanudge.minibatches import as_minibatches
 from metanudge.oracle import BatchNorm, Policy, Tally
-from metanudge.oracle.common import whole
 from metanudge.permutations import permuted
 from metanudge.selection import AdaptOnly, Selection, select_parameters
 from metanudge.settings import check_function, check_part, check_steps
 from metanudge.solvers import Nesterov, Solver
 from metanudge.solvers.loop import solve
-from metanudge.types import Batch, Evaluation, LossFunction, MetaStep, Need, Params, Role, Tasks
+from metanudge.types import Batch, Evaluation, LossFunction, MetaStep, Need, Role, Tasks
 from metanudge.warm_start import WarmStart
 
 
@@ -180,12 +175,16 @@ class MetaLearner:
         Cost: that of the estimator, times the number of tasks.
         """
         stacks, places = as_stacks(tasks, self._device)
-        order = iter(self._in_order(indices, places))
+        order = iter(in_order(indices, places, self.warm_start is not None))
         tally, mean = Tally(), FiniteMean()
         with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, tally) as lent:
             solved = [self._add(mean, lent, problem, list(islice(order, problem.tasks))) for problem in lent.problems]
         del lent  # and with it what the estimates were made of
-        return self._deposit(mean, tally, solved)
+        numbers, dropped = verdict(mean, self.estimator, self.solver, self.prox, self._told)
+        if self.warm_start is not None:  # which may refuse: nothing has been changed yet
+            known = [index for indices_of_one, _ in solved for index in indices_of_one]
+            self.warm_start.put(known, torch.cat([rows for _, rows in solved]))
+        return MetaStep(*numbers, add_to_grad(self.model, mean), dropped, tally.gradients)
 
     def _add(self, mean: FiniteMean, lent: Lent, problem: InnerProblem, known: list[int]) -> tuple[list[int], Tensor]:
         """Estimate, and add to the mean; nothing but the indices and solutions for a warm start stays alive."""
@@ -199,68 +198,6 @@ class MetaLearner:
             return [], torch.empty(0)
         diverged = estimate.diverged.reshape(-1, 1)
         return known, lent.rows(estimate.solution).masked_fill(diverged, float("nan")).cpu()
-
-    def _in_order(self, indices: Sequence[int] | None, places: list[int]) -> list[int]:
-        """The indices in the order in which the tasks are solved."""
-        if (indices is None) != (self.warm_start is None):
-            given, wanted = ("no ", "give indices=[...]") if indices is None else ("", "give the learner a warm_start")
-            raise SettingsError(f"backward got {given}indices of tasks: indices and warm_start go together; {wanted}")
-        if indices is None:
-            return places
-        try:
-            listed = [operator.index(index) for index in indices]
-        except TypeError as error:
-            raise SettingsError(f"indices must be whole numbers, one a task: {error}") from error
-        if len(listed) != len(places) or len(set(listed)) < len(listed):
-            raise SettingsError(
-                f"indices must name every task once, {len(places)} different whole numbers, got {len(listed)} of which "
-                f"{len(set(listed))} differ"
-            )
-        return [listed[place] for place in places]
-
-    def _deposit(self, mean: FiniteMean, tally: Tally, solved: list[tuple[list[int], Tensor]]) -> MetaStep:
-        """Keep the solutions, and add the mean to ``.grad``."""
-        dropped = mean.total - mean.kept
-        if mean.kept == 0:
-            raise NonFiniteError(
-                f"none of the {mean.total} tasks had a solve that did not diverge and a finite loss and meta-gradient, "
-                "so nothing was changed; look for "
-                "non-finite inputs, or let the inner solver take smaller steps (lr) or hold it closer (prox)"
-            )
-        numbers = mean.numbers()
-        if dropped:
-            self._tell_once(
-                NonFiniteWarning,
-                f"{dropped} of {mean.total} tasks diverged, or had no finite loss or meta-gradient, and were left out "
-                "of the mean (MetaStep.dropped_tasks counts them from now on); let the inner solver take smaller steps "
-                "(lr) or hold it closer (prox)",
-            )
-        if Need.PROXIMAL_TERM in self.estimator.needs:
-            if numbers.residual > advice.ROUGH:
-                told = advice.unsolved(numbers.residual, self.solver.steps, self.prox)
-                self._tell_once(UnsolvedWarning, told)
-            elif 2 * numbers.amplified_tasks > mean.kept:
-                told = advice.amplified(numbers.amplified_tasks, mean.kept, self.prox)
-                self._tell_once(UnsolvedWarning, told)
-        if self.warm_start is not None:  # which may refuse: nothing has been changed yet
-            self.warm_start.put(
-                [index for known, _ in solved for index in known], torch.cat([rows for _, rows in solved])
-            )
-        parameters, squares = dict(self.model.named_parameters()), []
-        with torch.no_grad():
-            for name, leaf in mean.spend():
-                squares.append(whole(leaf.double().square().sum()))
-                parameter = parameters[name]
-                if parameter.grad is None:
-                    parameter.grad = leaf.to(parameter.dtype)
-                else:
-                    parameter.grad.add_(leaf)
-        return MetaStep(*numbers, float(torch.stack(squares).sum().sqrt()), dropped, tally.gradients)
-
-    def _tell_once(self, kind: type[Warning], text: str) -> None:
-        if kind not in self._told:
-            self._told.add(kind)
-            warnings.warn(text, kind, stacklevel=4)
 
     def adapt(self, support: Batch) -> nn.Module:
         """Adapt to one task: a new module of the same class; this learner's model is untouched.
@@ -292,7 +229,7 @@ class MetaLearner:
                 "adapt copies the model, which FSDP2 does not allow; use evaluate, or adapt the model unsharded, from "
                 "the initialisation that torch.distributed.checkpoint saves"
             )
-        stacks = self._alone(support)
+        stacks = alone(support, self._device)
         with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, Tally()) as lent:
             problem = next(lent.problems)
             solution = solve(self.solver, problem.energy(), problem.losses.spread(problem.theta))
@@ -302,26 +239,7 @@ class MetaLearner:
                 "adaptation ended in non-finite parameters; let the inner solver take smaller steps (lr) "
                 "or hold it closer (prox)"
             )
-        frozen = {id(parameter): parameter for parameter in self.model.parameters() if not parameter.requires_grad}
-        adapted = copy.deepcopy(self.model, memo=dict(frozen))
-        adapted.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, parameter in adapted.named_parameters():
-                if name in named:
-                    parameter.copy_(named[name])
-        source = as_minibatches(support)
-        self.norm.settle(adapted, self.losses[Role.SUPPORT], support if source is None else source[0])
-        return adapted
-
-    def _alone(self, support: Batch) -> list[Tasks]:
-        """The stack of a task whose query does not matter."""
-        source = as_minibatches(support)
-        if source is not None:
-            return as_stacks([Tasks(support, source[0])], self._device)[0]
-        if not isinstance(support, Batch):
-            raise TasksError(f"adapt expects mn.Batch(inputs, targets) of one task, got {type(support).__name__}")
-        stack = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, support)
-        return as_stacks(Tasks(stack, stack), self._device)[0]
+        return adapted_copy(self.model, named, self.norm, self.losses[Role.SUPPORT], support)
 
     def evaluate(
         self, tasks: Tasks | Iterable[Tasks], metric: LossFunction | None = None, *, permutations: int = 1
@@ -352,8 +270,8 @@ class MetaLearner:
         values: list[Tensor] = []
         for group in groups(tasks):
             first = sum(map(len, values))
-            curves = [self._curves(named, function) for named in permuted(group, permutations, first)]
-            values.append(torch.stack(curves).mean(0))
+            found = [self._curves(named, function) for named in permuted(group, permutations, first)]
+            values.append(torch.stack(found).mean(0))
         if not values:
             raise TasksError("there are no tasks to evaluate; the iterable was empty")
         return summarize(torch.cat(values))
@@ -375,15 +293,6 @@ class MetaLearner:
     def _curves(self, tasks: Tasks | Sequence[Tasks], function: LossFunction) -> Tensor:
         """The metric after every step, ``[T, K + 1]``, in the order of the tasks."""
         stacks, places = as_stacks(tasks, self._device)
-        curves = []
         with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, Tally()) as lent:
-            for problem in lent.problems:
-                curve: list[Tensor] = []
-
-                def observe(_step: int, phi: Params) -> None:
-                    curve.append(problem.losses.value(function, Role.QUERY, phi).reshape(-1).cpu())  # noqa: B023
-
-                solve(self.solver, problem.energy(), problem.losses.spread(problem.theta), observe)
-                curve += [curve[-1]] * (self.solver.steps + 1 - len(curve))
-                curves.append(torch.stack(curve, dim=1).double())
-        return torch.cat(curves)[torch.tensor(places).argsort()]
+            found = [curves(problem, self.solver, function) for problem in lent.problems]
+        return torch.cat(found)[torch.tensor(places).argsort()]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metanudge.errors import TasksError
 from metanudge.tasks.seeding import stream
-from metanudge.types import Tasks
+from metanudge.types import Batch, Tasks
 
 
 def permuted(tasks: Tasks | Sequence[Tasks], number: int, first: int) -> Iterator[Tasks | Sequence[Tasks]]:
@@ -26,7 +27,7 @@ def permuted(tasks: Tasks | Sequence[Tasks], number: int, first: int) -> Iterato
     if number > 1:
         for task in [tasks] if isinstance(tasks, Tasks) else tasks:
             for batch in task:
-                _check_labels(batch.targets, axes=2 if isinstance(tasks, Tasks) else 1)
+                _check_labels(batch, axes=2 if isinstance(tasks, Tasks) else 1)
     yield tasks
     for repetition in range(1, number):
         if isinstance(tasks, Tasks):
@@ -54,9 +55,10 @@ def _with_targets(task: Tasks, support: Tensor, query: Tensor) -> Tasks:
     return Tasks(task.support._replace(targets=support), task.query._replace(targets=query))
 
 
-def _check_labels(targets: object, axes: int) -> None:
+def _check_labels(batch: object, axes: int) -> None:
+    targets: Any = batch.targets if isinstance(batch, Batch) else batch
     whole = isinstance(targets, Tensor) and not targets.is_floating_point() and not targets.is_complex()
-    if not whole or targets.ndim != axes:  # type: ignore[attr-defined]
+    if not whole or targets.ndim != axes:
         told = f"{tuple(targets.shape)}, {targets.dtype}" if isinstance(targets, Tensor) else type(targets).__name__
         raise TasksError(
             f"label permutations need class indices, {'[T, n]' if axes == 2 else '[n]'} whole numbers, as targets, "

@@ -124,7 +124,8 @@ class BatchNorm:
 
     def _measured(self, adapted: nn.Module, support_loss: LossFunction, support: Batch) -> list[Statistics]:
         """Of the support set, by the last call of every layer."""
-        probe = BatchNorm(self.policy, copy.deepcopy(adapted))  # so that nothing else is written to
+        shared = {id(parameter): parameter for parameter in adapted.parameters()}
+        probe = BatchNorm(self.policy, copy.deepcopy(adapted, memo=dict(shared)))  # with buffers of its own to write to
         device = next(adapted.parameters()).device
         with probe.lent(), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             probe._seen = {}

@@ -1,0 +1,61 @@
+"""Adapting without a meta-gradient: one task's own module, and a metric along the way."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from metanudge.batching import as_stacks
+from metanudge.energy import InnerProblem
+from metanudge.errors import TasksError
+from metanudge.minibatches import as_minibatches
+from metanudge.oracle import BatchNorm
+from metanudge.solvers import Solver
+from metanudge.solvers.loop import solve
+from metanudge.types import Batch, LossFunction, Params, Role, Tasks
+
+
+def alone(support: Batch, device: torch.device) -> list[Tasks]:
+    """The stack of a task whose query does not matter.
+
+    Raises:
+        TasksError: No batch.
+    """
+    source = as_minibatches(support)
+    if source is not None:
+        return as_stacks([Tasks(support, source[0])], device)[0]
+    if not isinstance(support, Batch):
+        raise TasksError(f"adapt expects mn.Batch(inputs, targets) of one task, got {type(support).__name__}")
+    stack = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, support)
+    return as_stacks(Tasks(stack, stack), device)[0]
+
+
+def adapted_copy(
+    model: nn.Module, named: dict[str, Tensor], norm: BatchNorm, loss: LossFunction, support: Batch
+) -> nn.Module:
+    """A copy of the model at the adapted parameters ``named``, which shares frozen ones with it."""
+    frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    adapted = copy.deepcopy(model, memo=dict(frozen))
+    adapted.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if name in named:
+                parameter.copy_(named[name])
+    source = as_minibatches(support)
+    norm.settle(adapted, loss, support if source is None else source[0])
+    return adapted
+
+
+def curves(problem: InnerProblem, solver: Solver, function: LossFunction) -> Tensor:
+    """``function`` of the query sets of one problem's tasks after every step, ``[T, K + 1]``."""
+    found: list[Tensor] = []
+
+    def observe(_step: int, phi: Params) -> None:
+        found.append(problem.losses.value(function, Role.QUERY, phi).reshape(-1).cpu())
+
+    solve(solver, problem.energy(), problem.losses.spread(problem.theta), observe)
+    found += [found[-1]] * (solver.steps + 1 - len(found))
+    return torch.stack(found, dim=1).double()
