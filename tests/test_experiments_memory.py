@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import Pipe
 
 import pytest
@@ -14,11 +16,11 @@ from metanudge.experiments.memory.candidates import CANDIDATES, SECOND_ORDER, In
 from metanudge.experiments.memory.claims import memory_claim, time_claim
 from metanudge.experiments.memory.measuring import (
     RETURNING,
-    THREADS,
     Job,
     Measuring,
-    in_fresh_processes,
+    forked,
     live,
+    nursery,
     resident_peak,
     seconds,
     tell,
@@ -49,15 +51,16 @@ def small(steps_: int = 1) -> Inner:
 
 
 def test_the_peak_of_a_process_is_what_it_holds_at_once_and_not_what_others_held():
+    kept = os.environ.get("OMP_NUM_THREADS")
     jobs = [Job("plain", x, small, size) for x, size in (("large", 40), ("small", 10), ("killed", 7))]
-    found = in_fresh_processes(allocate, jobs, 1, THREADS | RETURNING, ())
-    (first, large), (second, less) = next(found), next(found)
+    with nursery(1, ()) as nurses:
+        (first, large), (second, less) = (nurses.submit(forked, allocate, RETURNING, job).result() for job in jobs[:2])
+        with pytest.raises(mn.MetanudgeError, match=r"plain at killed with 7 inner steps .* ended with code 9"):
+            nurses.submit(forked, allocate, RETURNING, jobs[2]).result()
     assert len({first, second, os.getpid()}) == 3
     assert large == pytest.approx(60 * MIB, abs=2 * MIB)
     assert less == pytest.approx(15 * MIB, abs=2 * MIB)
-    with pytest.raises(mn.MetanudgeError, match=r"plain at killed with 7 inner steps .* ended with code 9"):
-        next(found)
-    assert "MALLOC_ARENA_MAX" not in os.environ
+    assert os.environ.get("OMP_NUM_THREADS") == kept
 
 
 def test_an_error_of_a_measurement_is_told():
@@ -65,7 +68,7 @@ def test_an_error_of_a_measurement_is_told():
         raise ValueError(f"no such {job.x}")
 
     receive, send = Pipe(duplex=False)
-    tell(send, fail, Job("plain", "thing", small, 1))
+    tell(send, fail, {}, Job("plain", "thing", small, 1))
     assert receive.recv() == (None, "ValueError: no such thing")
 
 
@@ -100,9 +103,11 @@ def test_candidates_take_the_same_steps(name):
     assert all(leaf.grad is not None for leaf in inner.model.parameters())
 
 
-def in_this_process(function, jobs, workers, environment, preload):
-    assert environment["OMP_NUM_THREADS"] == "1"
-    return map(function, jobs)
+@contextmanager
+def this_process(workers, preload):
+    """In the place of the nursery."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
 
 
 TINY = {
@@ -123,7 +128,8 @@ TINY = {
 def test_studies(name, monkeypatch):
     if name == "lora":
         pytest.importorskip("peft")
-    monkeypatch.setattr("metanudge.experiments.memory.measuring.in_fresh_processes", in_this_process)
+    monkeypatch.setattr("metanudge.experiments.memory.measuring.nursery", this_process)
+    monkeypatch.setattr("metanudge.experiments.memory.measuring.forked", lambda function, allocator, job: function(job))
     chosen = CANDIDATES if name == "steps" else {key: CANDIDATES[key] for key in ("plain", "fobmaml", "maml")}
     monkeypatch.setattr(f"metanudge.experiments.memory.{name}.CANDIDATES", chosen)
     shares: list[float] = []

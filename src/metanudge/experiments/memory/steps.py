@@ -27,6 +27,8 @@ CAPTION = (
     "one meta-gradient, against inner steps."
 )
 FLAT, RATIO = 0.01, 10
+COUNTED = 2**18
+"""Bytes by which the kernel's count of resident pages may be off: it is kept in batches a processor."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class StepsSettings:
         return cls(
             steps=(1, 20, 100),
             limits=dict.fromkeys(slow, 20),
-            examples=8192,
+            examples=4096,
             measuring=QUICK,
         )
 
@@ -99,14 +101,19 @@ def run(settings: StepsSettings, advance: Advance) -> Study:
 def _claims(metrics: dict[str, Any], settings: StepsSettings) -> list[Claim]:
     first, last, compared = (str(steps) for steps in (settings.steps[0], settings.steps[-1], settings.compared))
     kinds = {"resident": metrics["peak_bytes"], "tensors": metrics["live_bytes"]}
-    growth = {word: table["fobmaml"][last] / max(table["fobmaml"][first], 1) - 1 for word, table in kinds.items()}
+    growth = {word: table["fobmaml"][last] - table["fobmaml"][first] for word, table in kinds.items()}
+    allowed = {word: FLAT * table["fobmaml"][first] for word, table in kinds.items()}
+    allowed["resident"] = max(allowed["resident"], COUNTED)
     ratio = {word: table["maml"][compared] / max(table["fobmaml"][compared], 1) for word, table in kinds.items()}
     return [
         Claim(
             "FO-B-MAML's memory does not depend on the inner steps",
-            f"peak at {last} inner steps within 1 % of that at {first}",
-            "; ".join(f"{word} {100 * value:+.2f} %" for word, value in growth.items()),
-            all(abs(value) <= FLAT for value in growth.values()),
+            f"peak at {last} inner steps within 1 % of that at {first} (resident: or 0.25 MiB, as it is counted no finer)",
+            "; ".join(
+                f"{word} {grown / 2**20:+.3f} MiB of {kinds[word]['fobmaml'][first] / 2**20:.1f}"
+                for word, grown in growth.items()
+            ),
+            all(abs(grown) <= allowed[word] for word, grown in growth.items()),
         ),
         Claim(
             f"Second-order MAML at {compared} inner steps needs many times as much",
