@@ -108,7 +108,7 @@ def _claims(metrics: dict[str, Any], settings: StepsSettings) -> list[Claim]:
     return [
         Claim(
             "FO-B-MAML's memory does not depend on the inner steps",
-            f"peak at {last} inner steps within 1 % of that at {first} (resident: or 0.25 MiB, as it is counted no finer)",
+            f"peak at {last} inner steps within 1 % of that at {first} (or 0.25 MiB, the kernel's grain)",
             "; ".join(
                 f"{word} {grown / 2**20:+.3f} MiB of {kinds[word]['fobmaml'][first] / 2**20:.1f}"
                 for word, grown in growth.items()
