@@ -39,11 +39,11 @@ format: .venv/.lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-results: demo .venv/.mnist1d
+results: demo .venv/.mnist1d .venv/.peft
 	$(BIN)/metanudge reproduce solves
+	$(BIN)/metanudge reproduce memory
 
 bench: .venv/.bench
-	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/speed.py
 
 clean:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import Pipe
 
 import pytest
 import torch
+from rich.console import Console
 
 import metanudge as mn
 from metanudge.experiments.memory import EXPERIMENT, channels, lora, steps, transformer
@@ -25,6 +28,7 @@ from metanudge.experiments.memory.measuring import (
     seconds,
     tell,
 )
+from metanudge.experiments.runner import reproduce
 
 MIB = 2**20
 FAST = Measuring(workers=1, repeats=1, budget=0.0, judged_budget=0.0)
@@ -110,16 +114,35 @@ def this_process(workers, preload):
         yield pool
 
 
-TINY = {
-    "steps": steps.StepsSettings(
-        steps=(1, 4), limits={"maml": 1}, compared=1, width=4, depth=2, examples=16, measuring=FAST
+TINY = {  # made where they are used: those of lora ask for their packages
+    "steps": partial(
+        steps.StepsSettings, steps=(1, 4), limits={"maml": 1}, compared=1, width=4, depth=2, examples=16, measuring=FAST
     ),
-    "channels": channels.ChannelsSettings(channels=(2, 3), blocks=1, size=4, shots=1, inner_steps=1, measuring=FAST),
-    "transformer": transformer.TransformerSettings(
-        depths=(1,), lengths=(4, 8), width=8, heads=2, sequences=2, vocabulary=5, inner_steps=1, measuring=FAST
+    "channels": partial(
+        channels.ChannelsSettings, channels=(2, 3), blocks=1, size=4, shots=1, inner_steps=1, measuring=FAST
     ),
-    "lora": lora.LoraSettings(
-        widths=(8,), layers=1, heads=2, rank=2, sequences=2, length=8, vocabulary=16, inner_steps=1, measuring=FAST
+    "transformer": partial(
+        transformer.TransformerSettings,
+        depths=(1,),
+        lengths=(4, 8),
+        width=8,
+        heads=2,
+        sequences=2,
+        vocabulary=5,
+        inner_steps=1,
+        measuring=FAST,
+    ),
+    "lora": partial(
+        lora.LoraSettings,
+        widths=(8,),
+        layers=1,
+        heads=2,
+        rank=2,
+        sequences=2,
+        length=8,
+        vocabulary=16,
+        inner_steps=1,
+        measuring=FAST,
     ),
 }
 
@@ -131,9 +154,10 @@ def test_studies(name, monkeypatch):
     monkeypatch.setattr("metanudge.experiments.memory.measuring.nursery", this_process)
     monkeypatch.setattr("metanudge.experiments.memory.measuring.forked", lambda function, allocator, job: function(job))
     chosen = CANDIDATES if name == "steps" else {key: CANDIDATES[key] for key in ("plain", "fobmaml", "maml")}
-    monkeypatch.setattr(f"metanudge.experiments.memory.{name}.CANDIDATES", chosen)
+    if name != "steps":
+        monkeypatch.setattr(f"metanudge.experiments.memory.{name}.EVERYWHERE", tuple(chosen))
     shares: list[float] = []
-    study = EXPERIMENT.studies[name].run(TINY[name], shares.append)
+    study = EXPERIMENT.studies[name].run(TINY[name](), shares.append)
     assert study.name == name
     assert set(study.figures) == {name}
     assert shares == sorted(shares)
@@ -154,19 +178,21 @@ def test_studies(name, monkeypatch):
 
 def test_only_what_is_adapted_is_counted_as_a_copy():
     pytest.importorskip("peft")
-    inner = lora.adapters(TINY["lora"], False, 8)
+    inner = lora.adapters(TINY["lora"](), False, 8)
     assert inner.parameter_bytes == 4 * 2 * (2 * 8 + 8 * 2)  # float32; query and value; A and B
 
 
-def test_missing_packages_are_told_before_any_work(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(mn.SettingsError, match=r"metanudge\[peft\].*--only steps channels transformer"):
-        lora.run(TINY["lora"], lambda share: None)
+def test_a_missing_package_is_told_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    out = tmp_path / "memory"
+    with pytest.raises(mn.SettingsError, match=r"needs peft, .*metanudge\[peft\].*--only steps channels transformer"):
+        reproduce(EXPERIMENT, out, quick=True, seed=0, only=(), console=Console())
+    assert not out.exists()
 
 
 def test_attention_of_second_order_estimators_gives_the_same_loss():
     """The candidates that differentiate twice are measured on the same problem."""
-    settings = TINY["transformer"]
+    settings = TINY["transformer"]()
     losses = [
         inner.loss(inner.model, inner.support)
         for inner in (transformer.network(settings, name in SECOND_ORDER, 1, 8) for name in ("fobmaml", "maml"))

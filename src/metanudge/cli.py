@@ -32,7 +32,8 @@ class Reproduce:
     """Seed of everything random."""
     only: tuple[str, ...] = ()
     """Run these studies alone, and keep the other results in the folder. Of synthetic: bias, stationarity, smoothness,
-    meta_optimizers; of solves: convergence, quality, certificate, guards, sinusoid (the longest, about an hour)."""
+    meta_optimizers; of solves: convergence, quality, certificate, guards, sinusoid (the longest, about an hour); of
+    memory (20 minutes, 3 of them quick): steps, channels, transformer, lora."""
 
     def run(self, console: Console) -> int:
         """Run the experiment."""

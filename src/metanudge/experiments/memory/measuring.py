@@ -33,8 +33,8 @@ from metanudge.experiments.memory.candidates import CANDIDATES, Act, Inner, forw
 THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8
 """Parameters of glibc's ``mallopt``."""
-RETURNING = {ARENA_MAX: 1, MMAP_THRESHOLD: 2**16, TRIM_THRESHOLD: 2**16}
-"""Every larger block goes back to the system at once: the peak would else count blocks long freed."""
+RETURNING = {ARENA_MAX: 1, MMAP_THRESHOLD: 2**13, TRIM_THRESHOLD: 2**16}
+"""Every block above 8 KiB goes back to the system at once: the peak would else count blocks long freed."""
 KEEPING = {MMAP_THRESHOLD: 2**25, TRIM_THRESHOLD: 2**30}
 """None does: else its page faults, which come and go with what happens to lie on top of the heap, are a tenth of the
 time of what is timed, and vary by as much."""
