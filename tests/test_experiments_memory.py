@@ -211,3 +211,17 @@ def test_claims_follow_the_numbers():
     for lean, ratio, holds in ((136.0, 1.1, True), (136.1, 1.11, False)):  # 1.3 * 100 + 3 * 2
         assert memory_claim(metrics(lean, ratio), "8", "here").holds is holds
         assert time_claim(metrics(lean, ratio), "8", "here").holds is holds
+
+
+def test_claims_of_the_study_of_steps_follow_the_numbers():
+    settings = steps.StepsSettings(steps=(1, 20, 1000))
+
+    def holds(last: float, maml: float) -> list[bool]:
+        table = {"fobmaml": {"1": 100.0 * MIB, "20": 100.0 * MIB, "1000": last * MIB}, "maml": {"20": maml * MIB}}
+        ratios = {"seconds_over_loop": {"fobmaml": {"20": 1.0}}, "gradients": {"fobmaml": {"20": 102}}}
+        found = steps.claims({"peak_bytes": table, "live_bytes": table} | ratios, settings)
+        return [claim.holds for claim in found]
+
+    assert holds(101.0, 1000.0) == [True, True, True]
+    assert holds(101.01, 1000.0) == [False, True, True]
+    assert holds(98.9, 999.0) == [False, False, True]

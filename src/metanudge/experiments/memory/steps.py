@@ -97,7 +97,7 @@ def run(settings: StepsSettings, advance: Advance) -> Study:
     metrics = measure(jobs, settings.measuring, advance)
     made = draw(metrics, {"inner steps": {str(steps): steps for steps in settings.steps}}, _limits(settings))
     return Study(
-        "steps", "Against inner steps", SUMMARY, _claims(metrics, settings), metrics, {"steps": (made, CAPTION)}
+        "steps", "Against inner steps", SUMMARY, claims(metrics, settings), metrics, {"steps": (made, CAPTION)}
     )
 
 
@@ -110,7 +110,8 @@ def _limits(settings: StepsSettings) -> str:
     return f"As far as memory and time go: {told}"
 
 
-def _claims(metrics: dict[str, Any], settings: StepsSettings) -> list[Claim]:
+def claims(metrics: dict[str, Any], settings: StepsSettings) -> list[Claim]:
+    """Whether the peak is flat, how much more MAML needs, and what the estimate costs."""
     first, last, compared = (str(steps) for steps in (settings.steps[0], settings.steps[-1], settings.compared))
     kinds = {"resident": metrics["peak_bytes"], "tensors": metrics["live_bytes"]}
     growth = {word: table["fobmaml"][last] - table["fobmaml"][first] for word, table in kinds.items()}
