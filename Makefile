@@ -39,13 +39,13 @@ format: .venv/.lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-results: demo .venv/.mnist1d
+results: demo .venv/.mnist1d .venv/.peft
 	$(BIN)/metanudge reproduce solves
 	$(BIN)/metanudge reproduce sinusoid
 	$(BIN)/metanudge reproduce mnist1d
+	$(BIN)/metanudge reproduce memory
 
 bench: .venv/.bench
-	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/speed.py
 
 clean:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from multiprocessing import Pipe
 
 import pytest
 import torch
+from rich.console import Console
 
 import metanudge as mn
 from metanudge.experiments.memory import EXPERIMENT, channels, lora, steps, transformer
@@ -14,15 +19,16 @@ from metanudge.experiments.memory.candidates import CANDIDATES, SECOND_ORDER, In
 from metanudge.experiments.memory.claims import memory_claim, time_claim
 from metanudge.experiments.memory.measuring import (
     RETURNING,
-    THREADS,
     Job,
     Measuring,
-    in_fresh_processes,
+    forked,
     live,
+    nursery,
     resident_peak,
     seconds,
     tell,
 )
+from metanudge.experiments.runner import reproduce
 
 MIB = 2**20
 FAST = Measuring(workers=1, repeats=1, budget=0.0, judged_budget=0.0)
@@ -49,15 +55,16 @@ def small(steps_: int = 1) -> Inner:
 
 
 def test_the_peak_of_a_process_is_what_it_holds_at_once_and_not_what_others_held():
+    kept = os.environ.get("OMP_NUM_THREADS")
     jobs = [Job("plain", x, small, size) for x, size in (("large", 40), ("small", 10), ("killed", 7))]
-    found = in_fresh_processes(allocate, jobs, 1, THREADS | RETURNING, ())
-    (first, large), (second, less) = next(found), next(found)
+    with nursery(1, ()) as nurses:
+        (first, large), (second, less) = (nurses.submit(forked, allocate, RETURNING, job).result() for job in jobs[:2])
+        with pytest.raises(mn.MetanudgeError, match=r"plain at killed with 7 inner steps .* ended with code 9"):
+            nurses.submit(forked, allocate, RETURNING, jobs[2]).result()
     assert len({first, second, os.getpid()}) == 3
     assert large == pytest.approx(60 * MIB, abs=2 * MIB)
     assert less == pytest.approx(15 * MIB, abs=2 * MIB)
-    with pytest.raises(mn.MetanudgeError, match=r"plain at killed with 7 inner steps .* ended with code 9"):
-        next(found)
-    assert "MALLOC_ARENA_MAX" not in os.environ
+    assert os.environ.get("OMP_NUM_THREADS") == kept
 
 
 def test_an_error_of_a_measurement_is_told():
@@ -65,7 +72,7 @@ def test_an_error_of_a_measurement_is_told():
         raise ValueError(f"no such {job.x}")
 
     receive, send = Pipe(duplex=False)
-    tell(send, fail, Job("plain", "thing", small, 1))
+    tell(send, fail, {}, Job("plain", "thing", small, 1))
     assert receive.recv() == (None, "ValueError: no such thing")
 
 
@@ -100,21 +107,42 @@ def test_candidates_take_the_same_steps(name):
     assert all(leaf.grad is not None for leaf in inner.model.parameters())
 
 
-def in_this_process(function, jobs, workers, environment, preload):
-    assert environment["OMP_NUM_THREADS"] == "1"
-    return map(function, jobs)
+@contextmanager
+def this_process(workers, preload):
+    """In the place of the nursery."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
 
 
-TINY = {
-    "steps": steps.StepsSettings(
-        steps=(1, 4), limits={"maml": 1}, compared=1, width=4, depth=2, examples=16, measuring=FAST
+TINY = {  # made where they are used: those of lora ask for their packages
+    "steps": partial(
+        steps.StepsSettings, steps=(1, 4), limits={"maml": 1}, compared=1, width=4, depth=2, examples=16, measuring=FAST
     ),
-    "channels": channels.ChannelsSettings(channels=(2, 3), blocks=1, size=4, shots=1, inner_steps=1, measuring=FAST),
-    "transformer": transformer.TransformerSettings(
-        depths=(1,), lengths=(4, 8), width=8, heads=2, sequences=2, vocabulary=5, inner_steps=1, measuring=FAST
+    "channels": partial(
+        channels.ChannelsSettings, channels=(2, 3), blocks=1, size=4, shots=1, inner_steps=1, measuring=FAST
     ),
-    "lora": lora.LoraSettings(
-        widths=(8,), layers=1, heads=2, rank=2, sequences=2, length=8, vocabulary=16, inner_steps=1, measuring=FAST
+    "transformer": partial(
+        transformer.TransformerSettings,
+        depths=(1,),
+        lengths=(4, 8),
+        width=8,
+        heads=2,
+        sequences=2,
+        vocabulary=5,
+        inner_steps=1,
+        measuring=FAST,
+    ),
+    "lora": partial(
+        lora.LoraSettings,
+        widths=(8,),
+        layers=1,
+        heads=2,
+        rank=2,
+        sequences=2,
+        length=8,
+        vocabulary=16,
+        inner_steps=1,
+        measuring=FAST,
     ),
 }
 
@@ -123,11 +151,13 @@ TINY = {
 def test_studies(name, monkeypatch):
     if name == "lora":
         pytest.importorskip("peft")
-    monkeypatch.setattr("metanudge.experiments.memory.measuring.in_fresh_processes", in_this_process)
+    monkeypatch.setattr("metanudge.experiments.memory.measuring.nursery", this_process)
+    monkeypatch.setattr("metanudge.experiments.memory.measuring.forked", lambda function, allocator, job: function(job))
     chosen = CANDIDATES if name == "steps" else {key: CANDIDATES[key] for key in ("plain", "fobmaml", "maml")}
-    monkeypatch.setattr(f"metanudge.experiments.memory.{name}.CANDIDATES", chosen)
+    if name != "steps":
+        monkeypatch.setattr(f"metanudge.experiments.memory.{name}.EVERYWHERE", tuple(chosen))
     shares: list[float] = []
-    study = EXPERIMENT.studies[name].run(TINY[name], shares.append)
+    study = EXPERIMENT.studies[name].run(TINY[name](), shares.append)
     assert study.name == name
     assert set(study.figures) == {name}
     assert shares == sorted(shares)
@@ -148,19 +178,21 @@ def test_studies(name, monkeypatch):
 
 def test_only_what_is_adapted_is_counted_as_a_copy():
     pytest.importorskip("peft")
-    inner = lora.adapters(TINY["lora"], False, 8)
+    inner = lora.adapters(TINY["lora"](), False, 8)
     assert inner.parameter_bytes == 4 * 2 * (2 * 8 + 8 * 2)  # float32; query and value; A and B
 
 
-def test_missing_packages_are_told_before_any_work(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(mn.SettingsError, match=r"metanudge\[peft\].*--only steps channels transformer"):
-        lora.run(TINY["lora"], lambda share: None)
+def test_a_missing_package_is_told_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    out = tmp_path / "memory"
+    with pytest.raises(mn.SettingsError, match=r"needs peft, .*metanudge\[peft\].*--only steps channels transformer"):
+        reproduce(EXPERIMENT, out, quick=True, seed=0, only=(), console=Console())
+    assert not out.exists()
 
 
 def test_attention_of_second_order_estimators_gives_the_same_loss():
     """The candidates that differentiate twice are measured on the same problem."""
-    settings = TINY["transformer"]
+    settings = TINY["transformer"]()
     losses = [
         inner.loss(inner.model, inner.support)
         for inner in (transformer.network(settings, name in SECOND_ORDER, 1, 8) for name in ("fobmaml", "maml"))
@@ -179,3 +211,17 @@ def test_claims_follow_the_numbers():
     for lean, ratio, holds in ((136.0, 1.1, True), (136.1, 1.11, False)):  # 1.3 * 100 + 3 * 2
         assert memory_claim(metrics(lean, ratio), "8", "here").holds is holds
         assert time_claim(metrics(lean, ratio), "8", "here").holds is holds
+
+
+def test_claims_of_the_study_of_steps_follow_the_numbers():
+    settings = steps.StepsSettings(steps=(1, 20, 1000))
+
+    def holds(last: float, maml: float) -> list[bool]:
+        table = {"fobmaml": {"1": 100.0 * MIB, "20": 100.0 * MIB, "1000": last * MIB}, "maml": {"20": maml * MIB}}
+        ratios = {"seconds_over_loop": {"fobmaml": {"20": 1.0}}, "gradients": {"fobmaml": {"20": 102}}}
+        found = steps.claims({"peak_bytes": table, "live_bytes": table} | ratios, settings)
+        return [claim.holds for claim in found]
+
+    assert holds(101.0, 1000.0) == [True, True, True]
+    assert holds(101.01, 1000.0) == [False, True, True]
+    assert holds(98.9, 999.0) == [False, False, True]

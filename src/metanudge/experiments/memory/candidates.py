@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 import metanudge as mn
 from metanudge.estimators.base import Estimator
 from metanudge.experiments.study import COLOURS, LABELS
+from metanudge.solvers import Solver
 from metanudge.types import LossFunction
 
 
@@ -71,20 +72,26 @@ def training_step(inner: Inner, _: int) -> Act:
     return act
 
 
-def meta_gradient(make: Callable[[], Estimator], in_place: bool, live_optimizer: bool, inner: Inner, steps: int) -> Act:
-    """One meta-gradient through ``steps`` inner steps of gradient descent."""
-    solver = (
-        mn.TorchOptimizer(lambda parameters: torch.optim.SGD(parameters, lr=LR), steps)
-        if live_optimizer
-        else mn.GradientDescent(steps, lr=LR)
-    )
+def sgd(steps: int) -> Solver:
+    """torch.optim.SGD on the live parameters."""
+    return mn.TorchOptimizer(lambda parameters: torch.optim.SGD(parameters, lr=LR), steps)
+
+
+def descent(steps: int) -> Solver:
+    """The same steps, out of tensor arithmetic that can be differentiated, or walked back."""
+    return mn.GradientDescent(steps, lr=LR)
+
+
+def meta_gradient(
+    make: Callable[[], Estimator],
+    solver: Callable[[int], Solver],
+    execution: Literal["in_place", "vectorized"],
+    inner: Inner,
+    steps: int,
+) -> Act:
+    """One meta-gradient through ``steps`` inner steps."""
     learner = mn.MetaLearner(
-        inner.model,
-        inner.loss,
-        prox=PROX,
-        solver=solver,
-        estimator=make(),
-        execution="in_place" if in_place else "vectorized",
+        inner.model, inner.loss, prox=PROX, solver=solver(steps), estimator=make(), execution=execution
     )
 
     def act() -> int:
@@ -112,41 +119,43 @@ class Candidate(NamedTuple):
     prepare: Callable[[Inner, int], Act]
 
 
-def _live(name: str, label: str, make: Callable[[], Estimator]) -> Candidate:
-    """In place, stepped by torch.optim.SGD."""
-    return Candidate(label, COLOURS[name], "in place", partial(meta_gradient, make, True, True))
-
-
 def _lean() -> Estimator:
     """The configuration with the fewest copies: the paper's nudge, and solves that all begin at the initialisation."""
     return mn.FOBMAML(nudge="full", start="initialization")
 
 
+def _in_place(label: str, colour: str, make: Callable[[], Estimator], solver: Callable[[int], Solver]) -> Candidate:
+    return Candidate(label, colour, "In place", partial(meta_gradient, make, solver, "in_place"))
+
+
+def _vectorised(label: str, colour: str, make: Callable[[], Estimator], solver: Callable[[int], Solver]) -> Candidate:
+    return Candidate(label, colour, "Vectorised", partial(meta_gradient, make, solver, "vectorized"))
+
+
 CANDIDATES = {
-    "plain": Candidate("one training step", "#999999", "ordinary", training_step),
-    "fobmaml": _live("fobmaml_symmetric", "FO-B-MAML", _lean),
-    "fobmaml_default": _live("fobmaml_forward", "FO-B-MAML (default)", mn.FOBMAML),
-    "fomaml": _live("fomaml", LABELS["fomaml"], mn.FOMAML),
-    "reptile": _live("reptile", LABELS["reptile"], mn.Reptile),
-    # in place too, but walks back through plain gradient descent: the same steps, and no optimizer
-    "hfmaml": Candidate(
-        LABELS["hfmaml"], COLOURS["hfmaml"], "in place", partial(meta_gradient, mn.HFMAML, True, False)
+    "plain": Candidate("one training step", "#999999", "Ordinary", training_step),
+    "fobmaml": _in_place("FO-B-MAML", COLOURS["fobmaml_symmetric"], _lean, sgd),
+    "fobmaml_default": _in_place("FO-B-MAML, default nudge", COLOURS["fobmaml_forward"], mn.FOBMAML, sgd),
+    "fobmaml_vectorised": _vectorised(
+        "FO-B-MAML, all defaults, vectorised", COLOURS["fobmaml_fourth_order"], mn.FOBMAML, mn.Nesterov
     ),
-    "imaml": Candidate(
-        "iMAML (5 CG steps)",
-        COLOURS["imaml"],
-        "vectorised",
-        partial(meta_gradient, partial(mn.IMAML, cg_steps=5), False, False),
-    ),
-    "maml_checkpointed": Candidate(
-        "MAML, checkpointed",
-        "#8c6d31",
-        "vectorised",
-        partial(meta_gradient, partial(mn.MAML, checkpoint=True), False, False),
-    ),
-    "maml": Candidate(LABELS["maml"], COLOURS["maml"], "vectorised", partial(meta_gradient, mn.MAML, False, False)),
+    "fomaml": _in_place(LABELS["fomaml"], COLOURS["fomaml"], mn.FOMAML, sgd),
+    "reptile": _in_place(LABELS["reptile"], COLOURS["reptile"], mn.Reptile, sgd),
+    "hfmaml": _in_place(LABELS["hfmaml"], COLOURS["hfmaml"], mn.HFMAML, descent),
+    "imaml": _vectorised("iMAML (5 CG steps)", COLOURS["imaml"], partial(mn.IMAML, cg_steps=5), descent),
+    "maml_checkpointed": _vectorised("MAML, checkpointed", "#8c6d31", partial(mn.MAML, checkpoint=True), descent),
+    "maml": _vectorised(LABELS["maml"], COLOURS["maml"], mn.MAML, descent),
 }
-"""By the key of the metrics. All take the same steps of gradient descent on the same proximal problem."""
+"""By the key of the metrics. On the same proximal problem, and all but one by the same steps of gradient descent."""
+
+EXECUTIONS = "; ".join(
+    f"{execution}: {', '.join(found.label for found in CANDIDATES.values() if found.execution == execution)}"
+    for execution in ("In place", "Vectorised")
+)
+"""For captions."""
+
+EVERYWHERE = tuple(name for name in CANDIDATES if name != "fobmaml_vectorised")
+"""Those of every study; that one, whose stacks are no way to run a large model, is in the study of steps alone."""
 
 SECOND_ORDER = frozenset({"imaml", "maml_checkpointed", "maml"})
 """These differentiate twice, which fused attention kernels do not allow."""

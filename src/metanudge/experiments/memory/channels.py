@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metanudge as mn
-from metanudge.experiments.memory.candidates import CANDIDATES, Inner
+from metanudge.experiments.memory.candidates import EVERYWHERE, EXECUTIONS, Inner
 from metanudge.experiments.memory.claims import memory_claim, time_claim
 from metanudge.experiments.memory.figures import draw
 from metanudge.experiments.memory.measuring import QUICK, Job, Measuring, measure
@@ -87,14 +87,14 @@ SUMMARY = (
     "Few-shot images on a deep network of depthwise-separable blocks: many activations for few parameters, which is "
     "where memory decides what can be trained."
 )
-CAPTION = "Peak memory above that of the idle process, and time, of one meta-gradient, against channels."
+CAPTION = f"Peak memory beyond the idle process, and time, of one meta-gradient, against channels. {EXECUTIONS}"
 
 
 def run(settings: ChannelsSettings, advance: Advance) -> Study:
     """Measure every estimator at every width."""
     jobs = [
         Job(name, str(channels), partial(network, settings, channels), settings.inner_steps)
-        for name in CANDIDATES
+        for name in EVERYWHERE
         for channels in settings.channels
     ]
     metrics = measure(jobs, settings.measuring, advance)

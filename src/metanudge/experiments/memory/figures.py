@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from metanudge.experiments.memory.candidates import CANDIDATES
 from metanudge.experiments.study import figure
@@ -28,16 +30,17 @@ def draw(metrics: Mapping[str, Any], panels: Mapping[str, Mapping[str, float]], 
         _lines(memory, metrics["live_bytes"], places, MIB, ":")
         _lines(memory, metrics["peak_bytes"], places, MIB, "o-")
         _lines(time, metrics["seconds"], places, 1, "o-")
-        memory.set(xlabel=label, ylabel="peak memory, MiB (dotted: tensors alone)")
-        time.set(xlabel=label, ylabel="processor seconds")
+        memory.set_title("peak memory, MiB (dotted: tensors alone)", fontsize=9)
+        time.set_title("time, processor seconds", fontsize=9)
         for axis in (memory, time):
-            axis.set(xscale="log", yscale="log")
+            axis.set(xscale="log", yscale="log", xlabel=label)
             axis.set_xticks(list(places.values()), [f"{place:g}" for place in places.values()])
             axis.minorticks_off()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axis.yaxis.set_major_formatter("{x:g}")
     handles, names = axes[1].get_legend_handles_labels()
-    made.legend(handles, names, loc="outside lower center", ncols=5 if len(panels) == 1 else 9, fontsize=8)
-    if note:
-        made.suptitle(note, fontsize=8, color="#555555")
+    made.legend(handles, names, loc="outside lower center", ncols=5 if len(panels) == 1 else 10, fontsize=8)
+    made.suptitle(fill(note, 130), fontsize=8, color="#555555")
     return made
 
 

@@ -6,7 +6,8 @@ import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from typing import Any, Self
+from importlib.util import find_spec
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 
 import metanudge as mn
 from metanudge.errors import SettingsError
-from metanudge.experiments.memory.candidates import CANDIDATES, SECOND_ORDER, Inner
+from metanudge.experiments.memory.candidates import EVERYWHERE, EXECUTIONS, SECOND_ORDER, Inner
 from metanudge.experiments.memory.claims import memory_claim, time_claim
 from metanudge.experiments.memory.figures import draw
 from metanudge.experiments.memory.measuring import QUICK, Job, Measuring, measure
 from metanudge.experiments.study import Advance, Claim, Study
+
+PACKAGES = ("transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,14 @@ class LoraSettings:
     measuring: Measuring = field(default_factory=Measuring)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        missing = [name for name in PACKAGES if find_spec(name) is None]
+        if missing:
+            raise SettingsError(
+                f"the study lora needs {' and '.join(missing)}, which is not installed; pip install 'metanudge[peft]', "
+                "or leave it out: --only steps channels transformer"
+            )
+
     @classmethod
     def quick(cls) -> Self:
         """Two widths, fewer layers, one inner step."""
@@ -59,7 +70,7 @@ def next_token(model: nn.Module, batch: mn.Batch) -> Tensor:
 
 def adapters(settings: LoraSettings, second_order: bool, width: int) -> Inner:
     """A Llama of random weights, frozen, with LoRA adapters to learn."""
-    transformers, peft = _packages()
+    transformers, peft = (import_module(name) for name in PACKAGES)
     torch.manual_seed(settings.seed)
     base = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -86,30 +97,21 @@ def adapters(settings: LoraSettings, second_order: bool, width: int) -> Inner:
     return Inner(model, next_token, mn.Tasks(batch(), batch()))
 
 
-def _packages() -> tuple[Any, Any]:
-    try:
-        return import_module("transformers"), import_module("peft")
-    except ImportError as error:
-        raise SettingsError(
-            "the study lora needs transformers and peft, which are not installed; pip install 'metanudge[peft]', or "
-            "leave it out: --only steps channels transformer"
-        ) from error
-
-
 SUMMARY = (
     "LoRA through PEFT on a frozen Llama of random weights. What is adapted is small, so copies of it are nothing, and "
     "the frozen base is never copied: a meta-gradient has the peak of a training step. iMAML and MAML run with eager "
     "attention, the only one that can be differentiated twice."
 )
-CAPTION = "Peak memory above that of the idle process, and time, of one meta-gradient, against the width of the base."
+CAPTION = (
+    f"Peak memory beyond the idle process, and time, of one meta-gradient, against the width of the base. {EXECUTIONS}"
+)
 
 
 def run(settings: LoraSettings, advance: Advance) -> Study:
     """Measure every estimator on every base."""
-    _packages()
     jobs = [
         Job(name, str(width), partial(adapters, settings, name in SECOND_ORDER, width), settings.inner_steps)
-        for name in CANDIDATES
+        for name in EVERYWHERE
         for width in settings.widths
     ]
     metrics = measure(jobs, settings.measuring, advance, preload=("transformers.models.llama.modeling_llama", "peft"))

@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,11 +31,13 @@ from metanudge.errors import MetanudgeError
 from metanudge.experiments.memory.candidates import CANDIDATES, Act, Inner, forward_backward
 
 THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-RETURNING = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""Lets glibc give every larger block back to the system at once: the peak would else count blocks long freed."""
-KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-"""Lets it keep them all: else its page faults, which come and go with what happens to lie on top of the heap, are a
-tenth of the time of what is timed, and vary by as much."""
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8
+"""Parameters of glibc's ``mallopt``."""
+RETURNING = {ARENA_MAX: 1, MMAP_THRESHOLD: 2**13, TRIM_THRESHOLD: 2**16}
+"""Every block above 8 KiB goes back to the system at once: the peak would else count blocks long freed."""
+KEEPING = {MMAP_THRESHOLD: 2**25, TRIM_THRESHOLD: 2**30}
+"""None does: else its page faults, which come and go with what happens to lie on top of the heap, are a tenth of the
+time of what is timed, and vary by as much."""
 
 LATE = ("torch._dynamo",)
 """What torch imports when the first optimizer is made, in a second: nurses do it, once for all."""
@@ -111,9 +113,7 @@ class Seconds(NamedTuple):
 
 def resident(job: Job) -> Resident:
     """Peak resident memory of one meta-gradient; for a process of its own."""
-    torch.set_num_threads(1)
     inner = job.make()
-    release()
     CANDIDATES[job.candidate].prepare(inner, 1)()  # the libraries set themselves up
     inner.model.zero_grad()
     baseline, peak = resident_peak(CANDIDATES[job.candidate].prepare(inner, job.steps))
@@ -122,7 +122,6 @@ def resident(job: Job) -> Resident:
 
 def live(job: Job) -> tuple[int, int]:
     """Peak of the tensor bytes alive in one meta-gradient, and those of one copy of the adapted parameters."""
-    torch.set_num_threads(1)
     inner = job.make()
     act = CANDIDATES[job.candidate].prepare(inner, job.steps)
     with LiveBytes() as alive:
@@ -139,13 +138,6 @@ def resident_peak(act: Callable[[], object]) -> tuple[int, int]:
     before = _held("VmRSS")
     act()
     return before, _held("VmHWM") - before
-
-
-def release() -> None:
-    """Give the system what lies free inside the heap, so that using it again counts; glibc."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _held(field: str) -> int:
@@ -169,7 +161,6 @@ def device_peak(job: Job) -> int:
 
 def seconds(job: Job, how: Measuring) -> Seconds:
     """Time one meta-gradient and the ordinary loop in turns; for a process of its own."""
-    torch.set_num_threads(1)
     inner = job.make()
     CANDIDATES[job.candidate].prepare(inner, 1)()
     act = CANDIDATES[job.candidate].prepare(inner, job.steps)
@@ -209,55 +200,53 @@ def measure(
         advance: Told the share that is done.
         preload: Modules that a nurse imports for all.
     """
-    passes: list[tuple[Callable[[Job], Any], int, dict[str, str], tuple[str, ...]]] = [
-        (resident, how.workers, RETURNING, ("baseline_bytes", "peak_bytes", "device_bytes")),
-        (live, how.workers, KEEPING, ("live_bytes", "parameter_bytes")),
-        (
-            partial(seconds, how=how),
-            1,
-            KEEPING,
-            ("seconds", "seconds_over_loop", "gradients"),
-        ),
-    ]
     metrics: dict[str, Any] = {}
-    for place, (function, workers, environment, quantities) in enumerate(passes):
-        found = in_fresh_processes(function, jobs, workers, THREADS | environment, preload)
-        for done, (job, numbers) in enumerate(zip(jobs, found, strict=True), 1):
-            for quantity, number in zip(quantities, numbers, strict=True):
-                if number is not None:
-                    metrics.setdefault(quantity, {}).setdefault(job.candidate, {})[job.x] = number
-            advance((place + done / len(jobs)) / len(passes))
+    passes = (
+        Pass(resident, RETURNING, ("baseline_bytes", "peak_bytes", "device_bytes"), False),
+        Pass(live, KEEPING, ("live_bytes", "parameter_bytes"), False),
+        Pass(partial(seconds, how=how), KEEPING, ("seconds", "seconds_over_loop", "gradients"), True),
+    )
+    with nursery(how.workers, preload) as nurses:
+        for place, part in enumerate(passes):
+            for done, (job, numbers) in enumerate(zip(jobs, part.over(nurses, jobs), strict=True), 1):
+                for quantity, number in zip(part.quantities, numbers, strict=True):
+                    if number is not None:
+                        metrics.setdefault(quantity, {}).setdefault(job.candidate, {})[job.x] = number
+                advance((place + done / len(jobs)) / len(passes))
     return metrics
 
 
-def in_fresh_processes(
-    function: Callable[[Job], T],
-    jobs: Sequence[Job],
-    workers: int,
-    environment: Mapping[str, str],
-    preload: tuple[str, ...],
-) -> Iterator[T]:
-    """``function(job)`` of every job, in order, each in a process of its own."""
-    with (
-        _environment(environment),
-        ProcessPoolExecutor(workers, get_context("spawn"), import_all, ((*LATE, *preload),)) as nurses,
-    ):
-        yield from nurses.map(partial(forked, function), jobs)
+class Pass(NamedTuple):
+    """One measurement of every job.
 
+    Attributes:
+        function: From a job to numbers.
+        allocator: Parameters of the C library's.
+        quantities: Names of the numbers.
+        alone: One job at a time, as other processes would disturb it.
+    """
 
-def import_all(modules: tuple[str, ...]) -> None:
-    """What a nurse does before its first job."""
-    for module in modules:
-        import_module(module)
+    function: Callable[[Job], tuple[Any, ...]]
+    allocator: Mapping[int, int]
+    quantities: tuple[str, ...]
+    alone: bool
+
+    def over(self, nurses: Executor, jobs: Sequence[Job]) -> Iterator[tuple[Any, ...]]:
+        """What it finds, in order."""
+        measure_one = partial(forked, self.function, self.allocator)
+        if self.alone:
+            return (nurses.submit(measure_one, job).result() for job in jobs)
+        return nurses.map(measure_one, jobs)
 
 
 @contextmanager
-def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """For the processes started inside; this one read its own long ago."""
-    kept = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
+def nursery(workers: int, preload: tuple[str, ...]) -> Iterator[ProcessPoolExecutor]:
+    """Nurses on one thread each, with everything imported."""
+    kept = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(THREADS)  # for the nurses; this process has read its own long ago
     try:
-        yield
+        with ProcessPoolExecutor(workers, get_context("spawn"), import_all, ((*LATE, *preload),)) as nurses:
+            yield nurses
     finally:
         for name, value in kept.items():
             if value is None:
@@ -266,14 +255,20 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def forked(function: Callable[[Job], T], job: Job) -> T:
+def import_all(modules: tuple[str, ...]) -> None:
+    """What a nurse does before its first job."""
+    for module in modules:
+        import_module(module)
+
+
+def forked(function: Callable[[Job], T], allocator: Mapping[int, int], job: Job) -> T:
     """``function(job)`` in a fork of this process.
 
     Raises:
         MetanudgeError: It failed or was killed, and what the cause was.
     """
     receive, send = get_context("fork").Pipe(duplex=False)
-    child = get_context("fork").Process(target=tell, args=(send, function, job))
+    child = get_context("fork").Process(target=tell, args=(send, function, allocator, job))
     child.start()
     send.close()
     try:
@@ -288,9 +283,20 @@ def forked(function: Callable[[Job], T], job: Job) -> T:
     return measured
 
 
-def tell(send: Connection, function: Callable[[Job], Any], job: Job) -> None:
+def tell(send: Connection, function: Callable[[Job], Any], allocator: Mapping[int, int], job: Job) -> None:
     """Send ``(result, None)``, or ``(None, what went wrong)``."""
     try:
+        set_allocator(allocator)
+        torch.set_num_threads(1)
         send.send((function(job), None))
     except Exception as error:
         send.send((None, f"{type(error).__name__}: {error}"))
+
+
+def set_allocator(parameters: Mapping[int, int]) -> None:
+    """Set glibc's, and give the system what lies free inside the heap, so that using it again counts."""
+    c = ctypes.CDLL(None)
+    if hasattr(c, "mallopt"):
+        for parameter, value in parameters.items():
+            c.mallopt(parameter, value)
+        c.malloc_trim(0)

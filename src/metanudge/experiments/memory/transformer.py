@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metanudge as mn
-from metanudge.experiments.memory.candidates import CANDIDATES, SECOND_ORDER, Inner
+from metanudge.experiments.memory.candidates import EVERYWHERE, EXECUTIONS, SECOND_ORDER, Inner
 from metanudge.experiments.memory.claims import memory_claim, time_claim
 from metanudge.experiments.memory.figures import draw
 from metanudge.experiments.memory.measuring import QUICK, Job, Measuring, measure
@@ -100,7 +100,9 @@ SUMMARY = (
     "it has no second derivative, so that iMAML and MAML have to compute attention by plain operations, whose memory "
     "grows with the square of the length."
 )
-CAPTION = "Peak memory above that of the idle process, and time, of one meta-gradient, against layers and tokens."
+CAPTION = (
+    f"Peak memory beyond the idle process, and time, of one meta-gradient, against layers and tokens. {EXECUTIONS}"
+)
 
 
 def run(settings: TransformerSettings, advance: Advance) -> Study:
@@ -109,7 +111,7 @@ def run(settings: TransformerSettings, advance: Advance) -> Study:
     shapes |= {f"length_{length}": (settings.depths[0], length) for length in settings.lengths}
     jobs = [
         Job(name, x, partial(network, settings, name in SECOND_ORDER, *shape), settings.inner_steps)
-        for name in CANDIDATES
+        for name in EVERYWHERE
         for x, shape in shapes.items()
     ]
     metrics = measure(jobs, settings.measuring, advance)
