@@ -1,7 +1,7 @@
 """Meta-learning LoRA adapters: an initialisation of them from which a few sentences of a new task suffice.
 
-A Hugging Face transformer with adapters of PEFT. The base is frozen: it has no gradients, and no step copies it. Here it
-is small and random, and a task is an arithmetic progression modulo the vocabulary; load a pretrained one, and your
+A Hugging Face transformer with adapters of PEFT. The base is frozen: it has no gradients, and no step copies it. Here
+it is small and random, and a task is an arithmetic progression modulo the vocabulary; load a pretrained one, and your
 texts, in its place.
 
 pip install 'metanudge[peft]' && python examples/lora.py
@@ -43,7 +43,7 @@ def tasks(number: int, generator: torch.Generator, size: int = 4) -> mn.Tasks:
     return mn.Tasks(support=batch(), query=batch())
 
 
-def main(steps: int = 60) -> tuple[float, float]:
+def main(steps: int = 30) -> tuple[float, float]:
     """Train, and return the loss on new tasks before and after."""
     torch.manual_seed(0)
     generator, model = torch.Generator().manual_seed(1), with_adapters()
@@ -51,11 +51,11 @@ def main(steps: int = 60) -> tuple[float, float]:
         model,
         loss,
         prox=0.1,
-        solver=mn.TorchOptimizer(lambda parameters: torch.optim.AdamW(parameters, lr=3e-3), steps=5),
+        solver=mn.TorchOptimizer(lambda parameters: torch.optim.AdamW(parameters, lr=1e-2), steps=5),
         estimator=mn.FOBMAML(certify=False),
     )
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(adapters, lr=3e-3)
+    optimizer = torch.optim.AdamW(adapters, lr=1e-2)
     new = tasks(20, torch.Generator().manual_seed(2))
     before = learner.evaluate(new).mean
     for _ in range(steps):
