@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import warnings
 from pathlib import Path
@@ -22,3 +23,11 @@ def test_an_example_trains(name: str) -> None:
     before, untrained = example["main"](steps=0)
     assert before == untrained
     assert example["main"](steps=3)[1] < before
+
+
+def test_the_blocks_of_the_page_on_large_models_run() -> None:
+    page = (EXAMPLES.parent / "docs" / "large_models.md").read_text()
+    found: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, found)
+        assert found["step"].dropped_tasks == 0
