@@ -47,6 +47,7 @@ results: demo .venv/.mnist1d .venv/.peft
 
 bench: .venv/.bench
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/overhead.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

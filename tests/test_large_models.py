@@ -285,6 +285,24 @@ def test_what_maml_says(name: str) -> None:
         gradient(model, **settings)
 
 
+class TanhOnceUnderAGeneratedRule(torch.autograd.Function):
+    """The same, its rule for vmap left to torch."""
+
+    generate_vmap_rule = True
+    forward, setup_context, backward = TanhOnceUnderVmap.forward, TanhOnceUnderVmap.setup_context, TanhOnce.backward
+
+
+def test_the_hole_that_is_left() -> None:
+    """Under a generated rule torch drops the second derivative where nobody can see it: MAML is wrong, we are not."""
+    model = Layers(lambda f, x: TanhOnceUnderAGeneratedRule.apply(f[0](x))).to(DTYPE)
+    plain = Layers(unfused).to(DTYPE)
+    plain.load_state_dict(model.state_dict())
+    settings = {"solver": mn.Nesterov(60), "execution": "vectorized"}
+    exact = gradient(plain, estimator=mn.Tangent(), **settings)
+    assert distance(gradient(model, estimator=mn.FOBMAML(), **settings), exact) < 1e-4
+    assert distance(gradient(model, estimator=mn.MAML(), **settings), exact) > 1e-2
+
+
 @pytest.mark.parametrize("estimator", [mn.IMAML(), mn.Tangent(), mn.MAML(checkpoint=True)], ids=str)
 def test_the_others_that_differentiate_twice_say_the_same(estimator: object) -> None:
     model, _ = both(ROWS["fused_attention"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import runpy
+import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -76,10 +79,21 @@ def refusals(model: nn.Module, data: mn.Tasks) -> list[str]:
     return told
 
 
-def worker(rank: int, folder: str) -> None:
+def example(rank: int, port: int) -> tuple[float, float]:
+    """Run it with the environment that torchrun makes."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    path = Path(__file__).parent.parent / "examples" / "fsdp2.py"
+    losses: tuple[float, float] = runpy.run_path(str(path))["main"](steps=2)
+    return losses
+
+
+def worker(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
+    losses = example(rank, port)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"example": losses}
     data = tasks(slice(4 * rank, 4 * rank + 4))
     for name, settings in CASES.items():
         model = network()
@@ -93,8 +107,11 @@ def worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("fsdp2")
-    multiprocessing.spawn(worker, (str(folder),), nprocs=2)
+    folder = tmp_path_factory.mktemp("fsdp2")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(worker, (str(folder), port), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -117,3 +134,9 @@ def test_what_a_sharded_model_does_not_allow_is_told(ranks: list[dict[str, Any]]
     maml, adapt = ranks[0]["refusals"]
     assert "Use FOBMAML" in maml
     assert "adapt copies the model, which FSDP2 does not allow" in adapt
+
+
+def test_the_example_trains(ranks: list[dict[str, Any]]) -> None:
+    before, after = ranks[0]["example"]
+    assert after < before
+    assert ranks[1]["example"] == (before, after)

@@ -16,6 +16,7 @@ from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle import BatchNorm, Call, LiveLosses, LiveModule, RandomState, StackedLosses, Tally
+from metanudge.oracle.common import round_off
 from metanudge.packing import Packing
 from metanudge.selection import Selection
 from metanudge.solvers.loop import Solver
@@ -97,6 +98,7 @@ class Vectorized:
         parts = {kind: {name: parameters[name] for name in names} for kind, names in selection._asdict().items()}
         packing, call = Packing.of(**parts), Call(self.model)
         theta, shared = (packing.pack(kind, parts[kind]) for kind in parts)
+        spacing = round_off(parts["adapted"].values())
 
         def problems(random: RandomState) -> Iterator[InnerProblem]:
             first = 0
@@ -105,7 +107,7 @@ class Vectorized:
                     losses = StackedLosses(
                         call, self.losses, packing, shared, chunk, number, first, random, tally, self.norm
                     )
-                    yield InnerProblem(losses, theta, prox, number)
+                    yield InnerProblem(losses, theta, prox, number, round_off=spacing)
                     first += number
 
         def named(params: Params) -> dict[str, Tensor]:
@@ -145,6 +147,7 @@ class InPlace:
     def lend(self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally) -> Iterator[Lent]:  # noqa: D102
         live = LiveModule.take(self.model, selection.adapted)
         theta = {name: live.values[name] for name in selection.adapted}
+        spacing = round_off([live.parameters[name] for name in selection.adapted])
 
         def problems(random: RandomState) -> Iterator[InnerProblem]:
             for index, task in enumerate(task for stack in stacks for task in single(stack)):
@@ -152,7 +155,7 @@ class InPlace:
                     live, self.losses, selection.shared, task, self.microbatch, index, random, tally, self.norm
                 )
                 sampled = as_minibatches(task.support) is not None
-                yield InnerProblem(losses, theta, prox, sampled=sampled, round_off=live.round_off)
+                yield InnerProblem(losses, theta, prox, sampled=sampled, round_off=spacing)
 
         def rows(params: Params) -> Tensor:
             return torch.cat([leaf.reshape(1, -1) for leaf in params.values()], dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +43,18 @@ class RandomState:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """What sums over tensors of ``dtype`` are kept in: float32 for those of less precision."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def round_off(parameters: Collection[Tensor]) -> float:
+    """Relative round-off of gradients in these parameters: by their precision, or that of an autocast around the step.
+
+    The errors of many parameters are random and average out: a sixteenth of the spacing of their numbers is left in a
+    gradient (measured on networks in bfloat16).
+    """
+    kinds, device = {parameter.dtype for parameter in parameters}, next(iter(parameters)).device.type
+    if torch.is_autocast_enabled(device):
+        kinds.add(torch.get_autocast_dtype(device))
+    return max(torch.finfo(kind).eps for kind in kinds) / 16
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -55,19 +55,6 @@ class LiveModule:
             [module for module in model.modules() if hasattr(module, "reshard") and hasattr(module, "unshard")],
         )
 
-    @property
-    def round_off(self) -> float:
-        """Of gradients: that of the parameters, or that of an autocast around the step.
-
-        The errors of many parameters are random and average out: a sixteenth of the spacing of their numbers is left
-        in a gradient (measured on networks in bfloat16).
-        """
-        kinds = {self.parameters[name].dtype for name in self.values}
-        device = next(iter(self.values.values())).device.type
-        if torch.is_autocast_enabled(device):
-            kinds.add(torch.get_autocast_dtype(device))
-        return max(torch.finfo(kind).eps for kind in kinds) / 16
-
     def load(self, params: Mapping[str, Tensor]) -> None:
         """Write ``params`` into the module; those that already are its parameters stay.
 
