@@ -48,13 +48,9 @@ class StepsSettings:
 
     steps: tuple[int, ...] = (1, 5, 20, 50, 200, 1000)
     limits: dict[str, int] = field(
-        default_factory=lambda: {
-            "maml": 50,
-            "maml_checkpointed": 200,
-            "hfmaml": 200,
-            "fobmaml_default": 200,
-            "fobmaml_vectorised": 200,
-        }
+        default_factory=lambda: dict.fromkeys(
+            ("maml", "maml_checkpointed", "hfmaml", "fobmaml_default", "fobmaml_vectorised"), 50
+        )
     )
     compared: int = 20
     width: int = 32
