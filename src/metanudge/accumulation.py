@@ -55,7 +55,7 @@ class FiniteMean:
                 self._gradient[name].add_(leaf)
             else:
                 self._gradient[name] = leaf.to(accumulator(leaf.dtype))
-        amplified = (estimate.size > (1 + 1e-6) * estimate.slope).to(estimate.size.dtype)
+        amplified = (estimate.size > (1 + 1e-6) * estimate.slope + estimate.noise).to(estimate.size.dtype)
         numbers = torch.stack(
             [
                 estimate.query_loss,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def default_displacement(params: Params) -> float:
 
     Truncation grows as the square of the displacement and round-off as its inverse; both are then equally large.
     """
-    return float(torch.finfo(next(iter(params.values())).dtype).eps ** (1 / 3))
+    return float(tree.round_off(params) ** (1 / 3))
 
 
 def two_gradient_product(losses: LossGradients, phi: Params, step: int, displacement: float | None) -> HessianProduct:
@@ -50,18 +51,30 @@ def two_gradient_product(losses: LossGradients, phi: Params, step: int, displace
     return product
 
 
-def lipschitz_constant(energy: Energy, phi: Params, iterations: int, step: int) -> Tensor:
+class Curvature(NamedTuple):
+    """What step sizes rest on, ``[*L]`` each.
+
+    Attributes:
+        constant: Lipschitz constant of ∇f̂.
+        length: What is far, ``Energy.length`` at the point of the measurement.
+    """
+
+    constant: Tensor
+    length: Tensor
+
+
+def lipschitz_constant(energy: Energy, phi: Params, iterations: int, step: int) -> Curvature:
     """Estimate the Lipschitz constant of the support gradient at ``phi``: power iteration on two-gradient products.
 
     A lower bound that grows to the spectral norm of the Hessian with the iterations. It starts along the gradient,
     where the first steps of the solver will go, and along a direction of no particular meaning: what the nudged solves
     follow, and round-off, may be steep where the support gradient has no part. Cost: ``iterations + 1`` gradients.
-    Returns ``[*L]``.
     """
     free: Weights = {Role.SUPPORT: 1.0}
-    gradient = energy.losses.gradient(free, phi, step)
+    value, gradient = cast(LossGradients, energy.losses).value_and_gradient(Role.SUPPORT, phi, step)
     # far enough that round-off is nothing, and near enough for an estimate that is only to set a step size
-    length = 1e-2 * (1 + energy.norm(phi))
+    far = energy.length(phi, gradient, value)
+    length = 1e-2 * far
     along, across = _unit(energy, gradient), _unit(energy, _generic(gradient, length.ndim))
     across = tree.scale(torch.where(energy.losses.inner(along, across) < 0, -1.0, 1.0).to(length), across)
     direction = _unit(energy, tree.add(along, across))  # never zero: with few parameters the two may be opposite
@@ -71,7 +84,7 @@ def lipschitz_constant(energy: Energy, phi: Params, iterations: int, step: int) 
         image = tree.scale(1 / length, tree.subtract(ahead, gradient))
         constant = torch.maximum(constant, energy.norm(image))
         direction = _unit(energy, image)
-    return constant
+    return Curvature(constant, far)
 
 
 def _unit(energy: Energy, a: Params) -> Params:

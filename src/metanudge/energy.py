@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, stack
+from torch import Tensor, ones_like, stack, where
 
 from metanudge import tree
 from metanudge.types import InnerGradients, LossGradients, Params, Role
@@ -84,14 +84,30 @@ class Energy:
         return self._ratio(self.norm(tree.add(pull, push)), self.norm(pull), self.norm(push))
 
     def balance(self, pull: Params, phi: Params) -> tuple[Tensor, Tensor]:
-        """The relative residual, and ||λ (φ - θ)||², leaf by leaf: no copy of the parameters is made."""
+        """The relative residual, and ||φ - θ||, leaf by leaf: no copy of the parameters is made."""
 
-        def squares(name: str) -> list[Tensor]:
-            force, push = pull[name], self._spring(phi[name], self.theta[name])
-            return [self.losses.inner({name: leaf}, {name: leaf}) for leaf in (force + push, force, push)]
+        def norms(name: str) -> list[Tensor]:
+            force, way = {name: pull[name]}, {name: phi[name] - self.theta[name]}
+            rest = tree.axpy(self.prox, way, force)
+            return [self.losses.inner(leaf, leaf) for leaf in (rest, force, way)]
 
-        rest, forward, back = (stack(column).sum(0) for column in zip(*map(squares, pull), strict=True))
-        return self._ratio(rest.sqrt(), forward.sqrt(), back.sqrt()), back
+        rest, forward, way = (stack(column).sum(0).sqrt() for column in zip(*map(norms, pull), strict=True))
+        return self._ratio(rest, forward, self.prox * way), way
+
+    def length(self, phi: Params, gradient: Params, start_loss: Tensor) -> Tensor:
+        r"""What is far for φ, in its own unit, ``[*L]``: displacements are measured by it.
+
+        The norm of the parameters that ``gradient`` touches, leaf by leaf; but where λ > 0 at least a tenth of
+        \sqrt{2 |f̂(θ)| / λ}, as far as a solution can lie from θ where f̂ >= 0, and where λ = 0 and that norm is zero
+        |f̂(θ)| / ||gradient||. ``start_loss`` is f̂(θ).
+        """
+        parts = [tree.touched({name: leaf}, {name: gradient[name]}) for name, leaf in phi.items()]
+        length = stack([self.losses.inner(part, part) for part in parts]).sum(0).sqrt()
+        if self.prox > 0:
+            length = length.maximum((2 * start_loss.abs() / self.prox).sqrt() / 10)
+        else:
+            length = where(length > 0, length, start_loss.abs() / self.norm(gradient).clamp_min(1e-30))
+        return where(length > 0, length, ones_like(length))  # no scale whatever
 
     def _ratio(self, rest: Tensor, pull: Tensor, push: Tensor) -> Tensor:
         if self.prox == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor, where, zeros_like
+from torch import Tensor, finfo, where, zeros_like
 
 from metanudge.types import Params
 
@@ -57,6 +57,16 @@ def axpy(coefficient: Scalar, x: Params, y: Params) -> Params:
 def select(mask: Tensor, a: Params, b: Params) -> Params:
     """``a`` in the lanes where ``mask`` holds, ``b`` elsewhere."""
     return tree_map(lambda x, y: where(over(mask, x), x, y), a, b)
+
+
+def touched(a: Params, by: Params) -> Params:
+    """``a`` where ``by`` is not zero, and zero elsewhere: what is idle has no say in what is far."""
+    return tree_map(lambda x, y: x * (y != 0), a, by)
+
+
+def round_off(a: Params) -> float:
+    """Unit of round-off of the coarsest leaf."""
+    return max(finfo(leaf.dtype).eps for leaf in a.values())
 
 
 def zeros(a: Params) -> Params:

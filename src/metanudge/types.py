@@ -132,6 +132,7 @@ class Estimate(NamedTuple):
         error: Bound on the distance from the meta-gradient of F, in the adapted parameters, ``[*L]``; NaN without one.
         size: Norm of ``gradient`` in the adapted parameters, ``[*L]``.
         slope: Norm of ∇f(phi) in the adapted parameters, ``[*L]``.
+        noise: What round-off of the solutions may add to ``size``, ``[*L]``.
         diverged: Whether the free solve ended above where it began, ``[*L]``.
         solution: φ(0), ``[*L, *shape]``; empty where it was not needed to the end.
     """
@@ -144,6 +145,7 @@ class Estimate(NamedTuple):
     error: Tensor
     size: Tensor
     slope: Tensor
+    noise: Tensor
     diverged: Tensor
     solution: Params
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metanudge import tree
-from metanudge.energy import InnerProblem
+from metanudge.energy import Energy, InnerProblem
 from metanudge.errors import LossError
 from metanudge.solvers.loop import Solver, solve
 from metanudge.types import Estimate, Need, Params, Role, Schedule
@@ -77,6 +77,7 @@ class FreeSolve(NamedTuple):
         query_loss: ``[*L]``.
         support_loss: ``[*L]``.
         residual: Relative inner residual, ``[*L]``.
+        start_loss: f̂(θ), ``[*L]``.
         diverged: Whether the solve ended above where it began, ``[*L]``.
     """
 
@@ -88,6 +89,7 @@ class FreeSolve(NamedTuple):
     query_loss: Tensor
     support_loss: Tensor
     residual: Tensor
+    start_loss: Tensor
     diverged: Tensor
 
     @property
@@ -100,19 +102,25 @@ class FreeSolve(NamedTuple):
         return {name: self.query_gradient[name] for name in problem.losses.shared}
 
     def estimate(
-        self, problem: InnerProblem, gradient: Params, nu: Tensor | None = None, error: Tensor | None = None
+        self,
+        problem: InnerProblem,
+        gradient: Params,
+        nu: Tensor | None = None,
+        error: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Estimate:
         """Complete an estimate."""
-        norm = problem.energy().norm
+        norm, zero = problem.energy().norm, torch.zeros_like(self.residual)
         return Estimate(
             gradient,
             self.query_loss,
             self.support_loss,
             self.residual,
-            torch.zeros_like(self.residual) if nu is None else nu,
+            zero if nu is None else nu,
             torch.full_like(self.residual, float("nan")) if error is None else error,
             norm({name: gradient[name] for name in problem.theta}),
             self.slope_norm,
+            zero if noise is None else noise,
             self.diverged,
             self.phi,
         )
@@ -141,9 +149,10 @@ def judge(problem: InnerProblem, phi: Params, schedule: Schedule, step: int) -> 
     """Evaluate both losses, and the residual, at the solution."""
     losses, energy = problem.losses, problem.energy()
     support_loss, pull = losses.value_and_gradient(Role.SUPPORT, phi, step)
-    residual, push = energy.balance(pull, phi)
+    residual, way = energy.balance(pull, phi)
     del pull  # a large model has no room for it beside the query gradient
     query_loss, query_gradient = losses.value_and_all_gradients(Role.QUERY, phi, step)
+    start_loss = losses.loss(Role.SUPPORT, losses.spread(problem.theta))
     return FreeSolve(
         phi,
         schedule,
@@ -153,18 +162,18 @@ def judge(problem: InnerProblem, phi: Params, schedule: Schedule, step: int) -> 
         query_loss,
         support_loss,
         residual,
-        _diverged(problem, support_loss, push),
+        start_loss,
+        _diverged(energy, start_loss, support_loss, way),
     )
 
 
-def _diverged(problem: InnerProblem, support_loss: Tensor, push: Tensor) -> Tensor:
-    """Whether E(φ) is far above E(θ): ten times its size, and more than round-off or a draw of dropout would do.
+def _diverged(energy: Energy, start_loss: Tensor, support_loss: Tensor, way: Tensor) -> Tensor:
+    """Whether E(φ) is far above E(θ), ``way`` being ||φ - θ||: by more than ten times |f̂(θ)|.
 
-    ``push`` is ||λ (φ - θ)||².
+    And by more than round-off, or a draw of dropout, would do where f̂(θ) is nearly zero: by more than what it costs to
+    move a tenth of ||θ||; or where that costs nothing, λ being 0, after a way of more than half of it.
     """
-    start = problem.losses.loss(Role.SUPPORT, problem.losses.spread(problem.theta))
-    rise = support_loss - start
-    if problem.prox > 0:
-        rise = rise + push / (2 * problem.prox)
-    far: Tensor = rise > 10 * start.abs() + torch.finfo(start.dtype).eps ** 0.5
-    return far
+    rise = support_loss - start_loss + energy.prox / 2 * way**2
+    size = energy.norm(energy.theta)
+    far = rise > 10 * start_loss.abs() + energy.prox / 2 * (size / 10) ** 2
+    return far if energy.prox > 0 else far & (way > size / 2)

@@ -35,12 +35,13 @@ class FOBMAML:
     one query gradient in all, no truncation error where the support loss is quadratic, and no query loss to bend the
     inner problem; it is the better one at equal cost (results/solves).
 
-    ν by default, per task. Let s = λ ||φ(0)|| / ||∇f(φ(0))||, the nudge that would displace φ by its own norm, so that
-    d = ν / s is the relative displacement; round-off contributes about ε / d and truncation d^p. With the linear nudge
-    d = ε^(1/(p+1)), where the two meet, or (ρ/10)^(1/p) if that is larger, but at most 1/20, ρ being the residual:
-    truncation then stays far below what an unfinished solve leaves anyway, and the larger displacement averages over
-    kinks and sharp bends of the loss. With the full nudge ν = ε^(1/(p+1)) min(s, s^(1/(p+1))); the second term is for
-    ν^p, how much the query loss bends the energy.
+    ν by default, per task. Let s = λ l / ||∇f(φ(0))||, the nudge that would displace φ by its own length l, that of the
+    parameters which the query gradient touches (``Energy.length``), so that d = ν / s is the relative displacement;
+    round-off contributes about ε / d and truncation d^p. With the linear nudge d = ε^(1/(p+1)), where the two meet, or
+    (ρ/10)^(1/p) if that is larger, but at most 1/20, ρ being the residual: truncation then stays far below what an
+    unfinished solve leaves anyway, and the larger displacement averages over kinks and sharp bends of the loss. With
+    the full nudge ν = ε^(1/(p+1)) min(s, s^(1/(p+1))); the second term is for ν^p, how much the query loss bends the
+    energy.
 
     Cost per task, K inner and K' nudged steps, N nodes other than 0: K + 2 + N K' gradients with the linear nudge, and
     4 + N for the bound ``MetaStep.error_bound``; K + 2 + 2 N K' with the full one, which has no bound, as little as the
@@ -112,6 +113,7 @@ class FOBMAML:
         """Solve the free problem, then one matched problem a node."""
         free = solve_free(problem, solver)
         nu, displacement = self._nudge_size(problem, free)
+        noise = tree.round_off(free.phi) / (2 * displacement) * free.slope_norm
         slope = free.slope if self.nudge == "linear" else None
         at_solution, stencil = self.start == "solution", self.stencil
         start = free.phi if at_solution else problem.losses.spread(problem.theta)
@@ -148,12 +150,12 @@ class FOBMAML:
         error = None
         if certified:
             middle = sums[1]
-            nudged = Nudged.of(problem, nu, displacement, derivative, middle)
+            nudged = Nudged.of(problem, nu, displacement, noise, derivative, middle)
             error = error_bound(problem, free, nudged, stencil.order)
         gradient = tree.spend(lambda leaf: tree.over(1 / nu, leaf) * leaf, derivative[0])
         if self.nudge == "linear":
             gradient |= {name: gradient[name] + leaf for name, leaf in free.direct(problem).items()}
-        return free.estimate(problem, gradient, nu, error)
+        return free.estimate(problem, gradient, nu, error, noise)
 
     def _steps(self, solver: Solver) -> int:
         if self.steps is not None:
@@ -163,14 +165,13 @@ class FOBMAML:
     def _nudge_size(self, problem: InnerProblem, free: FreeSolve) -> tuple[Tensor, Tensor]:
         """ν, and the relative displacement r = ν / s."""
         energy, order = problem.energy(), self.stencil.order
-        norm = energy.norm(free.phi)
-        size = torch.where(norm > 0, norm, torch.ones_like(norm))
-        largest = 1e6  # keeps ν finite where the query gradient vanishes
-        s = (size * problem.prox / energy.norm(free.slope).clamp_min(1e-30)).clamp_max(largest)
+        length, slope = energy.length(free.phi, free.slope, free.start_loss), free.slope_norm
+        seen = slope > torch.finfo(slope.dtype).tiny ** 0.5  # any ν will do where the query gradient vanishes
+        s = torch.where(seen, length * problem.prox / slope, torch.ones_like(slope))
         if self.nu != "auto":
-            nu = torch.full_like(norm, self.nu)
+            nu = torch.full_like(s, self.nu)
             return nu, nu / s
-        least = max(torch.finfo(norm.dtype).eps, problem.round_off) ** (1 / (order + 1))
+        least = max(tree.round_off(free.phi), problem.round_off) ** (1 / (order + 1))
         if self.nudge == "full":
             nu = least * torch.minimum(s, s ** (1 / (order + 1)))
             return nu, nu / s

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from metanudge import tree
-from metanudge.curvature import lipschitz_constant
+from metanudge.curvature import Curvature, lipschitz_constant
 from metanudge.energy import Energy
 from metanudge.errors import SettingsError
 from metanudge.settings import check_flag, check_fraction, check_positive, check_steps
 from metanudge.types import Need, Params, Schedule
 
 SHORTEST = float(torch.finfo(torch.float32).eps ** 0.5)
-"""Relative length below which a secant is not believed: it is round-off in float32, and across a kink of the loss it is
-the steeper the shorter it is."""
+"""Length, relative to what is far, below which a secant is not believed: it is round-off in float32, and across a kink
+of the loss it is the steeper the shorter it is."""
 
 
 class Decision(NamedTuple):
@@ -116,19 +116,19 @@ class Nesterov:
         """The proximal problem where ``tol`` is to measure the balance of its forces."""
         return frozenset() if self.tol is None else frozenset({Need.PROXIMAL_TERM})
 
-    def plan(self, energy: Energy, start: Params) -> Tensor | None:
-        """Measure the curvature at ``start``, ``[*L]``; a number, not part of any graph."""
+    def plan(self, energy: Energy, start: Params) -> Curvature | None:
+        """Measure the curvature at ``start``; numbers, not part of any graph."""
         if not isinstance(self.lr, str):
             return None
         with torch.no_grad():
             return lipschitz_constant(energy, tree.detach(start), self.power_iterations, step=0)
 
-    def init(self, energy: Energy, start: Params, plan: Tensor | None) -> State:
+    def init(self, energy: Energy, start: Params, plan: Curvature | None) -> State:
         """Begin at rest."""
         return State(start, start, None, None)
 
     def step(
-        self, energy: Energy, plan: Tensor | None, state: State, index: int, decision: Decision | None
+        self, energy: Energy, plan: Curvature | None, state: State, index: int, decision: Decision | None
     ) -> tuple[State, Decision]:
         """One accelerated step."""
         pull, push = energy.forces(state.y, index)
@@ -189,14 +189,14 @@ class Nesterov:
         return self.tol is not None and state.active is not None and not bool(state.active.any())
 
 
-def _secant(energy: Energy, plan: Tensor, state: State, pull: Params) -> Secant:
+def _secant(energy: Energy, plan: Curvature, state: State, pull: Params) -> Secant:
     """Raise L to the slope of ∇f̂ between the last point and this one."""
     with torch.no_grad():
         y, pull = tree.detach(state.y), tree.detach(pull)
         if state.secant is None:
-            return Secant(plan, y, pull)
+            return Secant(plan.constant, y, pull)
         way, change = tree.subtract(y, state.secant.y), tree.subtract(pull, state.secant.pull)
         length, constant = energy.norm(way), state.secant.constant
         slope = energy.norm(change) / length.clamp_min(1e-30)
-        told = (length > SHORTEST * energy.norm(y)) & (slope > constant)
+        told = (length > SHORTEST * plan.length) & (slope > constant)
         return Secant(torch.where(told, slope, constant), y, pull)

@@ -30,7 +30,7 @@ class Alternative:
     def plan(self, energy: Energy, start: Params) -> Tensor:
         """L, ``[*L]``."""
         with torch.no_grad():
-            return lipschitz_constant(energy, tree.detach(start), 5, step=0)
+            return lipschitz_constant(energy, tree.detach(start), 5, step=0).constant
 
     def settle(self, schedule: Schedule, steps: int) -> Schedule:
         """Nudged solves decide for themselves."""

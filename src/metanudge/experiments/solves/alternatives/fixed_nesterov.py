@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from metanudge.curvature import Curvature
 from metanudge.energy import Energy
 from metanudge.solvers import Nesterov
 from metanudge.solvers.nesterov import Decision
@@ -17,7 +16,7 @@ class FixedNesterov(Nesterov):
     """The library's solver with L as measured at the start: nothing is learnt on the way."""
 
     def step(
-        self, energy: Energy, plan: Tensor | None, state: NesterovState, index: int, decision: Decision | None
+        self, energy: Energy, plan: Curvature | None, state: NesterovState, index: int, decision: Decision | None
     ) -> tuple[NesterovState, Decision]:
         """Forget the last secant."""
         return super().step(energy, plan, state._replace(secant=None), index, decision)

@@ -1,0 +1,152 @@
+"""Nothing depends on a unit: of the losses, of the parameters, of what is idle, of the leaves' precision.
+
+Factors are powers of two, so that floating point numbers scale exactly.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import metanudge as mn
+from metanudge.tasks import logistic, logistic_loss
+
+TASKS = logistic(3, features=4, shots=12, queries=12)
+EXECUTIONS = ["vectorized", "in_place"]
+FACTORS = [2.0**-30, 2.0**30]
+
+
+class Scaled(nn.Module):
+    """A linear model whose parameters are ``unit`` times as large, with an idle one of any size."""
+
+    def __init__(self, unit: float = 1.0, idle: float | None = None, start: float = 0.7) -> None:
+        super().__init__()
+        self.unit = unit
+        self.weight = nn.Parameter(unit * torch.linspace(-start, start, 4, dtype=torch.float64))
+        if idle is not None:
+            self.idle = nn.Parameter(torch.tensor(idle, dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return (inputs @ (self.weight / self.unit)).unsqueeze(-1)
+
+
+def times(factor: float) -> object:
+    return lambda model, batch: factor * logistic_loss(model, batch)
+
+
+def step_on(
+    model: nn.Module, prox: float, support: object = logistic_loss, query: object = None, **settings: object
+) -> tuple[mn.MetaStep, Tensor]:
+    settings = {"solver": mn.Nesterov(8)} | settings
+    step = mn.MetaLearner(model, support, query_loss=query or support, prox=prox, **settings).backward(TASKS)
+    return step, model.weight.grad
+
+
+def same(step: mn.MetaStep, other: mn.MetaStep) -> None:
+    assert other.residual == pytest.approx(step.residual, rel=1e-6)
+    assert other.error_bound == pytest.approx(step.error_bound, rel=1e-6)
+    assert (other.amplified_tasks, other.dropped_tasks) == (step.amplified_tasks, step.dropped_tasks) == (0, 0)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("factor", FACTORS)
+def test_the_unit_of_both_losses(factor: float, execution: str) -> None:
+    step, gradient = step_on(Scaled(), 0.5, execution=execution)
+    other, scaled = step_on(Scaled(), 0.5 * factor, times(factor), execution=execution)
+    torch.testing.assert_close(scaled / factor, gradient, rtol=1e-9, atol=0)
+    assert other.nu == pytest.approx(step.nu, rel=1e-9)
+    same(step, other)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_the_unit_of_the_query_loss(factor: float) -> None:
+    step, gradient = step_on(Scaled(), 0.5)
+    other, scaled = step_on(Scaled(), 0.5, query=times(factor))
+    torch.testing.assert_close(scaled / factor, gradient, rtol=1e-9, atol=0)
+    assert other.nu * factor == pytest.approx(step.nu, rel=1e-9)
+    same(step, other)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("unit", FACTORS)
+def test_the_unit_of_the_parameters(unit: float, execution: str) -> None:
+    """Curvatures and λ go with 1 / unit²; the probe of the step size has to follow."""
+    step, gradient = step_on(Scaled(), 0.5, execution=execution)
+    other, scaled = step_on(Scaled(unit), 0.5 / unit**2, execution=execution)
+    torch.testing.assert_close(scaled * unit, gradient, rtol=1e-9, atol=0)
+    assert other.nu == pytest.approx(step.nu, rel=1e-9)
+    same(step, other)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_an_idle_parameter_has_no_say(execution: str) -> None:
+    """Not even a large one: neither in the nudge nor in the step size; its round-off is none of the solution's."""
+    step, gradient = step_on(Scaled(idle=0.0), 0.5, execution=execution)
+    other, beside = step_on(Scaled(idle=1e6), 0.5, execution=execution)
+    torch.testing.assert_close(beside, gradient, rtol=1e-9, atol=0)
+    assert other.nu == pytest.approx(step.nu, rel=1e-9)
+    same(step, other)
+
+
+def test_a_solution_of_nothing_but_round_off_is_no_scale() -> None:
+    """Mirrored support data and θ = 0: φ(0) is 1e-17, and a displacement by that is round-off again."""
+    inputs = torch.randn(1, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mirrored = mn.Batch(torch.cat([inputs, -inputs], 1), torch.ones(1, 12, dtype=torch.float64))
+    tasks = mn.Tasks(mirrored, mn.Batch(*(leaf[:1] for leaf in TASKS.query)))
+    model = Scaled(start=0.0)
+    step = mn.MetaLearner(model, logistic_loss, prox=0.5, solver=mn.Nesterov(80)).backward(tasks)
+    found, inputs = model.weight.grad, mirrored.inputs[0]
+    weights = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    loss = nn.functional.binary_cross_entropy_with_logits(tasks.query.inputs[0] @ weights, tasks.query.targets[0])
+    (query,) = torch.autograd.grad(loss, weights)
+    curvature = inputs.T @ inputs / 12 / 4
+    exact = 0.5 * torch.linalg.solve(curvature + 0.5 * torch.eye(4, dtype=torch.float64), query)
+    assert float((found - exact).norm()) < 1e-6 * float(exact.norm())
+    assert float((found - exact).norm()) <= step.error_bound * float(found.norm())
+
+
+class Mixed(nn.Module):
+    """Weights in float32, and one scale in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-0.7, 0.7, 4))
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.scale * (inputs @ self.weight.double()).unsqueeze(-1)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_the_coarsest_leaf_sets_the_displacement(execution: str) -> None:
+    """A displacement for float64 is round-off among float32 leaves."""
+    model, exact = Mixed(), Mixed().double()
+    for one in (model, exact):
+        learner = mn.MetaLearner(one, logistic_loss, prox=0.5, solver=mn.Nesterov(200), execution=execution)
+        step = learner.backward(TASKS)
+    torch.testing.assert_close(model.weight.grad.double(), exact.weight.grad, rtol=1e-3, atol=1e-5)
+    assert step.dropped_tasks == 0
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("prox", [0.5, 0.0])
+def test_divergence_is_seen_in_any_unit(factor: float, prox: float) -> None:
+    settings = {"estimator": mn.FOMAML() if prox == 0 else mn.FOBMAML()}
+
+    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
+        return factor * (model(batch.inputs).squeeze(-1) - batch.targets).square().mean()
+
+    with pytest.raises(mn.NonFiniteError):
+        step_on(Scaled(), prox * factor, loss, solver=mn.GradientDescent(9, lr=10 / factor), **settings)
+    step, _ = step_on(Scaled(), prox * factor, loss, solver=mn.GradientDescent(9, lr=0.01 / factor), **settings)
+    assert step.dropped_tasks == 0
+
+
+@pytest.mark.parametrize("prox", [1e4, 1e7])
+def test_the_alarm_is_not_set_off_by_round_off(prox: float) -> None:
+    """Held that closely, the meta-gradient is the query gradient: in float32 a little longer or shorter."""
+    model = Scaled().float()
+    tasks = mn.Tasks(*(mn.Batch(batch.inputs.float(), batch.targets.float()) for batch in TASKS))
+    step = mn.MetaLearner(model, logistic_loss, prox=prox, solver=mn.Nesterov(4)).backward(tasks)
+    assert step.amplified_tasks == 0
