@@ -101,8 +101,12 @@ class Energy:
         \sqrt{2 |f̂(θ)| / λ}, as far as a solution can lie from θ where f̂ >= 0, and where λ = 0 and that norm is zero
         |f̂(θ)| / ||gradient||. ``start_loss`` is f̂(θ).
         """
-        parts = [tree.touched({name: leaf}, {name: gradient[name]}) for name, leaf in phi.items()]
-        length = stack([self.losses.inner(part, part) for part in parts]).sum(0).sqrt()
+
+        def square(name: str) -> Tensor:
+            part = tree.touched({name: phi[name]}, {name: gradient[name]})
+            return self.losses.inner(part, part)
+
+        length = stack([square(name) for name in phi]).sum(0).sqrt()
         if self.prox > 0:
             length = length.maximum((2 * start_loss.abs() / self.prox).sqrt() / 10)
         else:
