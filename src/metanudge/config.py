@@ -18,10 +18,10 @@ from metanudge.errors import SettingsError
 from metanudge.estimators import ESTIMATORS, FOBMAML, Estimator
 from metanudge.families import FAMILIES, MOST_SEEDS
 from metanudge.models import MODELS
-from metanudge.named import arguments, choose, nearest, part
+from metanudge.named import arguments, choose, part
 from metanudge.oracle import Policy
 from metanudge.registries import LOSSES, METRICS, OPTIMIZERS, SCHEDULERS
-from metanudge.settings import check_seed, check_steps
+from metanudge.settings import check_seed, check_steps, nearest
 from metanudge.solvers import SOLVERS, Nesterov, Solver
 from metanudge.types import LossFunction, Tasks
 from metanudge.validation import Better

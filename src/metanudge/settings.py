@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
 
 from metanudge.errors import SettingsError
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """What a mistyped name may have meant, and all that there is."""
+    names = list(known)
+    close = difflib.get_close_matches(given, names, 1, 0.5)
+    told = f'did you mean "{close[0]}"? ' if close else ""
+    return f"{told}There is {', '.join(names) or 'nothing'}"
 
 
 def check_steps(steps: int, name: str = "steps") -> None:

@@ -76,6 +76,10 @@ class BatchNorm:
         layers = self.layers()
         for layer in layers:
             layer.training = self.policy != "frozen"
+        if self.policy == "transductive":
+            with _untracked(layers):
+                yield
+            return
         if self.policy != "support":
             yield
             return
@@ -158,3 +162,18 @@ class BatchNorm:
         if layer.weight is not None:
             scaled = scaled * layer.weight.view(shape)
         return scaled if layer.bias is None else scaled + layer.bias.view(shape)
+
+
+@contextmanager
+def _untracked(layers: list[_BatchNorm]) -> Iterator[None]:
+    """Leave running statistics alone: what is written there is undone anyway, and momentum=None reads a count with
+    ``float()``, which vmap can not.
+    """
+    before = [layer.track_running_stats for layer in layers]
+    try:
+        for layer in layers:
+            layer.track_running_stats = False
+        yield
+    finally:
+        for layer, tracks in zip(layers, before, strict=True):
+            layer.track_running_stats = tracks
