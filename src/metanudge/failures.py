@@ -11,13 +11,9 @@ from pathlib import Path
 import metanudge
 from metanudge.errors import MetanudgeError
 
-_NOT_THEIRS = tuple(
-    f"{Path(place).resolve()}/"
-    for place in {
-        Path(metanudge.__file__).parent,
-        *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
-    }
-)
+_OURS = Path(str(metanudge.__file__)).parent
+_INSTALLED = (sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_NOT_THEIRS = tuple({f"{Path(place).resolve()}/" for place in (_OURS, *_INSTALLED)})
 
 
 def told(error: Exception) -> str | None:

@@ -166,8 +166,9 @@ class BatchNorm:
 
 @contextmanager
 def _untracked(layers: list[_BatchNorm]) -> Iterator[None]:
-    """Leave running statistics alone: what is written there is undone anyway, and momentum=None reads a count with
-    ``float()``, which vmap can not.
+    """Leave running statistics alone.
+
+    What is written there would be undone; and with momentum=None a layer takes float() of its count, not for vmap.
     """
     before = [layer.track_running_stats for layer in layers]
     try:

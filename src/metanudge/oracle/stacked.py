@@ -253,9 +253,9 @@ def _explained() -> Iterator[None]:
 
 
 _NUMBER = (
-    "out of a tensor, which torch.func.vmap can not do for many tasks at once. A loss or metric has to return the tensor "
-    "itself: through a number no gradient reaches the parameters, in either execution. Leave it out, or where its value "
-    'is only looked at (a print, a branch, a constant), give the MetaLearner execution="in_place"'
+    "out of a tensor, which torch.func.vmap can not do for many tasks at once. A loss or metric has to return the "
+    "tensor itself: through a number no gradient reaches the parameters, in either execution. Leave it out, or where "
+    'its value is only looked at (a print, a branch, a constant), give the MetaLearner execution="in_place"'
 )
 
 
@@ -268,7 +268,7 @@ def _does(said: str) -> str:
     if "control flow" in said:
         return (
             "branches on the value of a tensor (if, while), which differs between the tasks that torch.func.vmap runs "
-            'at once. Choose by torch.where, or give the MetaLearner execution="in_place", which runs one task at a time'
+            'at once. Choose by torch.where, or give the MetaLearner execution="in_place", for one task at a time'
         )
     return (
         "uses an operation that torch.func.vmap can not run for many tasks at once (one without a batching rule, such "
