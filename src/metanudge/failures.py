@@ -12,8 +12,8 @@ import metanudge
 from metanudge.errors import MetanudgeError
 
 _OURS = Path(str(metanudge.__file__)).parent
-_INSTALLED = (sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-_NOT_THEIRS = tuple({f"{Path(place).resolve()}/" for place in (_OURS, *_INSTALLED)})
+_INSTALLED = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+_NOT_THEIRS = tuple({f"{place.resolve()}/" for place in (_OURS, *_INSTALLED)})
 
 
 def told(error: Exception) -> str | None:

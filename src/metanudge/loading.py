@@ -57,7 +57,7 @@ def load_function(target: str, form: str = "one of your own") -> Callable[..., A
     function: object = getattr(module, name, None)
     if not callable(function):
         own = [key for key, value in vars(module).items() if _is_of(value, module) and not key.startswith("_")]
-        raise SettingsError(f"{place} has no function {name!r}, {form}; {nearest(name, own)}")
+        raise SettingsError(f"{place} has no function {name!r}; {nearest(name, own)}. It should be {form}")
     return function
 
 
