@@ -207,6 +207,20 @@ def test_a_policy_must_be_named(layer: nn.Module) -> None:
         mn.MetaLearner(nn.Sequential(nn.Linear(3, 3), layer), squared_error)
 
 
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_cumulative_average_changes_nothing(policy: str, execution: str) -> None:
+    """momentum=None: running statistics are not updated, so how they would be does not count; nor is it written to."""
+    found = {}
+    for momentum in (0.1, None):
+        model = network()
+        model[1].momentum = momentum
+        found[momentum] = meta_gradient(model, mn.FOBMAML(nu=0.1), policy, execution)
+        assert model[1].track_running_stats
+        assert int(model[1].num_batches_tracked) == 0
+    assert torch.equal(found[0.1], found[None])
+
+
 def test_a_layer_that_comes_later_is_refused_too() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.Identity(), nn.Linear(HIDDEN, 1)).double()
     learner = mn.MetaLearner(model, squared_error)

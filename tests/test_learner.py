@@ -621,6 +621,10 @@ def test_bad_settings(settings: dict, words: str) -> None:
         {"adapt_only": 3},
         {"solver": None, "query_loss": 3},
         {"adapt_only": [nn.Parameter(torch.zeros(1))]},
+        {"warm_start": mn.WarmStart},
+        {"warm_start": True},
+        {"warm_start": False},
+        {"warm_start": "folder"},
     ],
     ids=str,
 )

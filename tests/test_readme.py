@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 import metanudge as mn
 from metanudge import config
@@ -31,9 +32,16 @@ def test_example_runs_and_gives_the_numbers_it_tells():
 def test_training_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    before, after = map(float, re.findall(r"never seen: (.*) before, (.*) after 40", code)[0])
     found = {}
     exec(code, found)
     assert len(found["found"].history) == 40
+    assert abs(found["found"].best - after) < found["found"].validation.ci95  # the last bit differs between machines
+    again = {}
+    exec(code[: code.index("found = ")], again)  # the same program in another process: the same data
+    assert torch.equal(again["inputs"], found["inputs"])
+    untrained = mn.MetaLearner(again["model"], again["loss"]).evaluate(again["unseen"].take(50), mn.metrics.accuracy)
+    assert round(untrained.mean, 2) == before
     assert (tmp_path / "runs" / "first" / "log.csv").exists()
     assert found["learner"].model is found["model"]
 

@@ -94,7 +94,7 @@ def test_a_study_that_fails_leaves_old_results_alone(tmp_path, console):
 
 
 def test_an_unknown_study_is_refused_before_any_work(tmp_path, console):
-    with pytest.raises(mn.SettingsError, match="no study 'other'; it has toy, failing"):
+    with pytest.raises(mn.SettingsError, match="no study 'other'; there is toy, failing"):
         reproduce(TOY, tmp_path / "out", quick=True, seed=0, only=("other",), console=console)
     assert not (tmp_path / "out").exists()
 
@@ -156,12 +156,18 @@ def test_command_line_version(arguments, capsys):
     assert capsys.readouterr().out.strip() == mn.__version__
 
 
-@pytest.mark.parametrize("arguments", [[], ["reproduce"], ["reproduce", "nothing"], ["dance"]])
+@pytest.mark.parametrize("arguments", [[], ["reproduce"], ["train", "--dance"]])
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(arguments)
     assert exit_.value.code == 2
     assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["reproduce", "nothing"], ["dance"]])
+def test_unknown_names_are_status_2(arguments, capsys):
+    assert cli.main(arguments) == 2
+    assert "there is no" in capsys.readouterr().err
 
 
 def test_every_study_has_a_quick_form_with_a_seed():

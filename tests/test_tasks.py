@@ -142,6 +142,18 @@ def test_collate_stacks_what_fits_and_lists_what_does_not():
         mn.tasks.collate([])
 
 
+def test_collate_lists_tasks_of_minibatches():
+    batch = mn.Batch(torch.randn(4, 2), torch.randn(4, 1))
+    task = mn.Tasks(mn.Minibatches([batch, batch]), batch)
+    loader = DataLoader([task, task], batch_size=2, collate_fn=mn.tasks.collate)
+    (found,) = loader
+    assert isinstance(found, list)
+    learner = mn.MetaLearner(
+        nn.Linear(2, 1), mn.metrics.squared_error, solver=mn.GradientDescent(2, lr=0.1), execution="in_place"
+    )
+    assert learner.backward(found).dropped_tasks == 0
+
+
 # Few-shot.
 
 

@@ -242,6 +242,9 @@ def test_wrong_settings_are_told_before_anything_is_done(tmp_path):
         ({"max_norm": 0.0}, "max_norm must be"),
         ({"tasks_at_once": 0}, "tasks_at_once must be"),
         ({"tensorboard": True}, "needs a folder"),
+        ({"workers": -1}, "workers must be"),
+        ({"metric": "accuracy"}, "metric must be a function"),
+        ({"validation": []}, "validation holds no tasks"),
         ({"tasks_per_step": 12, "tasks": FINITE}, "there are 11"),
     ):
         arguments = {"steps": 1, "tasks": ENDLESS} | settings

@@ -160,6 +160,13 @@ def test_what_it_refuses() -> None:
         mn.WarmStart(limit_bytes=8).put([0], torch.zeros(1, 4))
 
 
+def test_an_empty_one_is_there() -> None:
+    """``if learner.warm_start`` asks whether there is one, not whether it holds something."""
+    store = mn.WarmStart()
+    assert len(store) == 0
+    assert store
+
+
 def test_a_failed_step_keeps_nothing() -> None:
     store = mn.WarmStart()
     learner, tasks = learner_of(store)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from metanudge.batching import as_stacks
+from metanudge.batching import as_stacks, leaves
 from metanudge.energy import InnerProblem
 from metanudge.errors import TasksError
 from metanudge.minibatches import as_minibatches
@@ -17,20 +19,57 @@ from metanudge.solvers import Solver
 from metanudge.solvers.loop import solve
 from metanudge.types import Batch, LossFunction, Params, Role, Tasks
 
+Axes: TypeAlias = tuple[int, ...]
+"""How many axes the tensors of one task's support set have."""
 
-def alone(support: Batch, device: torch.device) -> list[Tasks]:
+
+def axes_of(stacks: Iterable[Tasks]) -> set[Axes]:
+    """Of the tasks of checked stacks; those of minibatches are not looked at."""
+    supports = [stack.support for stack in stacks if as_minibatches(stack.support) is None]
+    return {tuple(leaf.ndim - 1 for leaf in leaves(support)) for support in supports}
+
+
+def alone(support: Batch, device: torch.device, seen: set[Axes]) -> list[Tasks]:
     """The stack of a task whose query does not matter.
 
+    Args:
+        support: Of the task.
+        device: Of the model.
+        seen: Of the tasks that were learnt from or evaluated.
+
     Raises:
-        TasksError: No batch.
+        TasksError: No batch, or a stack: its tensors have an axis more than any task seen.
     """
     source = as_minibatches(support)
     if source is not None:
         return as_stacks([Tasks(support, source[0])], device)[0]
     if not isinstance(support, Batch):
-        raise TasksError(f"adapt expects mn.Batch(inputs, targets) of one task, got {type(support).__name__}")
+        raise TasksError(
+            f"adapt expects mn.Batch(inputs, targets) of one task, got {type(support).__name__}"
+            + (f"; {ONE}" if isinstance(support, Tasks) else "")
+        )
+    _refuse_stack(support, seen)
     stack = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, support)
     return as_stacks(Tasks(stack, stack), device)[0]
+
+
+ONE = (
+    "give the support set of one task, task.support; out of a stack, "
+    "mn.Batch(tasks.support.inputs[i], tasks.support.targets[i])"
+)
+
+
+def _refuse_stack(support: Batch, seen: set[Axes]) -> None:
+    """Many models take a stack of tasks without a word, as one task of more examples."""
+    shapes = [leaf.shape for leaf in leaves(support)]
+    axes = tuple(len(shape) for shape in shapes)
+    fewer = tuple(number - 1 for number in axes)
+    if axes not in seen and fewer in seen and len({shape[0] for shape in shapes}) == 1:
+        told = " and ".join(str(tuple(shape)) for shape in shapes)
+        raise TasksError(
+            f"adapt takes one task, but this looks like a stack of {shapes[0][0]}: its tensors have the shapes {told}, "
+            f"an axis more than those of the tasks this learner has seen; {ONE}"
+        )
 
 
 def adapted_copy(

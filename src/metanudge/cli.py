@@ -14,19 +14,22 @@ from rich.console import Console
 import metanudge
 from metanudge.config import read_config
 from metanudge.diagnostics import check, smoothness
-from metanudge.errors import MetanudgeError
+from metanudge.errors import SettingsError
+from metanudge.failures import told
 from metanudge.loading import load_learner
 from metanudge.runs import train
 from metanudge.scoring import evaluate
-from metanudge.settings import check_folder
+from metanudge.settings import check_folder, nearest
+
+EXPERIMENTS = ("synthetic", "solves", "sinusoid", "mnist1d", "memory")
 
 
 @dataclasses.dataclass(frozen=True)
 class Reproduce:
     """Reproduce a result: writes metrics.json, figures (PNG and SVG) and report.html."""
 
-    experiment: tyro.conf.Positional[Literal["synthetic", "solves", "sinusoid", "mnist1d", "memory"]]
-    """Which result."""
+    experiment: tyro.conf.Positional[str]
+    """Which result: synthetic, solves, sinusoid, mnist1d or memory."""
     out: Path | None = None
     """Folder to write into; by default results/EXPERIMENT."""
     quick: bool = False
@@ -41,6 +44,8 @@ class Reproduce:
 
     def run(self, console: Console) -> int:
         """Run the experiment."""
+        if self.experiment not in EXPERIMENTS:
+            raise SettingsError(f"there is no result {self.experiment!r}; {nearest(self.experiment, EXPERIMENTS)}")
         from metanudge.experiments.runner import reproduce  # plotting libraries load only when they are needed
 
         experiment = import_module(f"metanudge.experiments.{self.experiment}").EXPERIMENT
@@ -86,10 +91,12 @@ class Evaluate:
     """Permutations of class labels to average over; by default what the settings say, or 4 of class labels."""
     weights: Literal["best", "last"] = "best"
     """Those that were best on the validation tasks, or the last ones."""
+    partial: bool = False
+    """Evaluate what there is, where seeds of the settings file are missing or not at their last step."""
 
     def run(self, console: Console) -> int:
         """Evaluate, print and write evaluation.json."""
-        evaluate(self.target, self.tasks, self.permutations, self.weights, console)
+        evaluate(self.target, self.tasks, self.permutations, self.weights, console, partial=self.partial)
         return 0
 
 
@@ -163,6 +170,7 @@ class Version:
         return 0
 
 
+COMMANDS = ("train", "evaluate", "reproduce", "check", "smoothness", "version")
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
@@ -176,6 +184,8 @@ Command = (
 def main(arguments: list[str] | None = None) -> int:
     """Run ``metanudge`` and return its exit status: 0 done, 2 wrong usage or failure, 130 stopped by hand."""
     given = sys.argv[1:] if arguments is None else arguments
+    if given and not given[0].startswith("-") and given[0] not in COMMANDS:  # of options tyro itself tells the nearest
+        return _failed(f"there is no command {given[0]!r}; {nearest(given[0], COMMANDS)}")
     command = tyro.cli(
         Command,
         prog="metanudge",
@@ -185,9 +195,16 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     try:
         return command.run(console)
-    except (MetanudgeError, OSError) as error:
-        Console(stderr=True).print(f"metanudge: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        return 2
     except KeyboardInterrupt:
-        Console(stderr=True).print("metanudge: stopped", style="red", highlight=False)
+        _failed("stopped")
         return 130
+    except Exception as error:
+        message = told(error)
+        if message is None:  # a mistake of ours, of which the whole traceback is wanted
+            raise
+        return _failed(message)
+
+
+def _failed(message: str) -> int:
+    Console(stderr=True).print(f"metanudge: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    return 2

@@ -18,10 +18,10 @@ from metanudge.errors import SettingsError
 from metanudge.estimators import ESTIMATORS, FOBMAML, Estimator
 from metanudge.families import FAMILIES, MOST_SEEDS
 from metanudge.models import MODELS
-from metanudge.named import arguments, choose, nearest, part
+from metanudge.named import arguments, choose, part
 from metanudge.oracle import Policy
 from metanudge.registries import LOSSES, METRICS, OPTIMIZERS, SCHEDULERS
-from metanudge.settings import check_seed, check_steps
+from metanudge.settings import check_number, check_seed, check_steps, nearest
 from metanudge.solvers import SOLVERS, Nesterov, Solver
 from metanudge.types import LossFunction, Tasks
 from metanudge.validation import Better
@@ -205,6 +205,8 @@ def read_config(path: Path, out: Path | None = None, seeds: tuple[int, ...] = ()
     loss = choose(settings.loss, LOSSES, "[learner] loss")
     metric = testing.metric or ("accuracy" if loss is metrics.cross_entropy else None)
     check_steps(testing.tasks, "[evaluation] tasks")
+    validation = _settings(Validation, _table(table, "validation"), "validation")
+    check_number(validation.tasks, "[validation] tasks")
     if testing.permutations is not None:
         check_steps(testing.permutations, "[evaluation] permutations")
     return Config(
@@ -228,7 +230,7 @@ def read_config(path: Path, out: Path | None = None, seeds: tuple[int, ...] = ()
         if "scheduler" in table
         else None,
         training=_settings(Training, _table(table, "training"), "training"),
-        validation=_settings(Validation, _table(table, "validation"), "validation"),
+        validation=validation,
         testing=testing,
     )
 

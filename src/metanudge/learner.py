@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metanudge.accumulation import FiniteMean, summarize
-from metanudge.adaptation import adapted_copy, alone, curves
+from metanudge.adaptation import Axes, adapted_copy, alone, axes_of, curves
 from metanudge.batching import as_stacks, groups
 from metanudge.deposit import add_to_grad, in_order, verdict
 from metanudge.energy import InnerProblem
@@ -110,6 +110,8 @@ class MetaLearner:
         asked = ("steps", "needs", "differentiable", "plan", "init", "step", "settle", "point", "finished")
         check_part("solver", self.solver, asked, "mn.Nesterov(steps=16)")
         check_part("estimator", self.estimator, ("needs", "__call__"), "mn.FOBMAML()")
+        if warm_start is not None:
+            check_part("warm_start", warm_start, ("get", "put", "state_dict"), "mn.WarmStart(), or None")
         self.warm_start = warm_start
         self.adapt_only = adapt_only
         selection = select_parameters(model, adapt_only)
@@ -119,6 +121,7 @@ class MetaLearner:
         )
         self._selection()
         self._told: set[type[Warning]] = set()
+        self._seen: set[Axes] = set()
 
     def _selection(self) -> Selection:
         """Select parameters of the model as it is now, and refuse what can not work with them."""
@@ -175,6 +178,7 @@ class MetaLearner:
         Cost: that of the estimator, times the number of tasks.
         """
         stacks, places = as_stacks(tasks, self._device)
+        self._seen |= axes_of(stacks)
         order = iter(in_order(indices, places, self.warm_start is not None))
         tally, mean = Tally(), FiniteMean()
         with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, tally) as lent:
@@ -203,14 +207,16 @@ class MetaLearner:
         """Adapt to one task: a new module of the same class; this learner's model is untouched.
 
         Args:
-            support: The examples of one task, without a task axis; or ``mn.Minibatches`` of them.
+            support: The examples of one task, without a task axis; or ``mn.Minibatches`` of them. A stack looks like
+                a task whose examples have an axis more: it is told apart by the tasks that ``backward`` and
+                ``evaluate`` have seen.
 
         Returns:
             A deep copy of the model with the adapted parameters φ(θ); frozen parameters (``requires_grad=False``) are
             not copied, the two modules share them.
 
         Raises:
-            TasksError: An empty support set, or one on another device than the model.
+            TasksError: An empty support set, one on another device than the model, or a stack of them.
             SettingsError: A model sharded by FSDP2, which can not be copied.
             LossError: A loss that is not a scalar or does not depend on the adapted parameters.
             NonFiniteError: The solve ended in non-finite parameters.
@@ -229,7 +235,7 @@ class MetaLearner:
                 "adapt copies the model, which FSDP2 does not allow; use evaluate, or adapt the model unsharded, from "
                 "the initialisation that torch.distributed.checkpoint saves"
             )
-        stacks = alone(support, self._device)
+        stacks = alone(support, self._device, self._seen)
         with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, Tally()) as lent:
             problem = next(lent.problems)
             solution = solve(self.solver, problem.energy(), problem.losses.spread(problem.theta))
@@ -293,6 +299,7 @@ class MetaLearner:
     def _curves(self, tasks: Tasks | Sequence[Tasks], function: LossFunction) -> Tensor:
         """The metric after every step, ``[T, K + 1]``, in the order of the tasks."""
         stacks, places = as_stacks(tasks, self._device)
+        self._seen |= axes_of(stacks)
         with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, Tally()) as lent:
             found = [curves(problem, self.solver, function) for problem in lent.problems]
         return torch.cat(found)[torch.tensor(places).argsort()]

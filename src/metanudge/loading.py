@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
 from metanudge.errors import SettingsError
 from metanudge.learner import MetaLearner
+from metanudge.settings import nearest
 from metanudge.types import Tasks
 
 FORM = "a function without arguments that returns (learner, tasks) or (learner, tasks, optimizer)"
@@ -51,10 +53,17 @@ def load_function(target: str, form: str = "one of your own") -> Callable[..., A
         raise SettingsError(
             f"expected FILE.py:FUNCTION or package.module:FUNCTION, got {target!r}; the function is {form}"
         )
-    function: object = getattr(_module(place), name, None)
+    module = _module(place)
+    function: object = getattr(module, name, None)
     if not callable(function):
-        raise SettingsError(f"{place} has no function {name!r}; it should be {form}")
+        own = [key for key, value in vars(module).items() if _is_of(value, module) and not key.startswith("_")]
+        raise SettingsError(f"{place} has no function {name!r}; {nearest(name, own)}. It should be {form}")
     return function
+
+
+def _is_of(value: object, module: ModuleType) -> bool:
+    """Whether it is a function or class that the module defines, and does not import."""
+    return callable(value) and getattr(value, "__module__", None) == module.__name__
 
 
 def _module(place: str) -> Any:

@@ -85,17 +85,12 @@ class Logs:
     def __init__(self, folder: Path | None, history: Sequence[Record], tensorboard: bool) -> None:
         self._files: list[tuple[TextIO, Callable[[Record], str]]] = []
         self._board: Any = None
+        check_tensorboard(folder, tensorboard)
         if folder is None:
-            if tensorboard:
-                raise SettingsError("tensorboard=True needs a folder to write into; give out=")
             return
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise SettingsError(
-                    "tensorboard is not installed; pip install -c constraints.txt '.[tensorboard]', or leave it out"
-                ) from error
+            from torch.utils.tensorboard import SummaryWriter
+
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=len(history) + 1)
         for name, head, form in (("log.csv", _row(Record._fields), _row), ("log.jsonl", "", _line)):
             write(folder / name, (head + "".join(map(form, history))).encode())
@@ -123,6 +118,20 @@ class Logs:
             file.close()
         if self._board is not None:
             self._board.close()
+
+
+def check_tensorboard(folder: Path | None, asked: bool) -> None:
+    """Raise a SettingsError where TensorBoard is asked for and can not be had."""
+    if not asked:
+        return
+    if folder is None:
+        raise SettingsError("tensorboard=True needs a folder to write into; give out=")
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise SettingsError(
+            "tensorboard is not installed; pip install -c constraints.txt '.[tensorboard]', or leave it out"
+        ) from error
 
 
 def _row(values: Iterable[Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import types
 import typing
@@ -14,17 +13,10 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from metanudge.errors import SettingsError
 from metanudge.loading import load_function
+from metanudge.settings import nearest
 
 T = TypeVar("T")
 KINDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
-
-
-def nearest(given: str, known: Iterable[str]) -> str:
-    """What a mistyped name may have meant, and all that there is."""
-    names = list(known)
-    close = difflib.get_close_matches(given, names, 1, 0.5)
-    told = f'did you mean "{close[0]}"? ' if close else ""
-    return f"{told}There is {', '.join(names) or 'nothing to set'}"
 
 
 def choose(name: Any, registry: Mapping[str, T], where: str) -> T | Callable[..., Any]:

@@ -16,10 +16,11 @@ from metanudge.errors import SettingsError
 from metanudge.families import draw
 from metanudge.files import write
 from metanudge.learner import MetaLearner
-from metanudge.order import length
+from metanudge.logs import check_tensorboard
+from metanudge.order import Order, length, moved
 from metanudge.settings import check_folder
 from metanudge.tasks.image_folders import Split
-from metanudge.training import Fit, fit
+from metanudge.training import Fit, check_training, fit
 from metanudge.types import Tasks
 from metanudge.validation import called
 from metanudge.warm_start import WarmStart
@@ -39,10 +40,22 @@ def train(config: Config, fresh: bool, progress: bool, console: Console) -> list
     check_folder(config.out)
     if not fresh:
         _check_same(config)
-    _parts(config, config.whole.seeds[0])  # what can not be made is told before anything is written
+    _check(config)
     config.out.mkdir(parents=True, exist_ok=True)
     write(config.out / CONFIG, config.text.encode())
     return [_train(config, seed, fresh, progress, console) for seed in config.whole.seeds]
+
+
+def _check(config: Config) -> None:
+    """Tell what can not work before anything is written: settings, and whether model, loss and tasks fit each other."""
+    given, seed = config.training, config.whole.seeds[0]
+    check_training(given.steps, given.tasks_per_step, given.tasks_at_once, given.max_norm, given.every, given.workers)
+    check_tensorboard(config.out, given.tensorboard)
+    learner, _, _ = _parts(config, seed)
+    tasks, fixed = tasks_of(config, "train", seed), first(tasks_of(config, "validation"), config.validation.tasks)
+    Order(length(tasks), given.tasks_per_step, seed)
+    learner.model.eval()
+    learner.evaluate([moved(one[0], device_of(config)) for one in (tasks, fixed) if length(one) != 0], config.metric)
 
 
 def _parts(config: Config, seed: int) -> tuple[MetaLearner, torch.optim.Optimizer, LRScheduler | None]:

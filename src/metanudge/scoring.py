@@ -32,7 +32,13 @@ Weights = Literal["best", "last"]
 
 
 def evaluate(
-    target: Path, number: int | None, permutations: int | None, weights: Weights, console: Console
+    target: Path,
+    number: int | None,
+    permutations: int | None,
+    weights: Weights,
+    console: Console,
+    *,
+    partial: bool = False,
 ) -> dict[str, Any]:
     """Adapt every seed's model to the same test tasks; print a table and write OUT/evaluation.json.
 
@@ -42,18 +48,25 @@ def evaluate(
         permutations: Of the class labels; None for what the settings say.
         weights: Those that were best on the validation tasks (the last ones, where there were none), or the last.
         console: To print to.
+        partial: Take what there is, where seeds are missing or not at their last step.
 
     Returns:
         What was written.
 
     Raises:
-        SettingsError: Nothing there to evaluate.
+        SettingsError: Nothing there to evaluate; seeds missing or unfinished, unless ``partial``.
     """
     config = read_config(target / CONFIG, target) if target.is_dir() else read_config(target)
     for name, value in (("tasks", number), ("permutations", permutations)):
         if value is not None:
             check_steps(value, name)
     folders = _folders(config.out)
+    lacking = _lacking(config, folders)
+    if lacking and not partial:
+        raise SettingsError(
+            f"the training in {config.out} is not complete: {lacking}. Go on with metanudge train "
+            f"{config.out / CONFIG} --out {config.out}, or evaluate what there is with --partial"
+        )
     tasks = first(tasks_of(config, "test"), number or config.testing.tasks)
     permutations = permutations or config.testing.permutations or (LABEL_PERMUTATIONS if _labelled(tasks[0]) else 1)
     found: dict[int, Evaluation] = {}
@@ -73,6 +86,8 @@ def evaluate(
     }
     write(config.out / RESULT, json.dumps(_json(record), indent=1).encode() + b"\n")
     _show(record, whole, found, console)
+    if lacking:
+        console.print(f"Not complete: {lacking}.", style="yellow", highlight=False, soft_wrap=True)
     console.print(f"Written to [bold]{config.out / RESULT}[/bold]", highlight=False)
     return record
 
@@ -84,6 +99,22 @@ def _folders(out: Path) -> dict[int, Path]:
     if not found:
         raise SettingsError(f"there is no training in {out}: no seed-N/{LAST}; metanudge train makes them")
     return dict(sorted(found.items()))
+
+
+def _lacking(config: Config, folders: dict[int, Path]) -> str:
+    """Which seeds of the settings file are missing, and which have not come to their last step; empty for none."""
+    steps, told = (
+        config.training.steps,
+        [f"seed {seed} is missing" for seed in config.whole.seeds if seed not in folders],
+    )
+    for seed, folder in folders.items():
+        try:
+            done = len(load_state(folder / LAST)["history"])
+        except (KeyError, TypeError) as error:
+            raise SettingsError(f"{folder / LAST} is no checkpoint of a training: {error!r}") from error
+        if done < steps:
+            told.append(f"seed {seed} is at step {done} of {steps}")
+    return ", ".join(told)
 
 
 def _evaluated(config: Config, folder: Path, tasks: Subset[Tasks], permutations: int, weights: Weights) -> Evaluation:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
 
 from metanudge.errors import SettingsError
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """What a mistyped name may have meant, and all that there is."""
+    names = list(known)
+    close = difflib.get_close_matches(given, names, 1, 0.5)
+    told = f'did you mean "{close[0]}"? There' if close else "there"
+    return f"{told} is {', '.join(names) or 'nothing'}"
 
 
 def check_steps(steps: int, name: str = "steps") -> None:
@@ -17,10 +27,15 @@ def check_steps(steps: int, name: str = "steps") -> None:
         raise SettingsError(f"{name} must be a whole number of at least 1, got {steps!r}")
 
 
+def check_number(number: int, name: str) -> None:
+    """Raise a SettingsError unless ``number`` is a whole number >= 0."""
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise SettingsError(f"{name} must be a whole number of at least 0, got {number!r}")
+
+
 def check_seed(seed: int) -> None:
     """Raise a SettingsError unless ``seed`` is a whole number >= 0."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise SettingsError(f"seed must be a whole number of at least 0, got {seed!r}")
+    check_number(seed, "seed")
 
 
 def check_folder(out: Path) -> None:

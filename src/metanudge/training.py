@@ -14,12 +14,20 @@ from torch.utils.data import Dataset
 
 from metanudge import parts
 from metanudge.checkpoint import LAST, Run
-from metanudge.errors import NonFiniteError
+from metanudge.errors import NonFiniteError, SettingsError
 from metanudge.learner import MetaLearner
-from metanudge.logs import Logs, Record
+from metanudge.logs import Logs, Record, check_tensorboard
 from metanudge.order import Order, length, moved
 from metanudge.progress import bar
-from metanudge.settings import check_flag, check_folder, check_positive, check_seed, check_steps
+from metanudge.settings import (
+    check_flag,
+    check_folder,
+    check_function,
+    check_number,
+    check_positive,
+    check_seed,
+    check_steps,
+)
 from metanudge.types import Evaluation, LossFunction, MetaStep, Tasks
 from metanudge.validation import Better, called, larger_is_better, validate
 
@@ -123,17 +131,17 @@ def fit(
         >>> len(found.history), found.validation.values.shape
         (4, torch.Size([10, 17]))
     """
-    for name, number in (("steps", steps), ("tasks_per_step", tasks_per_step), ("every", every)):
-        check_steps(number, name)
-    if tasks_at_once is not None:
-        check_steps(tasks_at_once, "tasks_at_once")
-    if max_norm is not None:
-        check_positive(max_norm=max_norm)
+    check_training(steps, tasks_per_step, tasks_at_once, max_norm, every, workers)
     check_flag(resume=resume, tensorboard=tensorboard, progress=progress)
     check_seed(seed)
+    if metric is not None:
+        check_function("metric", metric, "metric(model, batch) -> scalar tensor")
+    if isinstance(validation, list | tuple) and not validation:
+        raise SettingsError("validation holds no tasks; give some, or None for no validation")
     order = Order(length(tasks), tasks_per_step, seed)
     sign = -1.0 if larger_is_better(better, metric) else 1.0
     folder = None if out is None else Path(out)
+    check_tensorboard(folder, tensorboard)
     if folder is not None:
         check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,6 +177,19 @@ def fit(
     if found is None and validation is not None:  # nothing was left to do
         found = validate(learner, validation, metric, tasks_at_once or tasks_per_step)
     return Fit(run.history, found, run.best, run.best_step, run.skipped)
+
+
+def check_training(
+    steps: int, tasks_per_step: int, tasks_at_once: int | None, max_norm: float | None, every: int, workers: int
+) -> None:
+    """Raise a SettingsError for numbers that ``fit`` can not work with."""
+    for name, number in (("steps", steps), ("tasks_per_step", tasks_per_step), ("every", every)):
+        check_steps(number, name)
+    if tasks_at_once is not None:
+        check_steps(tasks_at_once, "tasks_at_once")
+    if max_norm is not None:
+        check_positive(max_norm=max_norm)
+    check_number(workers, "workers")
 
 
 def _step(

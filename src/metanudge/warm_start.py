@@ -94,6 +94,10 @@ class WarmStart:
         """Return the number of tasks kept."""
         return len(self._slots)
 
+    def __bool__(self) -> bool:
+        """Return True, also where nothing is kept yet: ``if learner.warm_start`` asks whether there is one."""
+        return True
+
     def __contains__(self, index: int) -> bool:
         """Whether a solution of this task is kept."""
         return index in self._slots

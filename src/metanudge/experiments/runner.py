@@ -16,7 +16,7 @@ from rich.text import Text
 from metanudge.errors import SettingsError
 from metanudge.experiments.report import write_report
 from metanudge.experiments.study import Experiment, Study
-from metanudge.settings import check_folder, check_seed
+from metanudge.settings import check_folder, check_seed, nearest
 
 
 def reproduce(
@@ -38,7 +38,7 @@ def reproduce(
     """
     for name in only:
         if name not in experiment.studies:
-            raise SettingsError(f"{experiment.name} has no study {name!r}; it has {', '.join(experiment.studies)}")
+            raise SettingsError(f"{experiment.name} has no study {name!r}; {nearest(name, experiment.studies)}")
     check_seed(seed)
     check_folder(out)
     names = only or tuple(experiment.studies)

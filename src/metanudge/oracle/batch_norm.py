@@ -76,6 +76,10 @@ class BatchNorm:
         layers = self.layers()
         for layer in layers:
             layer.training = self.policy != "frozen"
+        if self.policy == "transductive":
+            with _untracked(layers):
+                yield
+            return
         if self.policy != "support":
             yield
             return
@@ -158,3 +162,19 @@ class BatchNorm:
         if layer.weight is not None:
             scaled = scaled * layer.weight.view(shape)
         return scaled if layer.bias is None else scaled + layer.bias.view(shape)
+
+
+@contextmanager
+def _untracked(layers: list[_BatchNorm]) -> Iterator[None]:
+    """Leave running statistics alone.
+
+    What is written there would be undone; and with momentum=None a layer takes float() of its count, not for vmap.
+    """
+    before = [layer.track_running_stats for layer in layers]
+    try:
+        for layer in layers:
+            layer.track_running_stats = False
+        yield
+    finally:
+        for layer, tracks in zip(layers, before, strict=True):
+            layer.track_running_stats = tracks

@@ -13,6 +13,7 @@ from metanudge.batching import check_device, leaves, pieces
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle.batch_norm import BatchNorm
 from metanudge.oracle.common import RandomState, Tally, accumulator, require_graph, scalar_loss, sum_of, whole
+from metanudge.oracle.mismatch import told_of_misfits
 from metanudge.oracle.module import LiveModule
 from metanudge.types import Batch, HessianProduct, LossFunction, Params, Role, Tasks, Weights
 
@@ -155,9 +156,12 @@ class LiveLosses:
         def at(read: Role, function: LossFunction) -> Tensor:
             self.live.reset_buffers(copies=read is not role)
             if read is role:
-                return scalar_loss(function, self.live.model, batch)
+                with told_of_misfits(self.live.model, role, batch):
+                    return scalar_loss(function, self.live.model, batch)
             with self.random.aside():
-                return scalar_loss(function, self.live.model, self._batch(read, step, minibatch))
+                other = self._batch(read, step, minibatch)
+                with told_of_misfits(self.live.model, read, other):
+                    return scalar_loss(function, self.live.model, other)
 
         return self.norm.evaluate(role, function, self.losses[Role.SUPPORT], at)
 

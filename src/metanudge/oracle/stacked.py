@@ -27,6 +27,7 @@ from metanudge.oracle.common import (
     scalar_loss,
     sum_of,
 )
+from metanudge.oracle.mismatch import told_of_misfits
 from metanudge.packing import Packing
 from metanudge.types import Batch, HessianProduct, LossFunction, Params, PyTree, Role, Tasks, Weights
 
@@ -209,7 +210,8 @@ class StackedLosses:
                 def at(role: Role, function: LossFunction) -> Tensor:
                     self.random.enter(self.first_task, role, step)
                     own = tree.clone(buffers[asked]) if role is not asked else buffers[asked]
-                    return self.call.at(named | own, function, data[role])
+                    with told_of_misfits(self.call.model, role, data[role]):
+                        return self.call.at(named | own, function, data[role])
 
                 return self.norm.evaluate(asked, functions[asked], self.losses[Role.SUPPORT], at)
 
@@ -245,14 +247,33 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not re.search(r"vmap|batching rule", str(error), re.IGNORECASE):
+        if not re.search(r"vmap|batching rule|data pointer of Tensor", str(error), re.IGNORECASE):
             raise
-        raise LossError(
-            "the model, the loss or the metric does something that torch.func.vmap can not do for many tasks at once "
-            "(it looks at a value with .item() or if, or uses an operation without a batching rule, such as nn.GRU, "
-            "nn.LSTM and nn.RNN). "
-            f'Give the MetaLearner execution="in_place", which runs any model. PyTorch said: {error}'
-        ) from error
+        raise LossError(f"the model, the loss or the metric {_does(str(error))}. PyTorch said: {error}") from error
+
+
+_NUMBER = (
+    "out of a tensor, which torch.func.vmap can not do for many tasks at once. A loss or metric has to return the "
+    "tensor itself: through a number no gradient reaches the parameters, in either execution. Leave it out, or where "
+    'its value is only looked at (a print, a branch, a constant), give the MetaLearner execution="in_place"'
+)
+
+
+def _does(said: str) -> str:
+    """What vmap can not run, and what to do about it; nothing that would be refused in place again."""
+    if "item()" in said:
+        return f"calls .item(), float(), int() or .tolist() to take a number {_NUMBER}"
+    if "data pointer" in said:
+        return f"calls .numpy() to take an array {_NUMBER}, and .detach() before .numpy()"
+    if "control flow" in said:
+        return (
+            "branches on the value of a tensor (if, while), which differs between the tasks that torch.func.vmap runs "
+            'at once. Choose by torch.where, or give the MetaLearner execution="in_place", for one task at a time'
+        )
+    return (
+        "uses an operation that torch.func.vmap can not run for many tasks at once (one without a batching rule, such "
+        'as nn.GRU, nn.LSTM and nn.RNN). Give the MetaLearner execution="in_place", which runs any model'
+    )
 
 
 def _nodes(params: Params) -> int:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import Dataset
 
 from metanudge.errors import SettingsError, TasksError
+from metanudge.minibatches import as_minibatches
 from metanudge.settings import check_steps
 from metanudge.types import Tasks
 
@@ -105,11 +106,15 @@ def _single(family: Callable[..., Tasks], settings: dict[str, Any], index: int) 
 def collate(tasks: Sequence[Tasks]) -> Tasks | list[Tasks]:
     """The ``collate_fn`` of a loader of tasks: a stack where all have the same shapes, otherwise the list.
 
+    Tasks whose support is ``mn.Minibatches`` stay a list, too.
+
     Raises:
         TasksError: No tasks.
     """
     if not tasks:
         raise TasksError("there are no tasks to collate")
+    if any(as_minibatches(task.support) for task in tasks):
+        return list(tasks)
     shapes = {
         (str(structure), tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         for leaves, structure in map(tree_flatten, tasks)

@@ -1,0 +1,68 @@
+"""What does not fit between a task and the model, told with the shapes and dtypes of both."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from metanudge.errors import LossError, MetanudgeError
+from metanudge.types import Batch, Role
+
+_MISFIT = re.compile(
+    r"shape|\bsizes?\b|batch_size|dtype|scalar type|dimension|channel|out of bounds|out of range|target|\dD input",
+    re.IGNORECASE,
+)
+_OTHERS = re.compile(r"vmap|batching rule|out of memory|in-place|inplace", re.IGNORECASE)
+"""Not about the task: what vmap can not do, which others tell of, and memory."""
+
+
+@contextmanager
+def told_of_misfits(model: nn.Module, role: Role, batch: Batch) -> Iterator[None]:
+    """Around a loss or metric of one task's batch.
+
+    Raises:
+        LossError: In the place of what PyTorch said of shapes and dtypes, which is its cause.
+    """
+    try:
+        yield
+    except (RuntimeError, IndexError, ValueError, AssertionError) as error:
+        said = str(error)
+        if isinstance(error, MetanudgeError) or _OTHERS.search(said) or not _MISFIT.search(said):
+            raise
+        name, first = next((name, parameter) for name, parameter in model.named_parameters())
+        raise LossError(
+            f"the model, the loss or the metric can not take the {role.name.lower()} set of a task: "
+            f"{_described(batch)}; the model begins with {name}, {_form(first)}. {_cure(first, batch, said)}. "
+            f"PyTorch said: {said}"
+        ) from error
+
+
+def _described(batch: Batch) -> str:
+    parts = zip(("inputs", "targets"), batch, strict=True)
+    return ", ".join(f"{part} {' and '.join(map(_form, _tensors(tree))) or 'none'}" for part, tree in parts)
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _cure(first: Tensor, batch: Batch, said: str) -> str:
+    kind = first.dtype
+    others = [leaf.dtype for leaf in _tensors(batch) if leaf.is_floating_point() and leaf.dtype != kind]
+    if others:
+        return f"Cast the tasks to the model's dtype, .to({kind}), or the model to theirs, model.to({others[0]})"
+    if re.search("dtype|scalar type", said):
+        return f"Inputs of layers with weights have to be {kind}, indices of embeddings and class indices torch.int64"
+    if re.search("out of bounds|out of range", said):
+        return "Class indices and other indices begin at 0, and end below the number of outputs (or embeddings)"
+    return (
+        "Give every task, and the model its layers, such shapes that model(inputs) and the loss run on one task alone"
+    )

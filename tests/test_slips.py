@@ -1,0 +1,295 @@
+"""Slips of a new user: what does not fit is told with its shapes, dtypes and lines, and with a cure that works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metanudge as mn
+from metanudge.cli import main
+from metanudge.files import load_state, save_state
+
+EXECUTIONS = ["vectorized", "in_place"]
+SOLVER = mn.GradientDescent(2, lr=0.1)
+X, Y = torch.linspace(-1, 1, 30).reshape(2, 5, 3), torch.linspace(0, 1, 10).reshape(2, 5, 1)
+
+
+def both(inputs: object, targets: Tensor = Y) -> mn.Tasks:
+    return mn.Tasks(*(mn.Batch(inputs, targets),) * 2)
+
+
+def cross_entropy(model: nn.Module, batch: mn.Batch) -> Tensor:
+    return F.cross_entropy(model(batch.inputs), batch.targets)
+
+
+LABELS = torch.zeros(2, 5, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize(
+    ("tasks", "loss", "words"),
+    [
+        (both(X.double()), mn.metrics.squared_error, r"float64 \[5, 3\].*float32 \[4, 3\].*\.to\(torch\.float32\)"),
+        (both(X.long()), mn.metrics.squared_error, r"int64 \[5, 3\].*have to be torch\.float32"),
+        (
+            both(X[..., :2]),
+            mn.metrics.squared_error,
+            r"set of a task: inputs float32 \[5, 2\].*float32 \[4, 3\]",
+        ),
+        (mn.Tasks(mn.Batch(X, Y), mn.Batch(X[..., :2], Y)), mn.metrics.squared_error, "can not take the query set"),
+        (both(X, LABELS.float()), cross_entropy, r"targets float32 \[5\].*class indices torch\.int64"),
+        (both(X, LABELS + 9), cross_entropy, "Class indices.*begin at 0"),
+        (both(X, LABELS.unsqueeze(-1)), cross_entropy, r"targets int64 \[5, 1\]"),
+    ],
+    ids=["double", "integers", "width", "query", "float labels", "labels out of range", "labels with an axis"],
+)
+def test_what_does_not_fit_is_told_with_its_shapes(tasks: mn.Tasks, loss: object, words: str, execution: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1 if loss is not cross_entropy else 4))
+    learner = mn.MetaLearner(model, loss, solver=SOLVER, execution=execution)
+    for use in (learner.backward, learner.evaluate):
+        with pytest.raises(mn.LossError, match=words) as told:
+            use(tasks)
+        assert isinstance(told.value.__cause__, RuntimeError | IndexError | ValueError | AssertionError)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_adapt_tells_what_does_not_fit(execution: str) -> None:
+    learner = mn.MetaLearner(nn.Linear(3, 1), mn.metrics.squared_error, solver=SOLVER, execution=execution)
+    with pytest.raises(mn.LossError, match=r"inputs float32 \[5, 2\].*weight, float32 \[1, 3\]"):
+        learner.adapt(mn.Batch(X[0, :, :2], Y[0]))
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("error", [RuntimeError("my own"), KeyError("shape"), torch.OutOfMemoryError("out of memory")])
+def test_other_errors_pass_as_they_are(error: Exception, execution: str) -> None:
+    def fails(model: nn.Module, batch: mn.Batch) -> Tensor:
+        raise error
+
+    with pytest.raises(type(error)) as told:
+        mn.MetaLearner(nn.Linear(3, 1), fails, solver=SOLVER, execution=execution).backward(both(X))
+    assert told.value is error
+
+
+# Stacks.
+
+
+@pytest.mark.parametrize("seen", ["backward", "evaluate"])
+def test_adapt_refuses_a_stack(seen: str) -> None:
+    """A linear layer would take it, as one task of more examples."""
+    learner = mn.MetaLearner(nn.Linear(3, 1), mn.metrics.squared_error, solver=SOLVER)
+    getattr(learner, seen)(both(X))
+    with pytest.raises(mn.TasksError, match=r"stack of 2.*\(2, 5, 3\) and \(2, 5, 1\).*tasks\.support\.inputs\[i\]"):
+        learner.adapt(mn.Batch(X, Y))
+    with pytest.raises(mn.TasksError, match=r"got Tasks; give the support set of one task, task\.support"):
+        learner.adapt(both(X))
+    assert isinstance(learner.adapt(mn.Batch(X[0], Y[0])), nn.Linear)
+
+
+def test_adapt_takes_whatever_form_its_tasks_had() -> None:
+    """Tasks of matrices and of stacks of matrices, both seen: none of them is a stack of tasks."""
+    learner = mn.MetaLearner(nn.Linear(3, 1), mn.metrics.squared_error, solver=SOLVER)
+    learner.backward([both(X), both(X[0], Y[0])])
+    for batch in (mn.Batch(X, Y), mn.Batch(X[0], Y[0])):
+        assert isinstance(learner.adapt(batch), nn.Linear)
+
+
+# What vmap can not run: the advice is followed to its end.
+
+
+def looked_at(model: nn.Module, batch: mn.Batch) -> Tensor:
+    value = mn.metrics.squared_error(model, batch)
+    return value if value.item() > 0 else 2 * value
+
+
+def as_array(model: nn.Module, batch: mn.Batch) -> Tensor:
+    value = mn.metrics.squared_error(model, batch)
+    return value * (1 + 0 * float(value.detach().numpy()))
+
+
+def branches(model: nn.Module, batch: mn.Batch) -> Tensor:
+    value = mn.metrics.squared_error(model, batch)
+    return value if value > 0 else 2 * value
+
+
+def through_a_number(model: nn.Module, batch: mn.Batch) -> Tensor:
+    return torch.tensor(mn.metrics.squared_error(model, batch).item())
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (looked_at, r"calls \.item\(\).*only looked at.*execution=\"in_place\""),
+        (as_array, r"calls \.numpy\(\).*execution=\"in_place\", and \.detach\(\) before \.numpy\(\)"),
+        (branches, r"branches on the value.*torch\.where.*execution=\"in_place\""),
+    ],
+)
+def test_what_is_only_looked_at_runs_in_place(loss: object, words: str) -> None:
+    with pytest.raises(mn.LossError, match=words):
+        mn.MetaLearner(nn.Linear(3, 1), loss, solver=SOLVER).backward(both(X))
+    learner = mn.MetaLearner(nn.Linear(3, 1), loss, solver=SOLVER, execution="in_place")
+    assert learner.backward(both(X)).dropped_tasks == 0
+
+
+def test_what_goes_through_a_number_is_not_sent_in_place() -> None:
+    """Where it would fail again; both say that the tensor has to be returned."""
+    with pytest.raises(mn.LossError, match=r"return the tensor itself: through a number no gradient reaches.*either"):
+        mn.MetaLearner(nn.Linear(3, 1), through_a_number, solver=SOLVER).backward(both(X))
+    with pytest.raises(mn.LossError, match="no gradient reaches"):
+        mn.MetaLearner(nn.Linear(3, 1), through_a_number, solver=SOLVER, execution="in_place").backward(both(X))
+
+
+# The command line.
+
+
+OWN = """import torch, metanudge as mn
+
+def divide():
+    return 1 / 0
+
+def make():
+    return divide()
+
+def loss(model, batch):
+    return batch.nothing
+
+def wide(model, batch):
+    return model(batch.inputs.repeat(1, 2)).mean()
+"""
+CONFIG = """seeds = [0, 1]
+[tasks]
+name = "sinusoid"
+shots = 4
+[model]
+name = "mlp"
+inputs = 1
+outputs = 1
+hidden = [4]
+[learner]
+loss = "squared_error"
+[solver]
+name = "gradient_descent"
+steps = 2
+lr = 0.1
+[training]
+steps = 4
+tasks_per_step = 2
+every = 2
+[validation]
+tasks = 2
+[evaluation]
+tasks = 3
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "broken.py").write_text("x = 1\ndef make(:\n")
+    (tmp_path / "small.toml").write_text(CONFIG)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (["check", "own.py:make"], ["ZeroDivisionError: division by zero", "own.py:7, in make", "own.py:4, in divide"]),
+        (["smoothness", "own.py:make"], ["own.py:4, in divide: return 1 / 0"]),
+        (["check", "broken.py:make"], ["SyntaxError", "broken.py:2"]),
+        (["train", "loss.toml"], ["AttributeError", "own.py:10, in loss: return batch.nothing"]),
+        (["train", "wide.toml"], ["inputs float32 [10, 1]", "own.py:13, in wide"]),
+    ],
+)
+def test_errors_in_ones_own_file_are_told_by_its_lines(
+    arguments: list[str], lines: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("loss", "wide"):
+        (here / f"{name}.toml").write_text(CONFIG.replace("squared_error", f"own.py:{name}"))
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("metanudge: ")
+    for line in lines:
+        assert line in told
+    assert "Traceback" not in told
+    assert not (here / "runs").exists()
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metanudge.cli.read_config", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr("metanudge.failures._NOT_THEIRS", ("/",))
+    with pytest.raises(RuntimeError):
+        main(["train", "small.toml"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian", "small.toml"], "no command 'trian'; did you mean \"train\"?"),
+        (["reproduce", "synthetik"], 'did you mean "synthetic"?'),
+        (["reproduce", "synthetic", "--only", "bais"], "no study 'bais'; did you mean \"bias\"?"),
+        (["check", "own.py:mkae"], "no function 'mkae'; did you mean \"make\"? There is divide, make, loss, wide"),
+    ],
+)
+def test_misspelt_names_are_told_with_the_nearest(
+    arguments: list[str], words: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_misspelt_option_is_told_with_the_nearest(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "small.toml", "--sedes", "1"])
+    assert exit_.value.code == 2
+    assert "--seeds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("every = 2", "every = 0", "every must be"),
+        ("every = 2", "workers = -1", "workers must be"),
+        ("every = 2", "max_norm = -1.0", "max_norm must be"),
+        ("every = 2", "tasks_at_once = 0", "tasks_at_once must be"),
+        ("shots = 4", "shots = 0", "shots must be"),
+        ("shots = 4", "number = 1", "takes 2 different tasks, but there are 1"),
+        ("[validation]\ntasks = 2", "[validation]\ntasks = -2", "[validation] tasks must be"),
+        ("inputs = 1", "inputs = 3", "can not take the query set of a task"),
+        ("[evaluation]", '[evaluation]\nmetric = "accuracy"', "at least two classes"),
+    ],
+)
+def test_nothing_is_written_before_all_settings_are_looked_at(
+    old: str, new: str, words: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert old in CONFIG
+    (here / "small.toml").write_text(CONFIG.replace(old, new))
+    assert main(["train", "small.toml", "--quiet"]) == 2
+    assert words in capsys.readouterr().err
+    assert not (here / "runs").exists()
+
+
+def test_an_incomplete_training_is_not_evaluated_unasked(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = here / "runs" / "small" / "evaluation.json"
+    assert main(["train", "small.toml", "--quiet", "--seeds", "1"]) == 0
+    assert main(["evaluate", "runs/small"]) == 2
+    told = capsys.readouterr().err
+    assert "seed 0 is missing" in told
+    assert "metanudge train runs/small/config.toml --out runs/small" in told
+    assert not record.exists()
+    assert main(["evaluate", "runs/small", "--partial"]) == 0
+    assert "seed 0 is missing" in capsys.readouterr().out
+    assert record.exists()
+    assert main(["train", "runs/small/config.toml", "--out", "runs/small", "--quiet"]) == 0
+    assert main(["evaluate", "runs/small"]) == 0
+    last = here / "runs" / "small" / "seed-1" / "last.pt"
+    state = load_state(last)
+    state["history"] = state["history"][:3]
+    save_state(last, state)
+    capsys.readouterr()
+    assert main(["evaluate", "runs/small"]) == 2
+    assert "seed 1 is at step 3 of 4" in capsys.readouterr().err
