@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -316,7 +318,7 @@ def test_nothing_of_the_users_changes_whatever_happens(execution: str, calls: in
             "modes": [module.training for module in model.modules()],
             "trainable": [parameter.requires_grad for parameter in model.parameters()],
             "learner": dict(learner.__dict__),
-            "told": set(learner._told),
+            "told": dataclasses.replace(learner._told, kinds=set(learner._told.kinds)),
             "kept": store.state_dict()["solutions"],
             "random": torch.get_rng_state(),
         }
