@@ -56,7 +56,7 @@ class CheckRow(NamedTuple):
     nu: float | str | None = None
     dropped: int = 0
     trusted: bool = True
-    uncertainty: float = 0.0
+    uncertainty: float = float("nan")
     note: str = ""
 
     @property
