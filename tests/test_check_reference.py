@@ -173,6 +173,7 @@ def test_a_task_without_an_exact_meta_gradient_is_left_out_everywhere() -> None:
     assert found.rows[0].relative_error < 1e-6
     assert found.rows[0].dropped == 0
     assert "Left out for want of an exact meta-gradient: 1 of 3 tasks" in found.verdict
+    assert "NaN or infinite numbers in their data (task 1: query targets" in found.verdict
     tasks.query.targets[:] = float("nan")
     with pytest.raises(mn.NonFiniteError):
         mn.check(mn.MetaLearner(model, bowl), tasks, **FEW)

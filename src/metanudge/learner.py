@@ -200,7 +200,7 @@ class MetaLearner:
         with told_to_go_first_order(self.estimator):
             estimate = self.estimator(problem, self.solver)
         kept = mean.add(problem, estimate, lent.named)
-        probes.append(Probe(problem, estimate.residual.reshape(-1), kept))
+        probes.append(Probe(replace(problem, start=None), estimate.residual.reshape(-1), kept))
         if self.warm_start is None:
             return [], torch.empty(0)
         diverged = estimate.diverged.reshape(-1, 1)

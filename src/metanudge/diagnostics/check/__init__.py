@@ -104,5 +104,5 @@ def check(
         reference.trusted,
         bends,
         recommend(sweep.own()) if advisable else None,
-        verdict(sweep.rows, reference, len(bench.tasks), bends, learner.warm_start is not None),
+        verdict(sweep.rows, reference, len(bench.tasks), bends, bench.bad(), learner.warm_start is not None),
     )

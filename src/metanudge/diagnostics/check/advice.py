@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from metanudge import advice
 from metanudge.diagnostics.check.reference import CERTAIN, SOLVED, Reference
 from metanudge.diagnostics.check.result import SAFE, CheckRow, Recommendation, percent
@@ -25,8 +27,10 @@ WARM = (
 )
 
 
-def verdict(rows: list[CheckRow], reference: Reference, tasks: int, kinked: bool, warm: bool = False) -> str:
-    """What was found, and what would mend it."""
+def verdict(
+    rows: list[CheckRow], reference: Reference, tasks: int, kinked: bool, bad: Mapping[int, str], warm: bool
+) -> str:
+    """What was found, and what would mend it; ``bad`` are tasks with NaN in their data, and where."""
     mine = rows[0]
     own = [row for row in rows if row.group != "estimator"]
     said = [_judged(mine, reference, kinked)]
@@ -34,6 +38,8 @@ def verdict(rows: list[CheckRow], reference: Reference, tasks: int, kinked: bool
         said.append(f"{mine.dropped} of {tasks} tasks diverged, and the others were compared.")
     if len(reference.tasks) < tasks:
         said.append(f"Left out for want of an exact meta-gradient: {tasks - len(reference.tasks)} of {tasks} tasks.")
+    if bad:
+        said.append(f"{advice.bad_data(bad, tasks)}.")
     if mine.good is None:
         said += _elsewhere(own)
     elif not mine.good:
