@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -171,6 +173,7 @@ def test_a_task_without_an_exact_meta_gradient_is_left_out_everywhere() -> None:
     assert found.rows[0].relative_error < 1e-6
     assert found.rows[0].dropped == 0
     assert "Left out for want of an exact meta-gradient: 1 of 3 tasks" in found.verdict
+    assert "NaN or infinite numbers in their data (task 1: query targets" in found.verdict
     tasks.query.targets[:] = float("nan")
     with pytest.raises(mn.NonFiniteError):
         mn.check(mn.MetaLearner(model, bowl), tasks, **FEW)
@@ -244,17 +247,78 @@ def test_the_cheapest_row_that_does_is_recommended() -> None:
     assert recommend(rows[:3]) is None
 
 
-def test_what_is_recommended_is_the_cheapest_of_the_rows() -> None:
-    """More steps would do as well as a larger prox, which costs less; both are told."""
+def test_the_own_prox_comes_first_then_the_nearest() -> None:
+    """Another prox is another objective, however cheap."""
+    dear, near, far = row(400, 0.05, steps=64), row(40, 0.01, prox=3.0), row(20, 0.01, prox=10.0)
+    assert recommend([row(10, 0.5), far, near, dear]).steps == 64
+    assert recommend([row(10, 0.5), far, near]).prox == 3.0
+    assert recommend([far, near], prox=1.0).prox == 3.0
+
+
+@pytest.mark.parametrize(
+    ("error", "uncertainty", "good"),
+    [
+        (1.0, 0.025, False),  # the reference is 2.5 % off, the estimate 100 %
+        (0.5, 0.2, None),
+        (0.13, 0.025, False),
+        (0.12, 0.025, None),  # truly 9.5 %, perhaps
+        (0.09, 0.025, None),
+        (0.07, 0.025, True),
+        (1.0, float("inf"), None),  # a solve that is not done
+        (0.01, float("inf"), None),
+        (0.01, float("nan"), None),
+    ],
+)
+def test_an_uncertain_reference_judges_what_it_can(error: float, uncertainty: float, good: bool | None) -> None:
+    assert row(8, error, trusted=False, uncertainty=uncertainty).good is good
+
+
+def test_a_reference_a_little_off_still_tells_a_bad_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conjugate gradients cut short leave some percent; an estimate that is off by far more is bad all the same."""
+    monkeypatch.setattr(implicit, "LENGTHS", (22,))
+    tasks = bowls(steep(40, high=2))
+    learner = mn.MetaLearner(Diagonal(tasks.support.targets[0]), bowl, prox=0.3, solver=mn.Nesterov(1))
+    found = mn.check(learner, tasks, **FEW)
+    assert not found.trusted
+    assert 0.01 < found.reference_error < 0.1
+    assert found.rows[0].relative_error > 4 * found.reference_error
+    assert found.verdict.startswith("Bad: the estimate is")
+    assert f"which is itself known to {100 * found.reference_error:.2g} %" in found.verdict
+    assert not found.good
+
+
+def test_steps_are_recommended_before_a_larger_prox() -> None:
+    """A larger prox costs less and is told, with what it is: another objective."""
     tasks = bowls(steep(20, high=2))
     learner = mn.MetaLearner(Diagonal(torch.ones(20, dtype=torch.float64)), bowl, solver=mn.Nesterov(16), prox=0.3)
     found = mn.check(learner, tasks, compare=["tangent"], reference_steps=30)
     good = [row for row in found.rows if row.group != "estimator" and row.trusted and row.relative_error < SAFE]
     advised = found.recommendation
-    assert advised.gradients == min(row.gradients for row in good)
-    assert advised.prox == 3.0
-    assert "Raise prox from 0.3 to 3: " in found.verdict
-    assert "With prox as it is, raise steps from 16 to 64: " in found.verdict
+    assert advised.gradients == min(row.gradients for row in good if row.prox == 0.3)
+    assert advised.gradients > min(row.gradients for row in good)
+    assert (advised.steps, advised.prox) == (64, 0.3)
+    assert "Raise steps from 16 to 64: " in found.verdict
+    assert "Steps=16 and prox=3 have " in found.verdict
+    assert "but another prox is another objective" in found.verdict
+    assert "judge it by validation" in found.verdict
+
+
+def test_where_no_steps_do_another_prox_is_recommended_with_a_warning() -> None:
+    """Curvatures up to 1e4 and prox 0.01: Nesterov's method needs thousands of steps."""
+    tasks = bowls(steep(20, low=-1, high=3))
+    learner = mn.MetaLearner(Diagonal(torch.ones(20, dtype=torch.float64)), bowl, solver=mn.Nesterov(8), prox=1e-3)
+    found = mn.check(learner, tasks, compare=[], reference_steps=30)
+    assert found.recommendation.prox > 1e-3
+    assert "No steps did at your prox; another prox is another objective" in found.verdict
+
+
+def test_a_warm_start_is_told_to_be_left_out() -> None:
+    made = PROBLEMS["ridge"]()
+    settings = {"prox": made.prox, "solver": mn.Nesterov(6)}
+    cold = mn.check(mn.MetaLearner(made.make(), made.loss, **settings), made.tasks, **FEW)
+    warm = mn.check(mn.MetaLearner(made.make(), made.loss, warm_start=mn.WarmStart(), **settings), made.tasks, **FEW)
+    assert "warm start" not in cold.verdict
+    assert "without the warm start: solves begin at the initialisation" in str(warm)
 
 
 def test_a_nudge_that_does_not_fit_is_told() -> None:
@@ -316,7 +380,7 @@ def test_nothing_of_the_users_changes_whatever_happens(execution: str, calls: in
             "modes": [module.training for module in model.modules()],
             "trainable": [parameter.requires_grad for parameter in model.parameters()],
             "learner": dict(learner.__dict__),
-            "told": set(learner._told),
+            "told": dataclasses.replace(learner._told, kinds=set(learner._told.kinds)),
             "kept": store.state_dict()["solutions"],
             "random": torch.get_rng_state(),
         }

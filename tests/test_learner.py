@@ -181,7 +181,7 @@ def test_tasks_that_are_not_finite_are_left_out(estimator: object, execution: st
     made = PROBLEMS["logistic"]()
     settings = {"estimator": estimator, "execution": execution, "solver": mn.Nesterov(5, tol=1e-3)}
     learner, rest = learner_of(made, **settings), learner_of(made, **settings)
-    with pytest.warns(mn.NonFiniteWarning, match=r"1 of 3 tasks.*smaller steps \(lr\)") as caught:
+    with pytest.warns(mn.NonFiniteWarning, match=r"1 of 3 tasks.*task 1: support inputs.*mend") as caught:
         step = learner.backward(poisoned(made, 1))
     assert len(caught) == 1
     singles = single_tasks(made.tasks)
@@ -210,15 +210,38 @@ def test_a_diverging_task_is_left_out(execution: str) -> None:
     assert flat_gradient(learner.model).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("solver", "words"),
+    [
+        (mn.Nesterov(5), r'a larger prox than .*, or give Nesterov a small lr of your own in the place of "auto"'),
+        (mn.GradientDescent(5, lr=0.1), r"smaller steps \(lr, now 0\.1\)"),
+    ],
+    ids=["auto", "lr"],
+)
+def test_who_is_lost_and_why(solver: object, words: str) -> None:
+    """One task with NaN in its data, one whose solve explodes: each has its own cure, and the solver's own words."""
+    made = PROBLEMS["ridge"]()
+    singles = single_tasks(poisoned(made, 0))
+    singles[2] = mn.Tasks(mn.Batch(singles[2].support.inputs * 1e200, singles[2].support.targets), singles[2].query)
+    ragged = mn.Tasks(*(mn.Batch(*(leaf[:-1] for leaf in part)) for part in singles[0]))  # a stack of its own
+    learner = learner_of(made, solver=solver)
+    with pytest.warns(mn.NonFiniteWarning) as caught:
+        learner.backward([singles[1], ragged, singles[2], singles[1]])
+    told = str(caught[0].message)
+    assert "1 of 4 tasks hold NaN or infinite numbers in their data (task 1: support inputs" in told
+    assert "1 of 4 tasks diverged, or had no finite loss or meta-gradient (task 2;" in told
+    assert re.search(words, told)
+
+
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_when_no_task_is_finite_nothing_changes(execution: str) -> None:
     made = PROBLEMS["logistic"]()
     learner = learner_of(made, execution=execution)
     before = Snapshot(learner.model)
-    with pytest.raises(mn.NonFiniteError, match=r"none of the 3 tasks.*smaller steps \(lr\)"):
+    with pytest.raises(mn.NonFiniteError, match=r"none of the 3 tasks.*task 0: support inputs"):
         learner.backward(poisoned(made, 0, 1, 2))
     before.check()
-    with pytest.raises(mn.NonFiniteError, match=r"non-finite parameters.*smaller steps \(lr\)"):
+    with pytest.raises(mn.NonFiniteError, match=r"non-finite parameters: there are NaN.*in the support inputs"):
         learner.adapt(mn.Batch(*(x[0] for x in poisoned(made, 0).support)))
     before.check()
 

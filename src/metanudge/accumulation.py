@@ -44,8 +44,11 @@ class FiniteMean:
         """Tasks that have a part in the mean."""
         return int(self._kept)
 
-    def add(self, problem: InnerProblem, estimate: Estimate, named: Callable[[Params], dict[str, Tensor]]) -> None:
-        """Add the tasks of one problem; ``named`` sums over their lanes. Nothing is copied to the host."""
+    def add(self, problem: InnerProblem, estimate: Estimate, named: Callable[[Params], dict[str, Tensor]]) -> Tensor:
+        """Add the tasks of one problem; ``named`` sums over their lanes. Nothing is copied to the host.
+
+        Returns which of them were kept, ``[T]``.
+        """
         square = problem.losses.inner(estimate.gradient, estimate.gradient)
         valid = square.isfinite() & estimate.query_loss.isfinite() & estimate.support_loss.isfinite()
         valid = valid & ~estimate.diverged
@@ -71,6 +74,7 @@ class FiniteMean:
         self.total += mask.numel()
         self._kept = self._kept.to(mask.device) + mask.sum()
         self._numbers = self._numbers.to(numbers) + numbers.where(mask, 0.0).sum(1)
+        return mask
 
     def spend(self) -> Iterator[tuple[str, Tensor]]:
         """The mean meta-gradient by parameter name; each sum is let go when it has been used."""

@@ -121,6 +121,23 @@ def _stacked(tasks: list[Tasks], device: torch.device) -> Tasks:
     return stack
 
 
+def not_finite(stacks: list[Tasks], places: list[int]) -> dict[int, str]:
+    """Of the tasks whose own tensors hold NaN or infinite numbers: place, and which tensors."""
+    found: dict[int, list[str]] = {}
+    first = 0
+    for stack in stacks:
+        number = 1 if as_minibatches(stack.support) else leaves(stack)[0].shape[0]
+        for part, batch in zip(Tasks._fields, stack, strict=True):
+            if as_minibatches(batch):
+                continue
+            for field, held in zip(Batch._fields, batch, strict=True):
+                wrong = [~leaf.isfinite().reshape(number, -1).all(1) for leaf in leaves(held)]
+                for row in torch.stack(wrong).any(0).nonzero().flatten().tolist() if wrong else []:
+                    found.setdefault(places[first + row], []).append(f"{part} {field}")
+        first += number
+    return {place: " and ".join(found[place]) for place in sorted(found)}
+
+
 def split(tasks: Tasks, size: int | None) -> Iterator[tuple[Tasks, int]]:
     """Cut a stack into stacks of at most ``size`` tasks, each with its number of tasks."""
     if as_minibatches(tasks.support):

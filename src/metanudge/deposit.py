@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from metanudge import advice
 from metanudge.accumulation import FiniteMean, Numbers
+from metanudge.batching import not_finite
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, UnsolvedWarning
 from metanudge.estimators import Estimator
 from metanudge.oracle.common import whole
+from metanudge.probe import Probe, needed
 from metanudge.solvers import Solver
-from metanudge.types import Need
+from metanudge.types import Need, Tasks
 
 
 def in_order(indices: Sequence[int] | None, places: list[int], warm: bool) -> list[int]:
@@ -41,40 +46,109 @@ def in_order(indices: Sequence[int] | None, places: list[int], warm: bool) -> li
     return [listed[place] for place in places]
 
 
+class Given(NamedTuple):
+    """What a meta-step was given: its stacks, and the place of every task of theirs in what the user gave."""
+
+    stacks: list[Tasks]
+    places: list[int]
+
+
+@dataclass
+class Told:
+    """What a learner's user has been told, and what its steps have been like of late: single ones stand out by chance.
+
+    Attributes:
+        kinds: Warnings given, which are not repeated.
+        residual: Mean residual, the last ten steps or so; NaN before the first.
+        bound: The same of the error bound, geometrically.
+    """
+
+    kinds: set[type[Warning]] = field(default_factory=set)
+    residual: float = math.nan
+    bound: float = math.nan
+
+    def take(self, numbers: Numbers) -> None:
+        """Take another step into account."""
+        self.residual = _late(self.residual, numbers.residual)
+        bound = min(max(numbers.error_bound, 1e-6), 1e6) if numbers.error_bound == numbers.error_bound else math.nan
+        self.bound = math.exp(_late(math.log(self.bound), math.log(bound)))
+
+
+def _late(before: float, now: float) -> float:
+    return now if math.isnan(before) else 0.9 * before + 0.1 * now
+
+
+class Parts(Protocol):
+    """Of a learner, what advice is about."""
+
+    estimator: Estimator
+    solver: Solver
+    prox: float
+
+
 def verdict(
-    mean: FiniteMean, estimator: Estimator, solver: Solver, prox: float, told: set[type[Warning]]
+    mean: FiniteMean,
+    probes: list[Probe],
+    given: Given,
+    parts: Parts,
+    told: Told,
 ) -> tuple[Numbers, int]:
     """Means over the kept tasks, and how many were dropped; warns, once, of what is not as it should be.
 
     Raises:
         NonFiniteError: No task is left.
     """
+    estimator, solver, prox = parts.estimator, parts.solver, parts.prox
+    dropped = mean.total - mean.kept
     if mean.kept == 0:
         raise NonFiniteError(
             f"none of the {mean.total} tasks had a solve that did not diverge and a finite loss and meta-gradient, "
-            "so nothing was changed; look for "
-            "non-finite inputs, or let the inner solver take smaller steps (lr) or hold it closer (prox)"
+            f"so nothing was changed: {_lost(probes, given, solver, prox)}"
         )
-    numbers, dropped = mean.numbers(), mean.total - mean.kept
-    if dropped:
+    numbers = mean.numbers()
+    told.take(numbers)
+    if dropped and NonFiniteWarning not in told.kinds:
         _tell_once(
             told,
             NonFiniteWarning,
-            f"{dropped} of {mean.total} tasks diverged, or had no finite loss or meta-gradient, and were left out "
-            "of the mean (MetaStep.dropped_tasks counts them from now on); let the inner solver take smaller steps "
-            "(lr) or hold it closer (prox)",
+            f"{_lost(probes, given, solver, prox)}. They were left out of the mean (MetaStep.dropped_tasks counts "
+            "them from now on)",
         )
-    if Need.PROXIMAL_TERM in estimator.needs:
-        if numbers.residual > advice.ROUGH:
-            _tell_once(told, UnsolvedWarning, advice.unsolved(numbers.residual, solver.steps, prox))
+    if Need.PROXIMAL_TERM in estimator.needs and UnsolvedWarning not in told.kinds:
+        residual, bound = told.residual, told.bound
+        if residual > advice.ROUGH or bound > advice.LOOSE:
+            tried = needed(probes, solver, *advice.aims(residual, bound))
+            _tell_once(told, UnsolvedWarning, advice.unsolved(residual, bound, solver.steps, prox, tried))
         elif 2 * numbers.amplified_tasks > mean.kept:
             _tell_once(told, UnsolvedWarning, advice.amplified(numbers.amplified_tasks, mean.kept, prox))
     return numbers, dropped
 
 
-def _tell_once(told: set[type[Warning]], kind: type[Warning], text: str) -> None:
-    if kind not in told:
-        told.add(kind)
+def _lost(probes: list[Probe], given: Given, solver: Solver, prox: float) -> str:
+    """Which tasks were left out and why, and what would mend it."""
+    kept = torch.cat([probe.kept.reshape(-1).cpu() for probe in probes]).tolist()
+    lost = sorted(place for place, keeps in zip(given.places, kept, strict=True) if not keeps)
+    bad = {place: where for place, where in not_finite(*given).items() if place in lost}
+    said = []
+    if bad:
+        said.append(f"{advice.bad_data(bad, len(kept))}: mend these or leave them out")
+    if others := [place for place in lost if place not in bad]:
+        said.append(f"{advice.diverged(others, len(kept))}: {advice.calmer(solver, prox)}")
+    return ". ".join(said)
+
+
+def not_adapted(stacks: list[Tasks], solver: Solver, prox: float) -> NonFiniteError:
+    """What to raise where the one task of ``stacks``, whose query is its support, ended in NaN."""
+    said = "adaptation ended in non-finite parameters"
+    if bad := not_finite(stacks, [0]):
+        where = bad[0].split(" and query")[0]
+        return NonFiniteError(f"{said}: there are NaN or infinite numbers in the {where}; mend these")
+    return NonFiniteError(f"{said}; {advice.calmer(solver, prox)}")
+
+
+def _tell_once(told: Told, kind: type[Warning], text: str) -> None:
+    if kind not in told.kinds:
+        told.kinds.add(kind)
         warnings.warn(text, kind, stacklevel=4)  # where ``backward`` was called
 
 

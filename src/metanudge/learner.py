@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from metanudge.accumulation import FiniteMean, summarize
 from metanudge.adaptation import Axes, adapted_copy, alone, axes_of, curves
 from metanudge.batching import as_stacks, groups
-from metanudge.deposit import add_to_grad, in_order, verdict
+from metanudge.deposit import Given, Told, add_to_grad, in_order, not_adapted, verdict
 from metanudge.energy import InnerProblem
-from metanudge.errors import NonFiniteError, SettingsError, TasksError
+from metanudge.errors import SettingsError, TasksError
 from metanudge.estimators import FOBMAML, Estimator
 from metanudge.estimators.base import told_to_go_first_order
 from metanudge.execution import Execution, Lent, choose_execution, is_sharded
 from metanudge.oracle import BatchNorm, Policy, Tally
 from metanudge.permutations import permuted
+from metanudge.probe import Probe
 from metanudge.selection import AdaptOnly, Selection, select_parameters
 from metanudge.settings import check_function, check_part, check_steps
 from metanudge.solvers import Nesterov, Solver
@@ -120,7 +121,7 @@ class MetaLearner:
             execution, model, self.losses, self.norm, selection, self.solver, chunk_size, microbatch
         )
         self._selection()
-        self._told: set[type[Warning]] = set()
+        self._told = Told()
         self._seen: set[Axes] = set()
 
     def _selection(self) -> Selection:
@@ -172,32 +173,38 @@ class MetaLearner:
 
         Warns:
             NonFiniteWarning: Tasks were left out; once.
-            UnsolvedWarning: The residual is above 0.3, or most meta-gradients are longer than their query gradients,
-                with the steps or the proximal weight that would do; once, for estimators that rest on the solution.
+            UnsolvedWarning: The residual is above 0.3 or the error bound above 300, in the mean of some ten steps, or
+                most meta-gradients are longer than their query gradients; once, for estimators that rest on the
+                solution, with steps that were tried.
 
-        Cost: that of the estimator, times the number of tasks.
+        Cost: that of the estimator, times the number of tasks. Before the warning, once, up to 20 solves.
         """
         stacks, places = as_stacks(tasks, self._device)
         self._seen |= axes_of(stacks)
         order = iter(in_order(indices, places, self.warm_start is not None))
         tally, mean = Tally(), FiniteMean()
+        probes: list[Probe] = []
         with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, tally) as lent:
-            solved = [self._add(mean, lent, problem, list(islice(order, problem.tasks))) for problem in lent.problems]
-        del lent  # and with it what the estimates were made of
-        numbers, dropped = verdict(mean, self.estimator, self.solver, self.prox, self._told)
+            solved = [self._add(mean, probes, lent, one, list(islice(order, one.tasks))) for one in lent.problems]
+            gradients = tally.gradients  # without those of advice
+            numbers, dropped = verdict(mean, probes, Given(stacks, places), self, self._told)
+        del lent, probes  # and with them what the estimates were made of
         if self.warm_start is not None:  # which may refuse: nothing has been changed yet
             known = [index for indices_of_one, _ in solved for index in indices_of_one]
             self.warm_start.put(known, torch.cat([rows for _, rows in solved]))
-        return MetaStep(*numbers, add_to_grad(self.model, mean), dropped, tally.gradients)
+        return MetaStep(*numbers, add_to_grad(self.model, mean), dropped, gradients)
 
-    def _add(self, mean: FiniteMean, lent: Lent, problem: InnerProblem, known: list[int]) -> tuple[list[int], Tensor]:
-        """Estimate, and add to the mean; nothing but the indices and solutions for a warm start stays alive."""
+    def _add(
+        self, mean: FiniteMean, probes: list[Probe], lent: Lent, problem: InnerProblem, known: list[int]
+    ) -> tuple[list[int], Tensor]:
+        """Estimate, add to the mean, and tell the indices and solutions that a warm start keeps."""
         if self.warm_start is not None:
             rows = lent.rows(problem.losses.spread(problem.theta))
             problem = replace(problem, start=lent.lanes(self.warm_start.get(known, rows)))
         with told_to_go_first_order(self.estimator):
             estimate = self.estimator(problem, self.solver)
-        mean.add(problem, estimate, lent.named)
+        kept = mean.add(problem, estimate, lent.named)
+        probes.append(Probe(replace(problem, start=None), estimate.residual.reshape(-1), kept))
         if self.warm_start is None:
             return [], torch.empty(0)
         diverged = estimate.diverged.reshape(-1, 1)
@@ -241,10 +248,7 @@ class MetaLearner:
             solution = solve(self.solver, problem.energy(), problem.losses.spread(problem.theta))
             named = {name: leaf.clone() for name, leaf in lent.named(solution.params).items()}
         if not all(bool(leaf.isfinite().all()) for leaf in named.values()):
-            raise NonFiniteError(
-                "adaptation ended in non-finite parameters; let the inner solver take smaller steps (lr) "
-                "or hold it closer (prox)"
-            )
+            raise not_adapted(stacks, self.solver, self.prox)
         return adapted_copy(self.model, named, self.norm, self.losses[Role.SUPPORT], support)
 
     def evaluate(

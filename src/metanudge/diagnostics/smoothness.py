@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metanudge.batching import groups
+from metanudge.deposit import Told
 from metanudge.errors import NonFiniteError, NonFiniteWarning, TasksError, UnsolvedWarning
 from metanudge.learner import MetaLearner
 from metanudge.optim import NormalizedSGD
@@ -167,7 +168,7 @@ def fit(norms: Tensor, slopes: Tensor) -> Smoothness:
 def _apart(learner: MetaLearner) -> MetaLearner:
     """The same learner without its warm start, and with warnings of its own to use up."""
     other = copy.copy(learner)
-    other.warm_start, other._told = None, set()
+    other.warm_start, other._told = None, Told()
     return other
 
 

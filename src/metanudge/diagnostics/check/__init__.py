@@ -10,7 +10,7 @@ from metanudge.diagnostics.check.advice import verdict
 from metanudge.diagnostics.check.bench import Bench, first
 from metanudge.diagnostics.check.kinks import kinked
 from metanudge.diagnostics.check.reference import References
-from metanudge.diagnostics.check.result import GOOD, Check, CheckRow, Recommendation
+from metanudge.diagnostics.check.result import Check, CheckRow, Recommendation
 from metanudge.diagnostics.check.search import recommend, search
 from metanudge.diagnostics.check.sweep import Sweep
 from metanudge.errors import SettingsError
@@ -39,13 +39,17 @@ def check(
     The exact one is had from a solve of ``reference_steps`` steps, Newton's method, and conjugate gradients on exact
     Hessian products, on a float64 copy of model and tasks where both losses take them; where the loss can not be
     differentiated twice, from a fourth-order stencil of converged solves. It is asked whether it converged itself; at
-    the learner's own prox it is tried again with four times the steps where it did not, and what stays in doubt gets no
-    verdict. Steps, ν, prox (each prox with a reference of its own) and the other estimators are then varied. Where
-    tasks diverge, the others are compared, with the exact meta-gradient of the same tasks.
+    the learner's own prox it is tried again with four times the steps where it did not. What stays in doubt gets a
+    verdict only where the doubt does not decide it: an error four times the doubt and above 10 % is bad. Steps, ν, prox
+    (each prox with a reference of its own) and the other estimators are then varied. Where tasks diverge, the others
+    are compared, with the exact meta-gradient of the same tasks.
 
     The model is copied: it, the learner and the random state are as before afterwards, also after an exception. Dropout
     makes every step's problem another one and the comparison void: call ``model.eval()`` first. A warm start is left
-    out: solves begin at θ.
+    out, and the verdict says so: solves begin at θ.
+
+    The recommendation keeps your prox where any number of steps does there (up to 256, or twice yours): another prox is
+    another objective, and may train a worse model with a better estimate.
 
     Args:
         learner: As you train it.
@@ -88,8 +92,8 @@ def check(
         reference = references.at(learner.prox)  # or an error, before anything is measured
         sweep = Sweep(bench, references)
         sweep.vary(compare)
-        good = reference.trusted and sweep.rows[0].relative_error < GOOD
-        advisable = not good and (reference.trusted or not bends)
+        good = sweep.rows[0].good
+        advisable = not good and (good is not None or not bends)
         if advisable:
             search(sweep, bends)
     return Check(
@@ -100,5 +104,5 @@ def check(
         reference.trusted,
         bends,
         recommend(sweep.own()) if advisable else None,
-        verdict(sweep.rows, reference, len(bench.tasks), bends),
+        verdict(sweep.rows, reference, len(bench.tasks), bends, bench.bad(), learner.warm_start is not None),
     )

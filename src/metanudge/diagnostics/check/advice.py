@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from metanudge import advice
 from metanudge.diagnostics.check.reference import CERTAIN, SOLVED, Reference
-from metanudge.diagnostics.check.result import GOOD, SAFE, CheckRow, Recommendation, percent
+from metanudge.diagnostics.check.result import SAFE, CheckRow, Recommendation, percent
 from metanudge.diagnostics.check.search import does, recommend
 
 KINKED = (
@@ -14,8 +16,21 @@ KINKED = (
 )
 
 
-def verdict(rows: list[CheckRow], reference: Reference, tasks: int, kinked: bool) -> str:
-    """What was found, and what would mend it."""
+OBJECTIVE = (
+    "prox is another objective (the larger, the nearer adaptation stays to the initialisation), and may train a worse "
+    "model: judge it by validation"
+)
+
+WARM = (
+    "All of this is without the warm start: solves begin at the initialisation, as adapt does. In training, tasks that "
+    "come again begin at their last solution and are solved further; MetaStep.residual tells how far."
+)
+
+
+def verdict(
+    rows: list[CheckRow], reference: Reference, tasks: int, kinked: bool, bad: Mapping[int, str], warm: bool
+) -> str:
+    """What was found, and what would mend it; ``bad`` are tasks with NaN in their data, and where."""
     mine = rows[0]
     own = [row for row in rows if row.group != "estimator"]
     said = [_judged(mine, reference, kinked)]
@@ -23,19 +38,23 @@ def verdict(rows: list[CheckRow], reference: Reference, tasks: int, kinked: bool
         said.append(f"{mine.dropped} of {tasks} tasks diverged, and the others were compared.")
     if len(reference.tasks) < tasks:
         said.append(f"Left out for want of an exact meta-gradient: {tasks - len(reference.tasks)} of {tasks} tasks.")
-    if not reference.trusted:
+    if bad:
+        said.append(f"{advice.bad_data(bad, tasks)}.")
+    if mine.good is None:
         said += _elsewhere(own)
-    elif mine.relative_error >= GOOD:
+    elif not mine.good:
         said += _advised(own)
         said += _others(rows, recommend(own))
     if kinked:
         said.append(KINKED)
+    if warm:
+        said.append(WARM)
     return " ".join(said)
 
 
 def _judged(mine: CheckRow, reference: Reference, kinked: bool) -> str:
     """Good, bad, or not to be told."""
-    if not reference.trusted:
+    if mine.good is None:
         why = []
         if not reference.residual <= SOLVED:
             why.append(f"its solve is {percent(reference.residual)} from done")
@@ -45,27 +64,29 @@ def _judged(mine: CheckRow, reference: Reference, kinked: bool) -> str:
         return f"No verdict: the exact meta-gradient to compare with did not converge, {' and '.join(why)}{more}."
     if mine.note:
         return f"Bad: there is no estimate: {mine.note}."
-    if mine.relative_error < GOOD:
-        return f"Good: the estimate is {percent(mine.relative_error)} from the exact meta-gradient."
-    said = f"Bad: the estimate is {percent(mine.relative_error)} from the exact meta-gradient."
-    if mine.residual > advice.DONE:
+    known = "" if mine.trusted else f", which is itself known to {percent(mine.uncertainty)}"
+    word = "Good" if mine.good else "Bad"
+    said = f"{word}: the estimate is {percent(mine.relative_error)} from the exact meta-gradient{known}."
+    if not mine.good and mine.residual > advice.DONE:
         said += f" The inner problem is {percent(mine.residual)} from solved."
     return said
 
 
 def _advised(own: list[CheckRow]) -> list[str]:
-    """The recommendation; where it changes prox, also what would do without; or that nothing did."""
+    """The recommendation, and a cheaper one at a larger prox; or that nothing did."""
     mine, best = own[0], recommend(own)
     if best is None:
-        judged = [row for row in own if row.trusted and not row.note]
+        judged = [row for row in own if row.good is not None and not row.note]
         if not judged:
             return []
         tried = f"up to steps={max(row.steps for row in judged)} and prox={max(row.prox for row in judged):g}"
         return [f"None of {len(judged)} settings, {tried}, brought it below {percent(SAFE)}."]
     said = [f"{_change(mine, best)}: the error was then {_costs(mine, best)}."]
-    kept = recommend([row for row in own if row.prox == mine.prox])
-    if kept is not None and best.prox != mine.prox:
-        said.append(f"With prox as it is, {_change(mine, kept, first='raise')}: {_costs(mine, kept)}.")
+    if best.prox != mine.prox:
+        return [*said, f"No steps did at your prox; another {OBJECTIVE}."]
+    other = recommend([row for row in own if row.prox > mine.prox], mine.prox)
+    if other is not None and other.gradients < best.gradients:
+        said.append(f"Steps={other.steps} and prox={other.prox:g} have {_costs(mine, other)}, but another {OBJECTIVE}.")
     return said
 
 
@@ -75,7 +96,8 @@ def _elsewhere(own: list[CheckRow]) -> list[str]:
     if best is None:
         return []
     where = f"With steps={best.steps} and prox={best.prox:g}"
-    return [f"{where} it converged, and the error was {_costs(own[0], best)}."]
+    objective = f" Another {OBJECTIVE}." if best.prox != own[0].prox else ""
+    return [f"{where} it converged, and the error was {_costs(own[0], best)}.{objective}"]
 
 
 def _change(mine: CheckRow, to: Recommendation, first: str = "Raise") -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from metanudge.batching import as_stacks, groups, single
+from metanudge.batching import as_stacks, groups, not_finite, single
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, UnsolvedWarning
 from metanudge.estimators.base import Estimator
 from metanudge.learner import MetaLearner
@@ -38,6 +38,10 @@ class Bench:
     def everyone(self) -> tuple[int, ...]:
         """The places of all tasks."""
         return tuple(range(len(self.tasks)))
+
+    def bad(self) -> dict[int, str]:
+        """Tasks with NaN or infinite numbers in their data, and where."""
+        return not_finite(*as_stacks(self.tasks, next(self.model.parameters()).device))
 
     def _in_double(self) -> tuple[nn.Module, list[Tasks]] | None:
         """Model and tasks in float64, if both losses take them."""

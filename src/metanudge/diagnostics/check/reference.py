@@ -42,6 +42,11 @@ class Reference(NamedTuple):
         """Whether it converged."""
         return self.residual <= SOLVED and self.error <= CERTAIN
 
+    @property
+    def uncertainty(self) -> float:
+        """Relative error it may have: a solve that is not done can be off by anything."""
+        return self.error if self.residual <= SOLVED and self.error >= 0 else float("inf")
+
 
 class References:
     """∇F at every λ asked for, over all tasks or some, each once."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 from metanudge.diagnostics.check.result import SAFE, CheckRow, Recommendation
 from metanudge.diagnostics.check.sweep import Sweep, with_steps
 
-MOST = 128
+MOST = 256
 """Steps up to which is searched, or twice those of the learner where that is more."""
 
 
 def search(sweep: Sweep, kinked: bool) -> None:
-    """Measure more steps and larger proximal weights, up to the first weight at which anything does.
+    """Measure more steps at the learner's own proximal weight, then at larger ones, up to the first that does.
 
-    At each weight the most steps come first: where they do not do, fewer hardly will.
+    A larger weight is another objective, so it comes after all steps. At each weight the most steps come first: where
+    they do not do, fewer hardly will.
     """
     solver, prox = sweep.bench.learner.solver, sweep.bench.learner.prox
-    steps = [factor * solver.steps for factor in (16, 8, 4, 2, 1)]
+    steps = [factor * solver.steps for factor in (32, 16, 8, 4, 2, 1)]
     steps = [number for number in steps if number <= max(MOST, 2 * solver.steps)]
     if with_steps(solver, 1) is None:
         steps = [solver.steps]
@@ -25,21 +28,27 @@ def search(sweep: Sweep, kinked: bool) -> None:
             for number in steps:
                 if not does(_row(sweep, number, weight)):
                     break
-        if any(does(row) for row in sweep.own()):
+        if any(does(row) and row.prox == weight for row in sweep.own()):
             return
 
 
 def does(row: CheckRow) -> bool:
     """Whether a row may be recommended."""
-    return row.trusted and not row.dropped and row.relative_error < SAFE
+    certain = row.trusted or row.relative_error + row.uncertainty < SAFE
+    return certain and not row.dropped and row.relative_error < SAFE
 
 
-def recommend(rows: list[CheckRow]) -> Recommendation | None:
-    """The cheapest of ``rows`` that does; of equal ones the most exact."""
+def recommend(rows: list[CheckRow], prox: float | None = None) -> Recommendation | None:
+    """Of ``rows`` that do, the cheapest at this proximal weight (that of the first row), or else at the nearest."""
     good = [row for row in rows if does(row)]
     if not good:
         return None
-    best = min(good, key=lambda row: (row.gradients, row.relative_error))
+    own = rows[0].prox if prox is None else prox
+
+    def order(row: CheckRow) -> tuple[float, float, float]:
+        return abs(math.log(row.prox / own)), row.gradients, row.relative_error
+
+    best = min(good, key=order)
     return Recommendation(best.steps, best.prox, best.relative_error, best.gradients, best.nu)
 
 

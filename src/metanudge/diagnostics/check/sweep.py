@@ -102,6 +102,7 @@ class Sweep:
             seconds=seconds,
             dropped=len(whole.tasks) - len(reference.tasks),
             trusted=reference.trusted,
+            uncertainty=reference.uncertainty,
         )
 
 

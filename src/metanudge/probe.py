@@ -1,0 +1,105 @@
+"""How many steps would solve the inner problem, found by taking them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import NamedTuple
+
+from torch import Tensor
+
+from metanudge.energy import InnerProblem
+from metanudge.errors import UnsolvedWarning
+from metanudge.solvers.loop import Solver, advance
+from metanudge.types import Role, Schedule
+
+MOST = 20
+"""Times the solver's steps after which no more are taken, .."""
+
+LIMIT = 1000
+""".. or so many, where that is more than twice the solver's."""
+
+GROWTH = 1.25
+"""From one look at the residual to the next."""
+
+
+class Needed(NamedTuple):
+    """What more steps did.
+
+    Attributes:
+        steps: Steps that do, or after which the residual was lowest.
+        residual: Mean relative residual after them.
+        most: Steps that were taken.
+    """
+
+    steps: int
+    residual: float
+    most: int
+
+
+class Probe(NamedTuple):
+    """A problem that was solved, and how far each of its tasks was from done; on the device, nothing is copied.
+
+    Attributes:
+        problem: The problem.
+        residual: Relative residuals, one a task.
+        kept: Which of the tasks count.
+    """
+
+    problem: InnerProblem
+    residual: Tensor
+    kept: Tensor
+
+    def mean(self) -> float:
+        """Mean residual of the tasks that count."""
+        return _mean(self.residual, self.kept)
+
+
+def needed(probes: list[Probe], solver: Solver, good: float, fair: float) -> Needed | None:
+    """Go on with one of ``probes``, the median in what is left to solve, until its residual is ``good``.
+
+    A rate read off the residual alone flatters: the first steps take away what is steep, and what is left falls more
+    slowly (8 steps foretold 20 and needed 138). Where ``good`` is out of reach, the first
+    that is ``fair``, or else the lowest. None in the in-place execution, where a model may be large and a step
+    dear, and where nobody would hear it.
+
+    Cost: at most ``MOST`` times the solver's steps, and twenty gradients, of the tasks that are solved at once.
+    """
+    order = sorted((probe for probe in probes if bool(probe.kept.any())), key=Probe.mean)
+    median = order[len(order) // 2]
+    problem, energy = median.problem, median.problem.energy()
+    if median.residual.ndim == 0 or not _heard(UnsolvedWarning):
+        return None
+    start = problem.losses.spread(problem.theta)
+    seen: list[tuple[int, float]] = []
+    most = max(2 * solver.steps, min(MOST * solver.steps, LIMIT))
+    schedule = Schedule(solver.plan(energy, start), [])
+    state, taken, upto = solver.init(energy, start, schedule.plan), 0, solver.steps
+    while taken < most:
+        state = advance(solver, energy, schedule, state, range(taken, upto))
+        phi = solver.point(state)
+        _, pull = problem.losses.value_and_gradient(Role.SUPPORT, phi, upto)
+        residual = _mean(energy.balance(pull, phi)[0], median.kept)
+        if math.isfinite(residual):
+            seen.append((upto, residual))
+        if residual <= good or solver.finished(state):
+            break
+        taken, upto = upto, min(math.ceil(GROWTH * upto), most)
+    enough = [one for level in (good, fair) for one in seen if one[1] <= level]
+    least = min(seen, key=lambda one: one[1], default=(solver.steps, median.mean()))
+    return Needed(*(enough[0] if enough else least), upto)
+
+
+def _mean(residual: Tensor, kept: Tensor) -> float:
+    residual, kept = residual.reshape(-1).double(), kept.reshape(-1)
+    return float(residual.where(kept, 0.0).sum() / kept.sum())
+
+
+def _heard(kind: type[Warning]) -> bool:
+    """Whether warnings of this kind are not ignored."""
+    with warnings.catch_warnings(record=True) as heard:
+        try:
+            warnings.warn_explicit("", kind, "", 0, registry={})
+        except Warning:
+            return True
+    return bool(heard)
