@@ -59,9 +59,9 @@ def needed(probes: list[Probe], solver: Solver, good: float, fair: float) -> Nee
     """Go on with one of ``probes``, the median in what is left to solve, until its residual is ``good``.
 
     A rate read off the residual alone flatters: the first steps take away what is steep, and what is left falls more
-    slowly (8 steps foretold 20 and needed 138). Where ``good`` is out of reach, the first
-    that is ``fair``, or else the lowest. None in the in-place execution, where a model may be large and a step
-    dear, and where nobody would hear it.
+    slowly (8 steps foretold 20 and needed 138). Where ``good`` is out of reach, the first that is ``fair``, or else
+    the lowest. None in the in-place execution, where a step may be dear and a copy too many, and where nobody would
+    hear it.
 
     Cost: at most ``MOST`` times the solver's steps, and twenty gradients, of the tasks that are solved at once.
     """
