@@ -177,7 +177,8 @@ class MetaLearner:
                 most meta-gradients are longer than their query gradients; once, for estimators that rest on the
                 solution, with steps that were tried.
 
-        Cost: that of the estimator, times the number of tasks. Before the warning, once, up to 20 solves.
+        Cost: that of the estimator, times the number of tasks. Before UnsolvedWarning, unless it is
+            ignored, up to 20 solves, once.
         """
         stacks, places = as_stacks(tasks, self._device)
         self._seen |= axes_of(stacks)

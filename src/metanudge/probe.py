@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -59,35 +61,47 @@ def needed(probes: list[Probe], solver: Solver, good: float, fair: float) -> Nee
     """Go on with one of ``probes``, the median in what is left to solve, until its residual is ``good``.
 
     A rate read off the residual alone flatters: the first steps take away what is steep, and what is left falls more
-    slowly (8 steps foretold 20 and needed 138). Where ``good`` is out of reach, the first that is ``fair``, or else
-    the lowest. None in the in-place execution, where a step may be dear and a copy too many, and where nobody would
-    hear it.
+    slowly (20 steps were foretold where 138 were needed). Where ``good`` is out of reach, the first that is ``fair``,
+    or else the lowest. None where nothing can be tried, or nobody would hear of it.
 
     Cost: at most ``MOST`` times the solver's steps, and twenty gradients, of the tasks that are solved at once.
     """
     order = sorted((probe for probe in probes if bool(probe.kept.any())), key=Probe.mean)
     median = order[len(order) // 2]
-    problem, energy = median.problem, median.problem.energy()
-    if median.residual.ndim == 0 or not _heard(UnsolvedWarning):
+    if not _can_be_tried(median, solver) or not _heard(UnsolvedWarning):
         return None
-    start = problem.losses.spread(problem.theta)
-    seen: list[tuple[int, float]] = []
     most = max(2 * solver.steps, min(MOST * solver.steps, LIMIT))
+    longer = cast(Solver, dataclasses.replace(cast(Any, solver), steps=most))
+    seen: list[tuple[int, float]] = []
+    taken = solver.steps
+    for taken, residual in _residuals(median, longer, solver.steps):
+        if math.isfinite(residual):
+            seen.append((taken, residual))
+        if residual <= good:
+            break
+    enough = [one for level in (good, fair) for one in seen if one[1] <= level]
+    least = min(seen, key=lambda one: one[1], default=(solver.steps, median.mean()))
+    return Needed(*(enough[0] if enough else least), taken)
+
+
+def _can_be_tried(probe: Probe, solver: Any) -> bool:
+    """Not in place, where a step may be dear, a copy too many, and minibatches or other ranks wait for it."""
+    lanes = probe.residual.ndim > 0
+    return lanes and dataclasses.is_dataclass(solver)
+
+
+def _residuals(probe: Probe, solver: Solver, first: int) -> Iterator[tuple[int, float]]:
+    """Mean residual of the tasks that count after ``first`` steps from θ, and after more, up to those of ``solver``."""
+    problem, energy = probe.problem, probe.problem.energy()
+    start = problem.losses.spread(problem.theta)
     schedule = Schedule(solver.plan(energy, start), [])
-    state, taken, upto = solver.init(energy, start, schedule.plan), 0, solver.steps
-    while taken < most:
+    state, taken, upto = solver.init(energy, start, schedule.plan), 0, first
+    while taken < solver.steps and not (taken and solver.finished(state)):
         state = advance(solver, energy, schedule, state, range(taken, upto))
         phi = solver.point(state)
         _, pull = problem.losses.value_and_gradient(Role.SUPPORT, phi, upto)
-        residual = _mean(energy.balance(pull, phi)[0], median.kept)
-        if math.isfinite(residual):
-            seen.append((upto, residual))
-        if residual <= good or solver.finished(state):
-            break
-        taken, upto = upto, min(math.ceil(GROWTH * upto), most)
-    enough = [one for level in (good, fair) for one in seen if one[1] <= level]
-    least = min(seen, key=lambda one: one[1], default=(solver.steps, median.mean()))
-    return Needed(*(enough[0] if enough else least), upto)
+        yield upto, _mean(energy.balance(pull, phi)[0], probe.kept)
+        taken, upto = upto, min(math.ceil(GROWTH * upto), solver.steps)
 
 
 def _mean(residual: Tensor, kept: Tensor) -> float:
