@@ -2,7 +2,8 @@
 
 Two protocols (``mn.tasks.mnist1d``): 5-way with permuted labels, and 3-way with classes that training never saw. Every
 estimator is tuned on the same grid (inner solver, proximal weight, step size of Adam) by the validation accuracy of
-short runs, and then trained from three seeds; the accuracy is that of 1,000 test tasks.
+short runs, and then trained from three seeds; the accuracy is that of 1,000 test tasks. A third study takes the first
+protocol with GELU in the place of ReLU: the same network, smooth.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ EXPERIMENT = Experiment(
         "new_classes": Entry(
             MNIST1DSettings,
             lambda given, tell: run("new_classes", "new_classes", "3-way 5-shot, new classes", given, tell),
+        ),
+        "gelu": Entry(
+            MNIST1DSettings,
+            lambda given, tell: run("permuted_labels_gelu", "gelu", "5-way 5-shot, permuted labels, GELU", given, tell),
         ),
     },
 )

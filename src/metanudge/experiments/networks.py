@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
 
 
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -27,13 +27,13 @@ def sinusoid_network(activation: str, seed: int) -> nn.Module:
     return seeded(make, seed)
 
 
-def mnist1d_network(ways: int, seed: int) -> nn.Module:
-    """Three convolutions of 25 channels, of Greydanus & Kobak, ICML 2024."""
+def mnist1d_network(ways: int, activation: str, seed: int) -> nn.Module:
+    """Three convolutions of 25 channels, of Greydanus & Kobak, ICML 2024 (there with ReLU)."""
 
     def make() -> nn.Module:
         layers: list[nn.Module] = []
         for channels, kernel in ((1, 5), (25, 3), (25, 3)):
-            layers += [nn.Conv1d(channels, 25, kernel, stride=2, padding=1), nn.ReLU()]
+            layers += [nn.Conv1d(channels, 25, kernel, stride=2, padding=1), ACTIVATIONS[activation]()]
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(25 * 5, ways))
 
     return seeded(make, seed)

@@ -83,14 +83,14 @@ def sinusoid(activation: str) -> Benchmark:
     )
 
 
-def mnist1d(protocol: Protocol) -> Benchmark:
+def mnist1d(protocol: Protocol, activation: str) -> Benchmark:
     """MNIST-1D, 5 shots and 15 queries of a class."""
 
     def draw(split: Split, seed: int, first: int, number: int) -> list[mn.Tasks]:
         return mn.tasks.mnist1d(protocol, split, seed=seed).take(number, first)
 
     return Benchmark(
-        network=partial(mnist1d_network, WAYS[protocol]),
+        network=partial(mnist1d_network, WAYS[protocol], activation),
         loss=mn.metrics.cross_entropy,
         metric=mn.metrics.accuracy,
         higher=True,
@@ -111,7 +111,8 @@ def mnist1d(protocol: Protocol) -> Benchmark:
 BENCHMARKS: dict[str, Callable[[], Benchmark]] = {
     "sinusoid_tanh": lambda: sinusoid("tanh"),
     "sinusoid_relu": lambda: sinusoid("relu"),
-    "permuted_labels": lambda: mnist1d("permuted_labels"),
-    "new_classes": lambda: mnist1d("new_classes"),
+    "permuted_labels": lambda: mnist1d("permuted_labels", "relu"),
+    "permuted_labels_gelu": lambda: mnist1d("permuted_labels", "gelu"),
+    "new_classes": lambda: mnist1d("new_classes", "relu"),
 }
 """By name, which travels to other processes where functions do not."""

@@ -95,7 +95,7 @@ def mnist1d_tasks(number: int, seed: int, shots: int = 5, samples: int = 1000) -
 
 def mnist1d(number: int, seed: int) -> Inner:
     """10-way 5-shot MNIST-1D on three convolutions of 25 channels."""
-    return Inner(mnist1d_network(10, seed), mn.metrics.cross_entropy, mnist1d_tasks(number, seed), 1.0, False)
+    return Inner(mnist1d_network(10, "relu", seed), mn.metrics.cross_entropy, mnist1d_tasks(number, seed), 1.0, False)
 
 
 PROBLEMS: dict[str, Callable[[int, int], Inner]] = {
