@@ -43,10 +43,10 @@ class ComparisonSettings:
 class MNIST1DSettings(ComparisonSettings):
     """The same for a network that costs more."""
 
-    meta_steps: int = 600
+    meta_steps: int = 400
     tasks: int = 10
-    tuning_steps: int = 100
-    points: int = 12
+    tuning_steps: int = 60
+    points: int = 10
 
     @classmethod
     def quick(cls) -> Self:
