@@ -88,8 +88,7 @@ def test_the_bound_is_its_formula() -> None:
     middle = (ends[1] + ends[-1]) / 2
     change = (slope(task.query, middle) - g).norm()
     left = (slope(task.support, middle) + prox * (middle - theta)).norm() / prox / (middle - phi0).norm()
-    length = max(phi0.norm(), (2 * task.support(theta) / prox).sqrt() / 10)
-    displacement = nu * g.norm() / (prox * length)
+    displacement = nu * g.norm() / (prox * phi0.norm())
     seen = r.norm() + (1 + left) * change + displacement**2 / 4 * g.norm()
     forces = slope(task.support, middle), prox * (middle - theta)
     rho = (forces[0] + forces[1]).norm() / (forces[0].norm() + forces[1].norm())

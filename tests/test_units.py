@@ -150,3 +150,49 @@ def test_the_alarm_is_not_set_off_by_round_off(prox: float) -> None:
     tasks = mn.Tasks(*(mn.Batch(batch.inputs.float(), batch.targets.float()) for batch in TASKS))
     step = mn.MetaLearner(model, logistic_loss, prox=prox, solver=mn.Nesterov(4)).backward(tasks)
     assert step.amplified_tasks == 0
+
+
+@pytest.mark.parametrize("idle", [1e2, 1e4])
+@pytest.mark.parametrize("prox", [0.5, 0.0])
+def test_an_idle_parameter_hides_no_divergence(idle: float, prox: float) -> None:
+    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
+        return (model(batch.inputs).squeeze(-1) - batch.targets).square().mean()
+
+    settings = {"estimator": mn.FOMAML() if prox == 0 else mn.FOBMAML()}
+    with pytest.raises(mn.NonFiniteError):
+        step_on(Scaled(idle=idle), prox, loss, solver=mn.GradientDescent(6, lr=2.0), **settings)
+
+
+def test_a_constant_in_the_support_loss_changes_nothing() -> None:
+    """A sum of negative log-likelihoods has any; it is no scale for the parameters."""
+    step, gradient = step_on(Scaled(), 0.05, query=logistic_loss)
+    other, beside = step_on(Scaled(), 0.05, lambda model, batch: 1024 + logistic_loss(model, batch), logistic_loss)
+    torch.testing.assert_close(beside, gradient, rtol=1e-7, atol=0)
+    assert other.nu == pytest.approx(step.nu, rel=1e-7)
+    same(step, other)
+
+
+@pytest.mark.parametrize("prox", [1.0, 30.0, 300.0])
+def test_the_bound_knows_the_round_off_of_bfloat16(prox: float) -> None:
+    exact, narrow = Scaled(), Scaled().bfloat16()
+    with torch.no_grad():
+        exact.weight.copy_(narrow.weight)
+    for i in range(3):
+        rounded = mn.Tasks(*(mn.Batch(b.inputs[i : i + 1].bfloat16(), b.targets[i : i + 1]) for b in TASKS))
+        tasks = mn.Tasks(*(mn.Batch(batch.inputs.double(), batch.targets) for batch in rounded))
+        narrow_tasks = mn.Tasks(*(mn.Batch(batch.inputs, batch.targets.bfloat16()) for batch in rounded))
+        for model, given in ((exact, tasks), (narrow, narrow_tasks)):
+            model.zero_grad()
+            learner = mn.MetaLearner(model, logistic_loss, prox=prox, solver=mn.Nesterov(60), execution="in_place")
+            step = learner.backward(given)
+        error = (narrow.weight.grad.double() - exact.weight.grad).norm()
+        assert float(error) <= step.error_bound * float(narrow.weight.grad.double().norm())
+
+
+def test_a_solved_problem_is_certified_in_float32() -> None:
+    """The free solution and the middle of the nudged ones are often the same number: no way, and no rate along it."""
+    tasks = logistic(100, features=1, shots=12, queries=12, dtype=torch.float32)
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 0.3)
+    step = mn.MetaLearner(model, logistic_loss, prox=0.5, solver=mn.Nesterov(40)).backward(tasks)
+    assert step.error_bound < 1e-3

@@ -73,7 +73,9 @@ def lipschitz_constant(energy: Energy, phi: Params, iterations: int, step: int) 
     free: Weights = {Role.SUPPORT: 1.0}
     value, gradient = cast(LossGradients, energy.losses).value_and_gradient(Role.SUPPORT, phi, step)
     # far enough that round-off is nothing, and near enough for an estimate that is only to set a step size
-    far = energy.length(phi, gradient, value)
+    norm = energy.norm(gradient)
+    reach = norm / energy.prox if energy.prox > 0 else value.abs() / norm.clamp_min(1e-30)
+    far = energy.length(phi, gradient, reach, value)
     length = 1e-2 * far
     along, across = _unit(energy, gradient), _unit(energy, _generic(gradient, length.ndim))
     across = tree.scale(torch.where(energy.losses.inner(along, across) < 0, -1.0, 1.0).to(length), across)

@@ -94,23 +94,28 @@ class Energy:
         rest, forward, way = (stack(column).sum(0).sqrt() for column in zip(*map(norms, pull), strict=True))
         return self._ratio(rest, forward, self.prox * way), way
 
-    def length(self, phi: Params, gradient: Params, start_loss: Tensor) -> Tensor:
-        r"""What is far for φ, in its own unit, ``[*L]``: displacements are measured by it.
-
-        The norm of the parameters that ``gradient`` touches, leaf by leaf; but where λ > 0 at least a tenth of
-        \sqrt{2 |f̂(θ)| / λ}, as far as a solution can lie from θ where f̂ >= 0, and where λ = 0 and that norm is zero
-        |f̂(θ)| / ||gradient||. ``start_loss`` is f̂(θ).
-        """
+    def touched(self, a: Params, by: Params) -> Tensor:
+        """Norm of ``a`` in the parameters that the gradient ``by`` touches, ``[*L]``; leaf by leaf, no copy is made."""
 
         def square(name: str) -> Tensor:
-            part = tree.touched({name: phi[name]}, {name: gradient[name]})
+            part = tree.touched({name: a[name]}, {name: by[name]})
             return self.losses.inner(part, part)
 
-        length = stack([square(name) for name in phi]).sum(0).sqrt()
+        return stack([square(name) for name in by if name in a]).sum(0).sqrt()
+
+    def length(self, phi: Params, gradient: Params, reach: Tensor, start_loss: Tensor) -> Tensor:
+        r"""What is far for φ, in its own unit, ``[*L]``: displacements are measured by it.
+
+        The norm of the parameters that ``gradient`` touches, but at least ε^(1/4) times the way ``reach`` that the
+        support loss drives φ from θ, so that a φ of nothing but round-off is no scale. Where neither is there, at a
+        stationary φ = 0, the loss ``start_loss``, f̂(θ), has to give it: a tenth of \sqrt{2 |f̂(θ)| / λ}, as far as
+        a solution can lie from θ where f̂ >= 0.
+        """
+        unit = tree.round_off(phi)
+        length = self.touched(phi, gradient).maximum(unit**0.25 * reach)
         if self.prox > 0:
-            length = length.maximum((2 * start_loss.abs() / self.prox).sqrt() / 10)
-        else:
-            length = where(length > 0, length, start_loss.abs() / self.norm(gradient).clamp_min(1e-30))
+            other = (2 * start_loss.abs() / self.prox).sqrt() / 10
+            length = where(length > unit**0.75 * other, length, other)
         return where(length > 0, length, ones_like(length))  # no scale whatever
 
     def _ratio(self, rest: Tensor, pull: Tensor, push: Tensor) -> Tensor:

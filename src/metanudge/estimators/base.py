@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metanudge import tree
-from metanudge.energy import Energy, InnerProblem
+from metanudge.energy import InnerProblem
 from metanudge.errors import LossError
 from metanudge.solvers.loop import Solver, solve
 from metanudge.types import Estimate, Need, Params, Role, Schedule
@@ -77,6 +77,7 @@ class FreeSolve(NamedTuple):
         query_loss: ``[*L]``.
         support_loss: ``[*L]``.
         residual: Relative inner residual, ``[*L]``.
+        way: ||φ(0) - θ||, ``[*L]``.
         start_loss: f̂(θ), ``[*L]``.
         diverged: Whether the solve ended above where it began, ``[*L]``.
     """
@@ -89,6 +90,7 @@ class FreeSolve(NamedTuple):
     query_loss: Tensor
     support_loss: Tensor
     residual: Tensor
+    way: Tensor
     start_loss: Tensor
     diverged: Tensor
 
@@ -150,6 +152,7 @@ def judge(problem: InnerProblem, phi: Params, schedule: Schedule, step: int) -> 
     losses, energy = problem.losses, problem.energy()
     support_loss, pull = losses.value_and_gradient(Role.SUPPORT, phi, step)
     residual, way = energy.balance(pull, phi)
+    size = energy.touched(energy.theta, pull)
     del pull  # a large model has no room for it beside the query gradient
     query_loss, query_gradient = losses.value_and_all_gradients(Role.QUERY, phi, step)
     start_loss = losses.loss(Role.SUPPORT, losses.spread(problem.theta))
@@ -162,18 +165,19 @@ def judge(problem: InnerProblem, phi: Params, schedule: Schedule, step: int) -> 
         query_loss,
         support_loss,
         residual,
+        way,
         start_loss,
-        _diverged(energy, start_loss, support_loss, way),
+        _diverged(energy.prox, size, way, start_loss, support_loss),
     )
 
 
-def _diverged(energy: Energy, start_loss: Tensor, support_loss: Tensor, way: Tensor) -> Tensor:
+def _diverged(prox: float, size: Tensor, way: Tensor, start_loss: Tensor, support_loss: Tensor) -> Tensor:
     """Whether E(φ) is far above E(θ), ``way`` being ||φ - θ||: by more than ten times |f̂(θ)|.
 
     And by more than round-off, or a draw of dropout, would do where f̂(θ) is nearly zero: by more than what it costs to
-    move a tenth of ||θ||; or where that costs nothing, λ being 0, after a way of more than half of it.
+    move a tenth of ``size``, ||θ|| in the parameters that the support loss touches; or where that costs nothing, λ
+    being 0, after a way of more than half of it.
     """
-    rise = support_loss - start_loss + energy.prox / 2 * way**2
-    size = energy.norm(energy.theta)
-    far = rise > 10 * start_loss.abs() + energy.prox / 2 * (size / 10) ** 2
-    return far if energy.prox > 0 else far & (way > size / 2)
+    rise = support_loss - start_loss + prox / 2 * way**2
+    far = rise > 10 * start_loss.abs() + prox / 2 * (size / 10) ** 2
+    return far if prox > 0 else far & (way > size / 2)

@@ -113,7 +113,9 @@ class FOBMAML:
         """Solve the free problem, then one matched problem a node."""
         free = solve_free(problem, solver)
         nu, displacement = self._nudge_size(problem, free)
-        noise = tree.round_off(free.phi) / (2 * displacement) * free.slope_norm
+        # of the solutions, and of a gradient, which in narrow precision may be off by a whole unit
+        unit = max(tree.round_off(free.phi), problem.round_off)
+        noise = (unit / (2 * displacement) + 16 * problem.round_off) * free.slope_norm
         slope = free.slope if self.nudge == "linear" else None
         at_solution, stencil = self.start == "solution", self.stencil
         start = free.phi if at_solution else problem.losses.spread(problem.theta)
@@ -165,7 +167,7 @@ class FOBMAML:
     def _nudge_size(self, problem: InnerProblem, free: FreeSolve) -> tuple[Tensor, Tensor]:
         """ν, and the relative displacement r = ν / s."""
         energy, order = problem.energy(), self.stencil.order
-        length, slope = energy.length(free.phi, free.slope, free.start_loss), free.slope_norm
+        length, slope = energy.length(free.phi, free.slope, free.way, free.start_loss), free.slope_norm
         seen = slope > torch.finfo(slope.dtype).tiny ** 0.5  # any ν will do where the query gradient vanishes
         s = torch.where(seen, length * problem.prox / slope, torch.ones_like(slope))
         if self.nu != "auto":
