@@ -198,3 +198,14 @@ def test_one_study_run_again_keeps_the_others(tmp_path, console):
 
 def other(settings: Settings, advance) -> Study:
     return Study("other", "Another", "Text.", [Claim("seeded", "5", f"{settings.seed}", True)], {}, {})
+
+
+def test_peak_bytes_are_found_by_quantity_first(tmp_path, console):
+    def memory(settings: Settings, advance) -> Study:
+        return study(settings, advance)._replace(name="memory", metrics={"peak_bytes": {"maml": {"20": 5}}})
+
+    both = Experiment("toys", "Toys", {"toy": Entry(Settings, study), "memory": Entry(Settings, memory)})
+    reproduce(both, tmp_path, quick=False, seed=0, only=(), console=console)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["peak_bytes"] == {"memory": {"maml": {"20": 5}}}
+    assert found["memory"]["peak_bytes"] == {"maml": {"20": 5}}

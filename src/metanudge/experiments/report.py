@@ -65,6 +65,8 @@ def write_report(
     names = [name for name in order if name in sections]
     metrics = kept["metrics"] | {study.name: study.metrics for study in studies}
     metrics = {name: metrics[name] for name in names}
+    if peaks := {name: metrics[name]["peak_bytes"] for name in names if "peak_bytes" in metrics[name]}:
+        metrics["peak_bytes"] = peaks  # by quantity first, as they are looked up
     metrics["claims"] = sorted(found, key=lambda claim: names.index(claim["study"]))
     metrics["run"] = {name: runs[name] for name in names}
     text = json.dumps(plain(metrics), indent=1, ensure_ascii=False, allow_nan=False)
