@@ -224,9 +224,7 @@ def test_it_says_what_it_tried() -> None:
     judged = [row for row in found.rows if row.trusted]
     assert {row.steps for row in judged if row.group == "search"} == {260}
     assert max(row.steps for row in judged) == 520
-    assert (
-        f"None of {len(judged)} settings, up to steps=520 and prox=0.01," in found.verdict
-    )  # FOMAML has no use of prox
+    assert f"None of {len(judged)} settings, up to steps=520 and prox=3," in found.verdict
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 100, 130, 300])
