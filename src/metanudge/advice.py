@@ -69,10 +69,10 @@ def unsolved(residual: float, bound: float, solver: Any, prox: float, tried: Nee
     if tried is not None and tried.residual > aims(residual, bound)[1]:
         said += f": {tried.most} steps do not solve it, so "
         return said + (
-            f"raise prox from {prox:g} to about {closer:g}; it {ANOTHER}" if by_itself else _step_size(solver)
+            f"raise prox from {prox:g} to about {closer:g}; it {ANOTHER}" if by_itself else _step_size(solver, prox)
         )
     here = f"about {more}" if tried is None else f"{tried.steps}, which left {_percent(tried.residual)} here"
-    other = f"prox to about {closer:g}, which {ANOTHER}" if by_itself else _step_size(solver)
+    other = f"prox to about {closer:g}, which {ANOTHER}" if by_itself else _step_size(solver, prox)
     return f"{said}: raise steps from {steps} to {here}; or {other}"
 
 
@@ -82,13 +82,16 @@ def fixed_lr(solver: Any) -> float | None:
     return float(lr) if isinstance(lr, int | float) else None
 
 
-def _step_size(solver: Any) -> str:
+def _step_size(solver: Any, prox: float) -> str:
     """What to look at where a solver's step is fixed: a larger prox only asks for a shorter one."""
     lr, name = fixed_lr(solver), type(solver).__name__
     if lr is None:
         return f"look at the step size of {name}, or take Nesterov, which finds its own"
     own = 'lr="auto"' if name == "Nesterov" else "Nesterov"
-    return f"look at lr = {lr:g} of {name}, a larger one may do (a smaller one where it oscillates); {own} needs none"
+    way = "a larger one may do (a smaller one where it oscillates)"
+    if lr * prox >= 1:
+        way = f"a smaller one may do (lr * prox is {lr * prox:g}, and gradient descent diverges above 2)"
+    return f"look at lr = {lr:g} of {name}, {way}; {own} needs none"
 
 
 def amplified(tasks: int, total: int, prox: float, lr: float | None = None) -> str:
