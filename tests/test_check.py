@@ -104,7 +104,7 @@ def test_a_starved_setting_is_bad_and_the_advice_mends_it() -> None:
     advised = found.recommendation
     assert advised is not None
     assert f"{advised.steps}" in found.verdict
-    assert f"{advised.prox:g}" in found.verdict
+    assert advised.prox == learner.prox  # which 256 steps keep, though doublings of 4 end at 128
     followed = mn.MetaLearner(
         learner.model, mn.metrics.squared_error, prox=advised.prox, solver=mn.Nesterov(advised.steps)
     )

@@ -10,10 +10,11 @@ from torch import Tensor
 
 import metanudge as mn
 from metanudge.diagnostics.check import implicit
+from metanudge.diagnostics.check.advice import verdict
 from metanudge.diagnostics.check.bench import Bench, first
-from metanudge.diagnostics.check.reference import References
+from metanudge.diagnostics.check.reference import Reference, References
 from metanudge.diagnostics.check.result import SAFE, CheckRow
-from metanudge.diagnostics.check.search import recommend
+from metanudge.diagnostics.check.search import _lengths, recommend
 from problems import PROBLEMS, distance
 
 FEW = {"compare": [], "reference_steps": 30}
@@ -217,13 +218,39 @@ def test_either_loss_may_refuse_float64(which: str) -> None:
 def test_it_says_what_it_tried() -> None:
     """Steps beyond those usually searched, on a problem that none of them does for."""
     model = Diagonal(torch.ones(10, dtype=torch.float64))
-    learner = mn.MetaLearner(model, bowl, solver=mn.GradientDescent(130, lr=1e-9), prox=1e-2, estimator=mn.FOMAML())
+    learner = mn.MetaLearner(model, bowl, solver=mn.GradientDescent(130, lr=1e-9), prox=1e-2)
     found = mn.check(learner, bowls(steep(10)), **FEW)
     assert found.recommendation is None
     judged = [row for row in found.rows if row.trusted]
     assert {row.steps for row in judged if row.group == "search"} == {260}
     assert max(row.steps for row in judged) == 520
     assert f"None of {len(judged)} settings, up to steps=520 and prox=3," in found.verdict
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 100, 130, 300])
+def test_as_many_steps_are_searched_as_are_spoken_of(steps: int) -> None:
+    """256, or twice the learner's, which doublings of theirs need not meet."""
+    lengths = _lengths(steps)
+    assert lengths[0] == max(256, 2 * steps)
+    assert lengths[-1] == steps
+    assert lengths == sorted(set(lengths), reverse=True)
+
+
+def test_what_keeps_the_objective_is_told_first() -> None:
+    """FOMAML at its best is bad here; FO-B-MAML is good at the same prox, so nothing is said of another one."""
+    made = PROBLEMS["logistic"]()
+    learner = mn.MetaLearner(made.make(), made.loss, prox=0.05, estimator=mn.FOMAML())
+    found = mn.check(learner, made.tasks, compare=["fobmaml"], reference_steps=60)
+    assert {row.prox for row in found.rows} == {0.05}
+    assert "The estimator fobmaml has" in found.verdict
+    assert "prox" not in found.verdict.split("None of")[0]
+    mine, other = row(10, 0.5), row(5, 0.01, prox=3.0)
+    reference = Reference(torch.ones(1), (0,), 0.0, 0.0, "")
+    imaml = row(90, 0.02)._replace(group="estimator", label="imaml")
+    told = verdict([mine, other, imaml], reference, 1, False, {}, False)
+    assert told.index("The estimator imaml has") < told.index("No steps did at your prox")
+    told = verdict([mine, row(20, 0.05, steps=16), imaml], reference, 1, False, {}, False)
+    assert "imaml" not in told  # dearer, and more steps of the learner's own do
 
 
 def row(gradients: float, error: float, steps: int = 8, prox: float = 1.0, **more: object) -> CheckRow:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +70,57 @@ def test_adapt_tells_what_does_not_fit(execution: str) -> None:
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("error", [RuntimeError("my own"), KeyError("shape"), torch.OutOfMemoryError("out of memory")])
 def test_other_errors_pass_as_they_are(error: Exception, execution: str) -> None:
+    _passes(error, execution)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize(
+    "error", [ValueError("target network is stale"), RuntimeError("size is wrong"), IndexError("out of range")]
+)
+def test_what_ones_own_code_raises_passes_as_it_is(error: Exception, execution: str) -> None:
+    """Though it speaks of targets and sizes: PyTorch did not say it."""
+    _passes(error, execution)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_asserts_and_slips_with_lists_pass_as_they_are(execution: str) -> None:
+    def asserts(model: nn.Module, batch: mn.Batch) -> Tensor:
+        assert len(batch.inputs) < 0, "schedule out of range"
+        return batch.inputs.sum()
+
+    def lists(model: nn.Module, batch: mn.Batch) -> Tensor:
+        return [batch.inputs][1].sum()
+
+    for loss, kind in ((asserts, AssertionError), (lists, IndexError)):
+        with pytest.raises(kind, match="out of range"):
+            mn.MetaLearner(nn.Linear(3, 1), loss, solver=SOLVER, execution=execution).backward(both(X))
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_what_pytorch_says_of_ones_own_line_is_told_with_shapes(execution: str) -> None:
+    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
+        return (model(batch.inputs) - batch.targets.reshape(-1)[:3]).square().mean()
+
+    learner = mn.MetaLearner(nn.Linear(3, 2), loss, solver=SOLVER, execution=execution)
+    with pytest.raises(mn.LossError, match=r"targets float32 \[5, 1\].*PyTorch said: .*size"):
+        learner.backward(both(X))
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("words", ["begin at 0", "Give every task"], ids=["index", "shape"])
+def test_the_cure_is_of_what_was_said(words: str, execution: str) -> None:
+    """Though the targets are of another dtype as well, which does no harm here or comes later."""
+    if words == "begin at 0":
+        model: nn.Module = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(1), nn.Linear(3, 1))
+        tasks = both(torch.full((2, 5, 1), 7), Y.double())
+    else:
+        model, tasks = nn.Linear(4, 1), both(X, Y.double())
+    with pytest.raises(mn.LossError, match=words) as told:
+        mn.MetaLearner(model, mn.metrics.squared_error, solver=SOLVER, execution=execution).backward(tasks)
+    assert "Cast" not in str(told.value)
+
+
+def _passes(error: Exception, execution: str) -> None:
     def fails(model: nn.Module, batch: mn.Batch) -> Tensor:
         raise error
 
@@ -88,6 +142,16 @@ def test_adapt_refuses_a_stack(seen: str) -> None:
     with pytest.raises(mn.TasksError, match=r"got Tasks; give the support set of one task, task\.support"):
         learner.adapt(both(X))
     assert isinstance(learner.adapt(mn.Batch(X[0], Y[0])), nn.Linear)
+
+
+def test_adapt_takes_a_task_of_sequences() -> None:
+    """Five sequences of seven where five vectors were seen: no stack of tasks that were seen has this shape."""
+    learner = mn.MetaLearner(nn.Linear(3, 1), mn.metrics.squared_error, solver=SOLVER)
+    learner.backward(both(X))
+    for inputs, targets in (((5, 7, 3), (5, 7, 1)), ((5, 5, 4), (5, 5, 1)), ((5, 5, 3), (5, 5, 2))):
+        batch = mn.Batch(torch.ones(inputs), torch.ones(targets))
+        with contextlib.suppress(mn.LossError):  # of a width that the model does not take
+            learner.adapt(batch)
 
 
 def test_adapt_takes_whatever_form_its_tasks_had() -> None:
@@ -226,6 +290,12 @@ def test_a_mistake_of_ours_keeps_its_traceback(here: Path, monkeypatch: pytest.M
         main(["train", "small.toml"])
 
 
+def test_a_mistake_of_ours_below_ones_own_file_keeps_its_traceback(here: Path) -> None:
+    (here / "below.py").write_text("from metanudge import advice\n\ndef make():\n    return advice.rounded(0.0)\n")
+    with pytest.raises(ValueError, match=r"math domain|positive"):
+        main(["check", "below.py:make"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -275,7 +345,8 @@ def test_nothing_is_written_before_all_settings_are_looked_at(
 
 def test_an_incomplete_training_is_not_evaluated_unasked(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = here / "runs" / "small" / "evaluation.json"
-    assert main(["train", "small.toml", "--quiet", "--seeds", "1"]) == 0
+    assert main(["train", "small.toml", "--quiet"]) == 0
+    shutil.rmtree(here / "runs" / "small" / "seed-0")  # killed before its first checkpoint
     assert main(["evaluate", "runs/small"]) == 2
     told = capsys.readouterr().err
     assert "seed 0 is missing" in told
@@ -293,3 +364,26 @@ def test_an_incomplete_training_is_not_evaluated_unasked(here: Path, capsys: pyt
     capsys.readouterr()
     assert main(["evaluate", "runs/small"]) == 2
     assert "seed 1 is at step 3 of 4" in capsys.readouterr().err
+
+
+def test_the_seeds_that_were_asked_for_are_those_that_count(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = here / "runs" / "small"
+    assert main(["train", "small.toml", "--quiet", "--seeds", "5"]) == 0
+    assert main(["evaluate", "runs/small"]) == 0
+    assert main(["evaluate", "small.toml"]) == 0
+    assert main(["train", "small.toml", "--quiet", "--seeds", "6"]) == 0
+    assert json.loads((out / "seeds.json").read_text()) == [5, 6]
+    shutil.rmtree(out / "seed-6")
+    capsys.readouterr()
+    assert main(["evaluate", "runs/small"]) == 2
+    told = capsys.readouterr().err
+    assert "seed 6 is missing" in told
+    assert "--out runs/small --seeds 5 6, or" in told
+    (out / "seeds.json").write_text("7")
+    assert main(["evaluate", "runs/small"]) == 2
+    assert "should hold a list of seeds" in capsys.readouterr().err
+    (out / "seeds.json").unlink()  # a folder of an older version: the settings file says
+    assert main(["evaluate", "runs/small"]) == 2
+    assert "seed 0 is missing, seed 1 is missing" in capsys.readouterr().err
+    assert main(["train", "small.toml", "--quiet", "--seeds", "5", "--fresh"]) == 0
+    assert json.loads((out / "seeds.json").read_text()) == [5]

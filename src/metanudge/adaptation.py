@@ -12,24 +12,34 @@ from torch.utils._pytree import tree_map
 
 from metanudge.batching import as_stacks, leaves
 from metanudge.energy import InnerProblem
-from metanudge.errors import TasksError
+from metanudge.errors import SettingsError, TasksError
+from metanudge.execution import is_sharded
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle import BatchNorm
 from metanudge.solvers import Solver
 from metanudge.solvers.loop import solve
 from metanudge.types import Batch, LossFunction, Params, Role, Tasks
 
-Axes: TypeAlias = tuple[int, ...]
-"""How many axes the tensors of one task's support set have."""
+Shapes: TypeAlias = tuple[tuple[int, ...], ...]
+"""Of the tensors of one task's support set, inputs and targets."""
 
 
-def axes_of(stacks: Iterable[Tasks]) -> set[Axes]:
+def shapes_of(stacks: Iterable[Tasks]) -> set[Shapes]:
     """Of the tasks of checked stacks; those of minibatches are not looked at."""
     supports = [stack.support for stack in stacks if as_minibatches(stack.support) is None]
-    return {tuple(leaf.ndim - 1 for leaf in leaves(support)) for support in supports}
+    return {tuple(tuple(leaf.shape[1:]) for leaf in leaves(support)) for support in supports}
 
 
-def alone(support: Batch, device: torch.device, seen: set[Axes]) -> list[Tasks]:
+def check_copyable(model: nn.Module) -> None:
+    """Raise a SettingsError for a sharded model."""
+    if is_sharded(model):
+        raise SettingsError(
+            "adapt copies the model, which FSDP2 does not allow; use evaluate, or adapt the model unsharded, from "
+            "the initialisation that torch.distributed.checkpoint saves"
+        )
+
+
+def alone(support: Batch, device: torch.device, seen: set[Shapes]) -> list[Tasks]:
     """The stack of a task whose query does not matter.
 
     Args:
@@ -38,7 +48,7 @@ def alone(support: Batch, device: torch.device, seen: set[Axes]) -> list[Tasks]:
         seen: Of the tasks that were learnt from or evaluated.
 
     Raises:
-        TasksError: No batch, or a stack: its tensors have an axis more than any task seen.
+        TasksError: No batch, or a stack: but for a leading axis, its tensors have the shapes of a task seen.
     """
     source = as_minibatches(support)
     if source is not None:
@@ -59,16 +69,20 @@ ONE = (
 )
 
 
-def _refuse_stack(support: Batch, seen: set[Axes]) -> None:
-    """Many models take a stack of tasks without a word, as one task of more examples."""
-    shapes = [leaf.shape for leaf in leaves(support)]
-    axes = tuple(len(shape) for shape in shapes)
-    fewer = tuple(number - 1 for number in axes)
-    if axes not in seen and fewer in seen and len({shape[0] for shape in shapes}) == 1:
-        told = " and ".join(str(tuple(shape)) for shape in shapes)
+def _refuse_stack(support: Batch, seen: set[Shapes]) -> None:
+    """Many models take a stack of tasks without a word, as one task of more examples.
+
+    As many would take a task of sequences where single vectors were seen, so all sizes have to fit, the number of
+    examples as well: a task refused wrongly has no way in.
+    """
+    shapes = tuple(tuple(leaf.shape) for leaf in leaves(support))
+    known = {tuple(map(len, one)) for one in seen}
+    stacked = all(shapes) and len({shape[0] for shape in shapes}) == 1
+    if stacked and tuple(map(len, shapes)) not in known and tuple(shape[1:] for shape in shapes) in seen:
+        told = " and ".join(map(str, shapes))
         raise TasksError(
             f"adapt takes one task, but this looks like a stack of {shapes[0][0]}: its tensors have the shapes {told}, "
-            f"an axis more than those of the tasks this learner has seen; {ONE}"
+            f"those of a task this learner has seen with an axis more; {ONE}"
         )
 
 

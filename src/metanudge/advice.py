@@ -44,6 +44,8 @@ def aims(residual: float, bound: float) -> tuple[float, float]:
 def cure(residual: float, steps: int, prox: float) -> tuple[int, float]:
     """The steps, or the proximal weight, that would bring the residual to about 5 %, where they can not be tried.
 
+    The weight is for accelerated solvers that find their own step size.
+
     Were the fall geometric, the steps would grow by log(0.05) / log(residual). But the first steps take away what is
     steep, and the rest falls at about half that rate: hence twice as many. As an accelerated solver needs
     K ~ sqrt(L / prox) steps, the same is had by a proximal weight larger by the square of the factor. At most
@@ -53,8 +55,9 @@ def cure(residual: float, steps: int, prox: float) -> tuple[int, float]:
     return max(steps + 1, math.ceil(steps * factor)), rounded(prox * max(factor, 1.1) ** 2)
 
 
-def unsolved(residual: float, bound: float, steps: int, prox: float, tried: Needed | None) -> str:
+def unsolved(residual: float, bound: float, solver: Any, prox: float, tried: Needed | None) -> str:
     """The warning; ``tried`` is what more steps did, where they were taken."""
+    steps: int = solver.steps
     said = f"the inner problem is {_percent(residual)} from solved, "
     more, closer = cure(residual, steps, prox)
     if residual > ROUGH:
@@ -62,29 +65,52 @@ def unsolved(residual: float, bound: float, steps: int, prox: float, tried: Need
     else:
         said += f"which at prox={prox:g} may leave an error of {bound:.0f} times the meta-gradient (error_bound)"
         closer = rounded(10 * prox)
+    by_itself = isinstance(getattr(solver, "lr", None), str)
     if tried is not None and tried.residual > aims(residual, bound)[1]:
-        return (
-            f"{said}: {tried.most} steps do not solve it, so raise prox from {prox:g} to about {closer:g}; it {ANOTHER}"
+        said += f": {tried.most} steps do not solve it, so "
+        return said + (
+            f"raise prox from {prox:g} to about {closer:g}; it {ANOTHER}" if by_itself else _step_size(solver, prox)
         )
     here = f"about {more}" if tried is None else f"{tried.steps}, which left {_percent(tried.residual)} here"
-    return f"{said}: raise steps from {steps} to {here}; or prox to about {closer:g}, which {ANOTHER}"
+    other = f"prox to about {closer:g}, which {ANOTHER}" if by_itself else _step_size(solver, prox)
+    return f"{said}: raise steps from {steps} to {here}; or {other}"
 
 
-def amplified(tasks: int, total: int, prox: float) -> str:
-    """The alarm."""
+def fixed_lr(solver: Any) -> float | None:
+    """The step size a solver was given; None where it has none, or finds its own."""
+    lr = getattr(solver, "lr", None)
+    return float(lr) if isinstance(lr, int | float) else None
+
+
+def _step_size(solver: Any, prox: float) -> str:
+    """What to look at where a solver's step is fixed: a larger prox only asks for a shorter one."""
+    lr, name = fixed_lr(solver), type(solver).__name__
+    if lr is None:
+        return f"look at the step size of {name}, or take Nesterov, which finds its own"
+    own = 'lr="auto"' if name == "Nesterov" else "Nesterov"
+    way = "a larger one may do (a smaller one where it oscillates)"
+    if lr * prox >= 1:
+        way = f"a smaller one may do (lr * prox is {lr * prox:g}, and gradient descent diverges above 2)"
+    return f"look at lr = {lr:g} of {name}, {way}; {own} needs none"
+
+
+def amplified(tasks: int, total: int, prox: float, lr: float | None = None) -> str:
+    """The alarm; ``lr`` is the step size that the solver was given."""
+    closer = rounded(3 * prox)
+    short = f", with lr below {1 / closer:.1g}" if lr is not None and lr * closer >= 1 else ""
     return (
         f"in {tasks} of {total} tasks the meta-gradient is longer than the query gradient, which a convex inner "
         f"problem does not allow: prox = {prox:g} does not outweigh the negative curvature of the support loss, or "
-        f"nudged solves diverge; raise prox to about {rounded(3 * prox):g}, which {ANOTHER}"
+        f"nudged solves diverge; raise prox to about {closer:g}{short}, which {ANOTHER}"
     )
 
 
 def calmer(solver: Any, prox: float) -> str:
-    """What keeps this solver from diverging."""
+    """What keeps this solver from diverging: with a step of its own a larger prox, with a fixed one never."""
     lr = getattr(solver, "lr", None)
     closer = f"hold it closer (a larger prox than {prox:g})"
     if isinstance(lr, int | float):
-        return f"let the inner solver take smaller steps (lr, now {lr:g}) or {closer}"
+        return f"let the inner solver take smaller steps (lr, now {lr:g})"
     if isinstance(lr, str):
         name = type(solver).__name__
         return f'{closer}, or give {name} a small lr of your own in the place of "{lr}"'

@@ -92,7 +92,7 @@ class Evaluate:
     weights: Literal["best", "last"] = "best"
     """Those that were best on the validation tasks, or the last ones."""
     partial: bool = False
-    """Evaluate what there is, where seeds of the settings file are missing or not at their last step."""
+    """Evaluate what there is, where seeds that were asked for are missing or not at their last step."""
 
     def run(self, console: Console) -> int:
         """Evaluate, print and write evaluation.json."""

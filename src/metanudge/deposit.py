@@ -61,8 +61,10 @@ class Told:
         kinds: Warnings given, which are not repeated.
         residual: Mean residual, the last ten steps or so; NaN before the first.
         bound: The same of the error bound, geometrically.
+        first: Place of the first task, where what is given is a part of a meta-step's tasks.
     """
 
+    first: int = 0
     kinds: set[type[Warning]] = field(default_factory=set)
     residual: float = math.nan
     bound: float = math.nan
@@ -103,7 +105,7 @@ def verdict(
     if mean.kept == 0:
         raise NonFiniteError(
             f"none of the {mean.total} tasks had a solve that did not diverge and a finite loss and meta-gradient, "
-            f"so nothing was changed: {_lost(probes, given, solver, prox)}"
+            f"so nothing was changed: {_lost(probes, given, solver, prox, told.first)}"
         )
     numbers = mean.numbers()
     told.take(numbers)
@@ -111,28 +113,30 @@ def verdict(
         _tell_once(
             told,
             NonFiniteWarning,
-            f"{_lost(probes, given, solver, prox)}. They were left out of the mean (MetaStep.dropped_tasks counts "
-            "them from now on)",
+            f"{_lost(probes, given, solver, prox, told.first)}. They were left out of the mean "
+            "(MetaStep.dropped_tasks counts them from now on)",
         )
     if Need.PROXIMAL_TERM in estimator.needs and UnsolvedWarning not in told.kinds:
         residual, bound = told.residual, told.bound
         if residual > advice.ROUGH or bound > advice.LOOSE:
             tried = needed(probes, solver, *advice.aims(residual, bound))
-            _tell_once(told, UnsolvedWarning, advice.unsolved(residual, bound, solver.steps, prox, tried))
+            _tell_once(told, UnsolvedWarning, advice.unsolved(residual, bound, solver, prox, tried))
         elif 2 * numbers.amplified_tasks > mean.kept:
-            _tell_once(told, UnsolvedWarning, advice.amplified(numbers.amplified_tasks, mean.kept, prox))
+            lr = advice.fixed_lr(solver)
+            _tell_once(told, UnsolvedWarning, advice.amplified(numbers.amplified_tasks, mean.kept, prox, lr))
     return numbers, dropped
 
 
-def _lost(probes: list[Probe], given: Given, solver: Solver, prox: float) -> str:
-    """Which tasks were left out and why, and what would mend it."""
+def _lost(probes: list[Probe], given: Given, solver: Solver, prox: float, first: int) -> str:
+    """Which tasks were left out and why, and what would mend it; places are told from ``first`` on."""
     kept = torch.cat([probe.kept.reshape(-1).cpu() for probe in probes]).tolist()
     lost = sorted(place for place, keeps in zip(given.places, kept, strict=True) if not keeps)
     bad = {place: where for place, where in not_finite(*given).items() if place in lost}
     said = []
     if bad:
-        said.append(f"{advice.bad_data(bad, len(kept))}: mend these or leave them out")
-    if others := [place for place in lost if place not in bad]:
+        placed = {first + place: where for place, where in bad.items()}
+        said.append(f"{advice.bad_data(placed, len(kept))}: mend these or leave them out")
+    if others := [first + place for place in lost if place not in bad]:
         said.append(f"{advice.diverged(others, len(kept))}: {advice.calmer(solver, prox)}")
     return ". ".join(said)
 

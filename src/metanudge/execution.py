@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
@@ -14,6 +14,7 @@ from metanudge import tree
 from metanudge.batching import single, split
 from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError
+from metanudge.estimators import Estimator
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle import BatchNorm, Call, LiveLosses, LiveModule, RandomState, StackedLosses, Tally
 from metanudge.oracle.common import round_off
@@ -44,6 +45,9 @@ class Execution(Protocol):
 
     name: ClassVar[str]
     lacks: ClassVar[frozenset[Need]]
+    tries: ClassVar[bool]
+    """Whether a solve may go on for the sake of advice. In place it may not: a step may be dear, its copies too many,
+    minibatches would be read on, and ranks that do not all warn would wait for each other."""
 
     def lend(
         self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally
@@ -86,6 +90,7 @@ class Vectorized:
 
     name: ClassVar[str] = "vectorized"
     lacks: ClassVar[frozenset[Need]] = frozenset({Need.LIVE_MODULE})
+    tries: ClassVar[bool] = True
 
     model: nn.Module
     losses: Mapping[Role, LossFunction]
@@ -137,6 +142,7 @@ class InPlace:
 
     name: ClassVar[str] = "in_place"
     lacks: ClassVar[frozenset[Need]] = frozenset({Need.DOUBLE_BACKWARD})
+    tries: ClassVar[bool] = False
 
     model: nn.Module
     losses: Mapping[Role, LossFunction]
@@ -171,6 +177,13 @@ class InPlace:
                 yield Lent(problems(random), dict, rows, lanes)
         finally:
             live.give_back()
+
+
+def check_needs(missing: Set[Need], *parts: Estimator | Solver) -> None:
+    """Raise a SettingsError for an estimator or solver that needs what is missing."""
+    for part in parts:
+        for need in part.needs & missing:
+            raise SettingsError(f"{type(part).__name__} can not run here: {need.reason}. {need.cure}")
 
 
 LARGE = 10_000_000

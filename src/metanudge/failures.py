@@ -11,22 +11,28 @@ from pathlib import Path
 import metanudge
 from metanudge.errors import MetanudgeError
 
-_OURS = Path(str(metanudge.__file__)).parent
+_OURS = Path(str(metanudge.__file__)).resolve().parent
 _INSTALLED = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 _NOT_THEIRS = tuple({f"{place.resolve()}/" for place in (_OURS, *_INSTALLED)})
 
 
 def told(error: Exception) -> str | None:
-    """The error and the lines of the user's own files it came by; None where it came by none, and is not ours.
+    """The error and the lines of the user's own files it came by; None where it is a mistake of this library.
 
-    An error that this library raised on purpose says all by itself: its message alone is told, with those lines.
+    It is one where it came by no file of the user's, and where it arose in this library's own code, whoever called it.
+    An error that the library raised on purpose says all by itself: its message alone is told, with those lines.
     """
     places = list(dict.fromkeys(place for one in _chain(error) for place in _places(one)))
     ours = isinstance(error, MetanudgeError | OSError)
-    if not places and not ours:
+    if not ours and (not places or _arose_here(error)):
         return None
     said = str(error) if ours else "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
     return "\n".join([said, *(f"  {place}" for place in places)])
+
+
+def _arose_here(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and _OURS in Path(frames[-1].filename).resolve().parents
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from metanudge.accumulation import FiniteMean, summarize
-from metanudge.adaptation import Axes, adapted_copy, alone, axes_of, curves
+from metanudge.adaptation import Shapes, adapted_copy, alone, check_copyable, curves, shapes_of
 from metanudge.batching import as_stacks, groups
 from metanudge.deposit import Given, Told, add_to_grad, in_order, not_adapted, verdict
 from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError, TasksError
 from metanudge.estimators import FOBMAML, Estimator
 from metanudge.estimators.base import told_to_go_first_order
-from metanudge.execution import Execution, Lent, choose_execution, is_sharded
+from metanudge.execution import Execution, Lent, check_needs, choose_execution
 from metanudge.oracle import BatchNorm, Policy, Tally
 from metanudge.permutations import permuted
 from metanudge.probe import Probe
 from metanudge.selection import AdaptOnly, Selection, select_parameters
-from metanudge.settings import check_function, check_part, check_steps
+from metanudge.settings import check_function, check_part, check_prox, check_sizes, check_steps
 from metanudge.solvers import Nesterov, Solver
 from metanudge.solvers.loop import solve
 from metanudge.types import Batch, Evaluation, LossFunction, MetaStep, Need, Role, Tasks
@@ -98,11 +98,8 @@ class MetaLearner:
         for argument, function in (("loss", loss), ("query_loss", query_loss)):
             if function is not None:
                 check_function(argument, function, "loss(model, batch) -> scalar tensor")
-        if isinstance(prox, bool) or not isinstance(prox, int | float) or not 0 <= prox < float("inf"):
-            raise SettingsError(f"prox must be a finite number of at least 0, got {prox!r}")
-        for name, number in (("chunk_size", chunk_size), ("microbatch", microbatch)):
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-                raise SettingsError(f"{name} must be a whole number of at least 1 or None, got {number!r}")
+        check_prox(prox)
+        check_sizes(chunk_size=chunk_size, microbatch=microbatch)
         self.model = model
         self.losses = {Role.SUPPORT: loss, Role.QUERY: loss if query_loss is None else query_loss}
         self.prox = float(prox)
@@ -122,23 +119,19 @@ class MetaLearner:
         )
         self._selection()
         self._told = Told()
-        self._seen: set[Axes] = set()
+        self._seen: set[Shapes] = set()
 
     def _selection(self) -> Selection:
         """Select parameters of the model as it is now, and refuse what can not work with them."""
         selection = select_parameters(self.model, self.adapt_only)
-        missing = set(self.execution.lacks)
-        if self.prox == 0:
-            missing.add(Need.PROXIMAL_TERM)
-        if not self.solver.differentiable:
-            missing.add(Need.DIFFERENTIABLE_SOLVER)
-        if selection.shared:
-            missing.add(Need.NO_SHARED_PARAMETERS)
-        if self.warm_start is not None:
-            missing.add(Need.START_AT_THETA)
-        for part in (self.estimator, self.solver):
-            for need in part.needs & missing:
-                raise SettingsError(f"{type(part).__name__} can not run here: {need.reason}. {need.cure}")
+        missing = {
+            Need.PROXIMAL_TERM: self.prox == 0,
+            Need.DIFFERENTIABLE_SOLVER: not self.solver.differentiable,
+            Need.NO_SHARED_PARAMETERS: bool(selection.shared),
+            Need.START_AT_THETA: self.warm_start is not None,
+        }
+        lacks = self.execution.lacks | {need for need, lacking in missing.items() if lacking}
+        check_needs(lacks, self.estimator, self.solver)
         return selection
 
     def __repr__(self) -> str:
@@ -173,15 +166,15 @@ class MetaLearner:
 
         Warns:
             NonFiniteWarning: Tasks were left out; once.
-            UnsolvedWarning: The residual is above 0.3 or the error bound above 300, in the mean of some ten steps, or
-                most meta-gradients are longer than their query gradients; once, for estimators that rest on the
-                solution, with steps that were tried.
+            UnsolvedWarning: The residual is above 0.3 or the error bound above 300, in a running mean over some ten
+                steps that begins with the first (which alone can warn), or most meta-gradients are longer than their
+                query gradients; once, for estimators that rest on the solution; vectorised, with steps that were tried.
 
-        Cost: that of the estimator, times the number of tasks. Before UnsolvedWarning, unless it is
+        Cost: that of the estimator, times the number of tasks. Vectorised, before UnsolvedWarning, unless it is
             ignored, up to 20 solves, once.
         """
         stacks, places = as_stacks(tasks, self._device)
-        self._seen |= axes_of(stacks)
+        self._seen |= shapes_of(stacks)
         order = iter(in_order(indices, places, self.warm_start is not None))
         tally, mean = Tally(), FiniteMean()
         probes: list[Probe] = []
@@ -205,7 +198,8 @@ class MetaLearner:
         with told_to_go_first_order(self.estimator):
             estimate = self.estimator(problem, self.solver)
         kept = mean.add(problem, estimate, lent.named)
-        probes.append(Probe(replace(problem, start=None), estimate.residual.reshape(-1), kept))
+        tried = replace(problem, start=None) if self.execution.tries else None
+        probes.append(Probe(estimate.residual.reshape(-1), kept, tried))
         if self.warm_start is None:
             return [], torch.empty(0)
         diverged = estimate.diverged.reshape(-1, 1)
@@ -238,11 +232,7 @@ class MetaLearner:
             >>> bool((adapted.weight - 3).abs() < 0.2)
             True
         """
-        if is_sharded(self.model):
-            raise SettingsError(
-                "adapt copies the model, which FSDP2 does not allow; use evaluate, or adapt the model unsharded, from "
-                "the initialisation that torch.distributed.checkpoint saves"
-            )
+        check_copyable(self.model)
         stacks = alone(support, self._device, self._seen)
         with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, Tally()) as lent:
             problem = next(lent.problems)
@@ -304,7 +294,7 @@ class MetaLearner:
     def _curves(self, tasks: Tasks | Sequence[Tasks], function: LossFunction) -> Tensor:
         """The metric after every step, ``[T, K + 1]``, in the order of the tasks."""
         stacks, places = as_stacks(tasks, self._device)
-        self._seen |= axes_of(stacks)
+        self._seen |= shapes_of(stacks)
         with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, Tally()) as lent:
             found = [curves(problem, self.solver, function) for problem in lent.problems]
         return torch.cat(found)[torch.tensor(places).argsort()]

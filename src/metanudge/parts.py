@@ -30,11 +30,14 @@ def backward(
         part, members = _part(batch, first, at_once), indices[first : first + at_once]
         for parameter in parameters:
             parameter.grad = None
+        learner._told.first = first  # of what is told of single tasks
         try:
             step = learner.backward(part, None if given is None else members)
         except NonFiniteError as error:
             failure = error
             continue
+        finally:
+            learner._told.first = 0
         found.append(step)
         kept.append(len(members) - step.dropped_tasks)
         for place, parameter in enumerate(parameters):

@@ -43,14 +43,14 @@ class Probe(NamedTuple):
     """A problem that was solved, and how far each of its tasks was from done; on the device, nothing is copied.
 
     Attributes:
-        problem: The problem.
         residual: Relative residuals, one a task.
         kept: Which of the tasks count.
+        problem: The problem; None where no more steps of it may be tried (``Execution.tries``).
     """
 
-    problem: InnerProblem
     residual: Tensor
     kept: Tensor
+    problem: InnerProblem | None
 
     def mean(self) -> float:
         """Mean residual of the tasks that count."""
@@ -62,37 +62,49 @@ def needed(probes: list[Probe], solver: Solver, good: float, fair: float) -> Nee
 
     A rate read off the residual alone flatters: the first steps take away what is steep, and what is left falls more
     slowly (20 steps were foretold where 138 were needed). Where ``good`` is out of reach, the first that is ``fair``,
-    or else the lowest. None where nothing can be tried, or nobody would hear of it.
+    or else the lowest. None where nothing can be tried, where trying failed, or where nobody would hear of it.
 
     Cost: at most ``MOST`` times the solver's steps, and twenty gradients, of the tasks that are solved at once.
     """
     order = sorted((probe for probe in probes if bool(probe.kept.any())), key=Probe.mean)
     median = order[len(order) // 2]
-    if not _can_be_tried(median, solver) or not _heard(UnsolvedWarning):
+    longer = with_steps(solver, max(2 * solver.steps, min(MOST * solver.steps, LIMIT)))
+    if median.problem is None or longer is None or not _heard(UnsolvedWarning):
         return None
-    most = max(2 * solver.steps, min(MOST * solver.steps, LIMIT))
-    longer = cast(Solver, dataclasses.replace(cast(Any, solver), steps=most))
+    try:
+        return _tried(median, median.problem, longer, solver.steps, good, fair)
+    except Exception:  # whatever it is, memory or a loss that refuses far points: the meta-step itself went well
+        return None
+
+
+def with_steps(solver: Any, steps: int) -> Solver | None:
+    """The solver with other steps; None for one that is no dataclass made from ``steps``, or that refuses them."""
+    if not dataclasses.is_dataclass(solver) or isinstance(solver, type):
+        return None
+    if not any(field.name == "steps" and field.init for field in dataclasses.fields(solver)):
+        return None
+    try:
+        return cast(Solver, dataclasses.replace(solver, steps=steps))
+    except (TypeError, ValueError):  # an __init__ of its own; a limit of its own
+        return None
+
+
+def _tried(probe: Probe, problem: InnerProblem, longer: Solver, first: int, good: float, fair: float) -> Needed:
     seen: list[tuple[int, float]] = []
-    taken = solver.steps
-    for taken, residual in _residuals(median, longer, solver.steps):
+    taken = first
+    for taken, residual in _residuals(problem, probe.kept, longer, first):
         if math.isfinite(residual):
             seen.append((taken, residual))
         if residual <= good:
             break
     enough = [one for level in (good, fair) for one in seen if one[1] <= level]
-    least = min(seen, key=lambda one: one[1], default=(solver.steps, median.mean()))
+    least = min(seen, key=lambda one: one[1], default=(first, probe.mean()))
     return Needed(*(enough[0] if enough else least), taken)
 
 
-def _can_be_tried(probe: Probe, solver: Any) -> bool:
-    """Not in place, where a step may be dear, a copy too many, and minibatches or other ranks wait for it."""
-    lanes = probe.residual.ndim > 0
-    return lanes and dataclasses.is_dataclass(solver)
-
-
-def _residuals(probe: Probe, solver: Solver, first: int) -> Iterator[tuple[int, float]]:
+def _residuals(problem: InnerProblem, kept: Tensor, solver: Solver, first: int) -> Iterator[tuple[int, float]]:
     """Mean residual of the tasks that count after ``first`` steps from θ, and after more, up to those of ``solver``."""
-    problem, energy = probe.problem, probe.problem.energy()
+    energy = problem.energy()
     start = problem.losses.spread(problem.theta)
     schedule = Schedule(solver.plan(energy, start), [])
     state, taken, upto = solver.init(energy, start, schedule.plan), 0, first
@@ -100,7 +112,7 @@ def _residuals(probe: Probe, solver: Solver, first: int) -> Iterator[tuple[int, 
         state = advance(solver, energy, schedule, state, range(taken, upto))
         phi = solver.point(state)
         _, pull = problem.losses.value_and_gradient(Role.SUPPORT, phi, upto)
-        yield upto, _mean(energy.balance(pull, phi)[0], probe.kept)
+        yield upto, _mean(energy.balance(pull, phi)[0], kept)
         taken, upto = upto, min(math.ceil(GROWTH * upto), solver.steps)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ from metanudge.validation import called
 from metanudge.warm_start import WarmStart
 
 CONFIG = "config.toml"
+SEEDS = "seeds.json"
+"""Which seeds were asked for: those of the settings file, or of the command line."""
 FREE = ("steps", "every", "workers", "tensorboard")
 """Of ``[training]``: what a training may go on with other values of, as no step depends on them."""
 FIXED = ("device", "dtype", "tasks", "model", "learner", "solver", "estimator", "optimizer", "scheduler", "training")
@@ -42,8 +46,28 @@ def train(config: Config, fresh: bool, progress: bool, console: Console) -> list
         _check_same(config)
     _check(config)
     config.out.mkdir(parents=True, exist_ok=True)
+    before = () if fresh else seeds_of(config.out)
+    write(config.out / SEEDS, json.dumps(sorted({*before, *config.whole.seeds})).encode() + b"\n")
     write(config.out / CONFIG, config.text.encode())
     return [_train(config, seed, fresh, progress, console) for seed in config.whole.seeds]
+
+
+def seeds_of(out: Path) -> tuple[int, ...]:
+    """The seeds that trainings in ``out`` were asked for; empty where none are written down.
+
+    Raises:
+        SettingsError: A file that is no list of seeds.
+    """
+    path = out / SEEDS
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(int(seed) for seed in json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise SettingsError(
+            f"{path} should hold a list of seeds such as [0, 1, 2], but {error}; mend it, or remove it: then those of "
+            f"{CONFIG} count"
+        ) from error
 
 
 def _check(config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from metanudge.errors import SettingsError
 from metanudge.files import load_state, write
 from metanudge.order import moved
 from metanudge.pretrained import load_weights
-from metanudge.runs import CONFIG, device_of, first, learner_of, tasks_of
+from metanudge.runs import CONFIG, device_of, first, learner_of, seeds_of, tasks_of
 from metanudge.settings import check_steps
 from metanudge.tasks.episodes import collate
 from metanudge.training import BEST
@@ -61,11 +62,13 @@ def evaluate(
         if value is not None:
             check_steps(value, name)
     folders = _folders(config.out)
-    lacking = _lacking(config, folders)
+    asked = seeds_of(config.out) or config.whole.seeds
+    lacking = _lacking(config.training.steps, asked, folders)
     if lacking and not partial:
+        named = "" if set(asked) == set(config.whole.seeds) else f" --seeds {' '.join(map(str, asked))}"
         raise SettingsError(
             f"the training in {config.out} is not complete: {lacking}. Go on with metanudge train "
-            f"{config.out / CONFIG} --out {config.out}, or evaluate what there is with --partial"
+            f"{config.out / CONFIG} --out {config.out}{named}, or evaluate what there is with --partial"
         )
     tasks = first(tasks_of(config, "test"), number or config.testing.tasks)
     permutations = permutations or config.testing.permutations or (LABEL_PERMUTATIONS if _labelled(tasks[0]) else 1)
@@ -101,12 +104,9 @@ def _folders(out: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def _lacking(config: Config, folders: dict[int, Path]) -> str:
-    """Which seeds of the settings file are missing, and which have not come to their last step; empty for none."""
-    steps, told = (
-        config.training.steps,
-        [f"seed {seed} is missing" for seed in config.whole.seeds if seed not in folders],
-    )
+def _lacking(steps: int, asked: Sequence[int], folders: dict[int, Path]) -> str:
+    """Which seeds that were asked for are missing, and which have not come to their last step; empty for none."""
+    told = [f"seed {seed} is missing" for seed in asked if seed not in folders]
     for seed, folder in folders.items():
         try:
             done = len(load_state(folder / LAST)["history"])

@@ -47,6 +47,19 @@ def check_folder(out: Path) -> None:
         raise SettingsError(f"results can not go into {out}: {nearest} may not be written to; choose another place")
 
 
+def check_prox(prox: float) -> None:
+    """Raise a SettingsError unless ``prox`` is a finite number >= 0."""
+    if isinstance(prox, bool) or not isinstance(prox, int | float) or not 0 <= prox < math.inf:
+        raise SettingsError(f"prox must be a finite number of at least 0, got {prox!r}")
+
+
+def check_sizes(**settings: int | None) -> None:
+    """Raise a SettingsError unless every setting is a whole number >= 1, or None."""
+    for name, number in settings.items():
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise SettingsError(f"{name} must be a whole number of at least 1 or None, got {number!r}")
+
+
 def check_flag(**settings: bool) -> None:
     """Raise a SettingsError unless every setting is True or False."""
     for name, value in settings.items():

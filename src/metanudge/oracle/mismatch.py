@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dis
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
@@ -16,8 +19,10 @@ _MISFIT = re.compile(
     r"shape|\bsizes?\b|batch_size|dtype|scalar type|dimension|channel|out of bounds|out of range|target|\dD input",
     re.IGNORECASE,
 )
-_OTHERS = re.compile(r"vmap|batching rule|out of memory|in-place|inplace", re.IGNORECASE)
-"""Not about the task: what vmap can not do, which others tell of, and memory."""
+_OTHERS = re.compile(r"vmap|batching rule|out of memory|in-place|inplace|changed size", re.IGNORECASE)
+"""Not about the task: what vmap can not do, which others tell of, memory, and Python's own containers."""
+_TORCH = Path(str(torch.__file__)).resolve().parent
+_RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 @contextmanager
@@ -25,13 +30,15 @@ def told_of_misfits(model: nn.Module, role: Role, batch: Batch) -> Iterator[None
     """Around a loss or metric of one task's batch.
 
     Raises:
-        LossError: In the place of what PyTorch said of shapes and dtypes, which is its cause.
+        LossError: In the place of what PyTorch said of shapes and dtypes, which is its cause. What the user's own code
+            raises passes as it is, whatever it says.
     """
     try:
         yield
     except (RuntimeError, IndexError, ValueError, AssertionError) as error:
         said = str(error)
-        if isinstance(error, MetanudgeError) or _OTHERS.search(said) or not _MISFIT.search(said):
+        ours = isinstance(error, MetanudgeError) or not _of_torch(error)
+        if ours or _OTHERS.search(said) or not _MISFIT.search(said):
             raise
         name, first = next((name, parameter) for name, parameter in model.named_parameters())
         raise LossError(
@@ -39,6 +46,23 @@ def told_of_misfits(model: nn.Module, role: Role, batch: Batch) -> Iterator[None
             f"{_described(batch)}; the model begins with {name}, {_form(first)}. {_cure(first, batch, said)}. "
             f"PyTorch said: {said}"
         ) from error
+
+
+def _of_torch(error: Exception) -> bool:
+    """Whether PyTorch raised it: in a file of its own, or from C++ in a line such as ``model(x) - y`` of any file.
+
+    A ``raise`` or ``assert`` outside PyTorch is somebody's own; of what else comes from C, only torch's RuntimeErrors
+    are not also Python's (a list's index is out of range as well).
+    """
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:
+        return False
+    code = last.tb_frame.f_code
+    if _TORCH in Path(code.co_filename).resolve().parents:
+        return True
+    return isinstance(error, RuntimeError) and code.co_code[last.tb_lasti] != _RAISE
 
 
 def _described(batch: Batch) -> str:
@@ -55,14 +79,16 @@ def _form(tensor: Tensor) -> str:
 
 
 def _cure(first: Tensor, batch: Batch, said: str) -> str:
+    """By what was said first: dtypes that differ need not be what went wrong."""
     kind = first.dtype
-    others = [leaf.dtype for leaf in _tensors(batch) if leaf.is_floating_point() and leaf.dtype != kind]
-    if others:
-        return f"Cast the tasks to the model's dtype, .to({kind}), or the model to theirs, model.to({others[0]})"
-    if re.search("dtype|scalar type", said):
-        return f"Inputs of layers with weights have to be {kind}, indices of embeddings and class indices torch.int64"
     if re.search("out of bounds|out of range", said):
         return "Class indices and other indices begin at 0, and end below the number of outputs (or embeddings)"
+    others = [leaf.dtype for leaf in _tensors(batch) if leaf.is_floating_point() and leaf.dtype != kind]
+    of_types = re.search("dtype|scalar type", said)
+    if others and (of_types or not re.search(r"shape|\bsizes?\b|dimension|channel|batch_size", said)):
+        return f"Cast the tasks to the model's dtype, .to({kind}), or the model to theirs, model.to({others[0]})"
+    if of_types:
+        return f"Inputs of layers with weights have to be {kind}, indices of embeddings and class indices torch.int64"
     return (
         "Give every task, and the model its layers, such shapes that model(inputs) and the loss run on one task alone"
     )

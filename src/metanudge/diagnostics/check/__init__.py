@@ -49,7 +49,8 @@ def check(
     out, and the verdict says so: solves begin at θ.
 
     The recommendation keeps your prox where any number of steps does there (up to 256, or twice yours): another prox is
-    another objective, and may train a worse model with a better estimate.
+    another objective, and may train a worse model with a better estimate. It is not varied for estimators that do not
+    rest on it (FOMAML, Reptile, MAML, HF-MAML).
 
     Args:
         learner: As you train it.

@@ -43,8 +43,9 @@ def verdict(
     if mine.good is None:
         said += _elsewhere(own)
     elif not mine.good:
-        said += _advised(own)
-        said += _others(rows, recommend(own))
+        advised, others = _advised(own), _others(rows, recommend(own))
+        kept = any(does(row) for row in own if row.prox == mine.prox)
+        said += advised + others if kept else others + advised  # a change that keeps the objective comes first
     if kinked:
         said.append(KINKED)
     if warm:
@@ -120,9 +121,10 @@ def _costs(mine: CheckRow, to: Recommendation) -> str:
 
 
 def _others(rows: list[CheckRow], best: Recommendation | None) -> list[str]:
-    """The cheapest other estimator that does for less."""
+    """The cheapest other estimator that does at the learner's own prox: for less, if more steps do there as well."""
     good = [row for row in rows if row.group == "estimator" and does(row)]
-    good = [row for row in good if best is None or row.gradients < best.gradients]
+    if best is not None and best.prox == rows[0].prox:
+        good = [row for row in good if row.gradients < best.gradients]
     if not good:
         return []
     other = min(good, key=lambda row: row.gradients)

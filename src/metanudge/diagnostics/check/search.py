@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from metanudge.diagnostics.check.result import SAFE, CheckRow, Recommendation
-from metanudge.diagnostics.check.sweep import Sweep, with_steps
+from metanudge.diagnostics.check.sweep import Sweep, rests_on_prox
+from metanudge.probe import with_steps
 
 MOST = 256
 """Steps up to which is searched, or twice those of the learner where that is more."""
@@ -18,11 +19,9 @@ def search(sweep: Sweep, kinked: bool) -> None:
     they do not do, fewer hardly will.
     """
     solver, prox = sweep.bench.learner.solver, sweep.bench.learner.prox
-    steps = [factor * solver.steps for factor in (32, 16, 8, 4, 2, 1)]
-    steps = [number for number in steps if number <= max(MOST, 2 * solver.steps)]
-    if with_steps(solver, 1) is None:
-        steps = [solver.steps]
-    for factor in (1, 3, 10) if kinked else (1, 3, 10, 30, 100, 300):
+    steps = [number for number in _lengths(solver.steps) if with_steps(solver, number) is not None] or [solver.steps]
+    factors = (1, 3, 10) if kinked else (1, 3, 10, 30, 100, 300)
+    for factor in factors if rests_on_prox(sweep.bench.learner.estimator) else (1,):
         weight = factor * prox
         if not any(does(row) and row.prox == weight for row in sweep.own()):
             for number in steps:
@@ -30,6 +29,13 @@ def search(sweep: Sweep, kinked: bool) -> None:
                     break
         if any(does(row) and row.prox == weight for row in sweep.own()):
             return
+
+
+def _lengths(own: int) -> list[int]:
+    """Steps to try, the most first: doublings, and at any rate as many as are spoken of where none did."""
+    most = max(MOST, 2 * own)
+    doubled = {factor * own for factor in (32, 16, 8, 4, 2, 1)}
+    return sorted((number for number in doubled | {most} if number <= most), reverse=True)
 
 
 def does(row: CheckRow) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -17,7 +17,9 @@ from metanudge.errors import LossError, NonFiniteError, SettingsError
 from metanudge.estimators import ESTIMATORS, FOBMAML
 from metanudge.estimators.base import Estimator
 from metanudge.learner import MetaLearner
+from metanudge.probe import with_steps
 from metanudge.solvers import Solver
+from metanudge.types import Need
 
 NAN = float("nan")
 
@@ -44,7 +46,7 @@ class Sweep:
                 self.measure("nu", "nu=auto", solver, prox, dataclasses.replace(estimator, nu="auto"), nu="auto")
             for nu in (factor * self.own_nu for factor in (0.01, 0.1, 10) if self.own_nu):
                 self.measure("nu", f"nu={nu:.2g}", solver, prox, dataclasses.replace(estimator, nu=nu), nu=nu)
-        for weight in (0.1 * prox, 10 * prox):
+        for weight in (0.1 * prox, 10 * prox) if rests_on_prox(estimator) else ():
             self.measure("prox", f"prox={weight:g}", solver, weight)
         for name in compare:
             if not isinstance(estimator, ESTIMATORS[name]):
@@ -106,11 +108,9 @@ class Sweep:
         )
 
 
-def with_steps(solver: Any, steps: int) -> Solver | None:
-    """None for a solver that is no dataclass."""
-    if not dataclasses.is_dataclass(solver) or isinstance(solver, type):
-        return None
-    return cast(Solver, dataclasses.replace(solver, steps=steps))
+def rests_on_prox(estimator: Estimator) -> bool:
+    """Whether another prox is worth measuring: one that does not estimate this gradient at any is mended by none."""
+    return Need.PROXIMAL_TERM in estimator.needs
 
 
 def _short(estimator: Any) -> str:
