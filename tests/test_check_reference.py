@@ -300,6 +300,13 @@ def test_an_uncertain_reference_judges_what_it_can(error: float, uncertainty: fl
     assert row(8, error, trusted=False, uncertainty=uncertainty).good is good
 
 
+@pytest.mark.parametrize(("error", "residual", "good"), [(2e5, 0.94, False), (2e5, 0.3, None), (5.0, 0.94, None)])
+def test_a_solve_hardly_begun_and_an_error_of_another_size_is_bad_whatever_the_reference(
+    error: float, residual: float, good: bool | None
+) -> None:
+    assert row(8, error, trusted=False, uncertainty=float("inf"))._replace(residual=residual).good is good
+
+
 def test_a_reference_a_little_off_still_tells_a_bad_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Conjugate gradients cut short leave some percent; an estimate that is off by far more is bad all the same."""
     monkeypatch.setattr(implicit, "LENGTHS", (22,))

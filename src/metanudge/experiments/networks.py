@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
+KINDS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
+ACTIVATIONS = ("tanh", "relu")
+"""Of the sinusoid's studies: a smooth one and the kinked one."""
 
 
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -19,7 +21,7 @@ def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 def sinusoid_network(activation: str, seed: int) -> nn.Module:
     """1-40-40-1, of Finn et al., ICML 2017 (there with ReLU)."""
-    kind = ACTIVATIONS[activation]
+    kind = KINDS[activation]
 
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(1, 40), kind(), nn.Linear(40, 40), kind(), nn.Linear(40, 1))
@@ -33,7 +35,7 @@ def mnist1d_network(ways: int, activation: str, seed: int) -> nn.Module:
     def make() -> nn.Module:
         layers: list[nn.Module] = []
         for channels, kernel in ((1, 5), (25, 3), (25, 3)):
-            layers += [nn.Conv1d(channels, 25, kernel, stride=2, padding=1), ACTIVATIONS[activation]()]
+            layers += [nn.Conv1d(channels, 25, kernel, stride=2, padding=1), KINDS[activation]()]
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(25 * 5, ways))
 
     return seeded(make, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from metanudge import advice
@@ -66,6 +67,8 @@ def _judged(mine: CheckRow, reference: Reference, kinked: bool) -> str:
     if mine.note:
         return f"Bad: there is no estimate: {mine.note}."
     known = "" if mine.trusted else f", which is itself known to {percent(mine.uncertainty)}"
+    if mine.uncertainty == math.inf:
+        known = f", whose own solve is {percent(reference.residual)} from done"
     word = "Good" if mine.good else "Bad"
     said = f"{word}: the estimate is {percent(mine.relative_error)} from the exact meta-gradient{known}."
     if not mine.good and mine.residual > advice.DONE:

@@ -18,6 +18,10 @@ FAR = 4
 """Times a reference's uncertainty above which an error is one whatever the reference: the uncertainty is an estimate
 itself, which was seen too small by a factor of 1.6 on networks."""
 
+HARDLY_BEGUN = 0.5, 10.0
+"""Residual of an inner solve, and relative error of its estimate, above which it is bad whatever the reference: what
+is more than half unsolved, and another size by far, needs no third digit of the truth."""
+
 
 class CheckRow(NamedTuple):
     """One setting, against the exact meta-gradient of the same inner problem.
@@ -65,6 +69,8 @@ class CheckRow(NamedTuple):
         if self.trusted:
             return self.relative_error < GOOD
         if self.note:
+            return False
+        if self.residual > HARDLY_BEGUN[0] and self.relative_error > HARDLY_BEGUN[1]:
             return False
         if self.relative_error + self.uncertainty < GOOD:
             return True
