@@ -532,6 +532,9 @@ def test_a_parameter_frozen_after_the_learner_was_made_gets_no_gradient(executio
 # Errors.
 
 
+OTHER = PROBLEMS["ridge"]().make()
+
+
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize(
     ("loss", "words"),
@@ -543,8 +546,9 @@ def test_a_parameter_frozen_after_the_learner_was_made_gets_no_gradient(executio
         (lambda m, b: (m(b.inputs) > 0).sum(), r"floating-point.*int64"),
         (lambda m, b: (m(b.inputs) - b.targets).square().mean().detach(), r"no gradient reaches.*\.detach\(\)"),
         (lambda m, b: b.targets.square().mean(), "does not depend on the adapted parameters"),
+        (lambda m, b: (OTHER(b.inputs) - b.targets).square().mean(), "another module than the one that the loss"),
     ],
-    ids=["vector", "one entry", "float", "None", "integer", "detached", "constant"],
+    ids=["vector", "one entry", "float", "None", "integer", "detached", "constant", "of another module"],
 )
 def test_bad_losses(loss: object, words: str, execution: str) -> None:
     made = PROBLEMS["ridge"]()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -95,11 +95,20 @@ def scalar_loss(function: LossFunction, model: nn.Module, batch: Batch) -> Tenso
 def require_graph(loss: Tensor) -> None:
     """Raise a LossError when no gradient can reach the adapted parameters."""
     if not loss.requires_grad:
-        raise LossError(
-            "the loss does not depend on the adapted parameters: no gradient reaches them. Look for .detach(), "
-            ".item(), torch.no_grad() or parameters read before the call in the loss or the model, for a wrong "
-            "adapt_only, or for torch.inference_mode() around the call"
-        )
+        raise LossError(_INDEPENDENT)
+
+
+def require_gradient(gradients: Iterable[Tensor | None]) -> None:
+    """The same, once a loss that depends on something has been differentiated."""
+    if all(gradient is None for gradient in gradients):
+        raise LossError(f"{_INDEPENDENT}; or for another module than the one that the loss was given")
+
+
+_INDEPENDENT = (
+    "the loss does not depend on the adapted parameters: no gradient reaches them. Look for .detach(), .item(), "
+    "torch.no_grad() or parameters read before the call in the loss or the model, for a wrong adapt_only, or for "
+    "torch.inference_mode() around the call"
+)
 
 
 def require_second_derivative(gradients: Sequence[Tensor]) -> None:

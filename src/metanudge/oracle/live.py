@@ -12,7 +12,16 @@ from torch import Tensor
 from metanudge.batching import check_device, leaves, pieces
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle.batch_norm import BatchNorm
-from metanudge.oracle.common import RandomState, Tally, accumulator, require_graph, scalar_loss, sum_of, whole
+from metanudge.oracle.common import (
+    RandomState,
+    Tally,
+    accumulator,
+    require_gradient,
+    require_graph,
+    scalar_loss,
+    sum_of,
+    whole,
+)
 from metanudge.oracle.mismatch import told_of_misfits
 from metanudge.oracle.module import LiveModule
 from metanudge.types import Batch, HessianProduct, LossFunction, Params, Role, Tasks, Weights
@@ -123,6 +132,7 @@ class LiveLosses:
                 value = share * loss.detach()
                 losses[role] = losses[role] + value if role in losses else value
                 self._widen(wanted, sums)
+        require_gradient(sums.get(name, self.live.parameters[name].grad) for name in wanted)
         self.tally.gradients += len(losses)
         total = self.live.over_ranks(sum_of(weights, losses))
         return total, {name: sums[name] if name in sums else self._taken(name) for name in wanted}

@@ -22,6 +22,7 @@ from metanudge.oracle.batch_norm import BatchNorm
 from metanudge.oracle.common import (
     RandomState,
     Tally,
+    require_gradient,
     require_graph,
     require_second_derivative,
     scalar_loss,
@@ -184,9 +185,12 @@ class StackedLosses:
             weighted = sum_of(weights, losses)
             total = weighted.sum()  # lanes do not mix, so its gradient is every lane's own
         with _explained():
-            gradients = torch.autograd.grad(
-                total, list(wanted.values()), create_graph=self.attached, allow_unused=True, materialize_grads=True
-            )
+            found = torch.autograd.grad(total, list(wanted.values()), create_graph=self.attached, allow_unused=True)
+        require_gradient(found)
+        gradients = [
+            torch.zeros_like(leaf) if gradient is None else gradient
+            for gradient, leaf in zip(found, wanted.values(), strict=True)
+        ]
         if self.attached and step == 0:
             require_second_derivative(gradients)
         self.tally.gradients += sum(loss.numel() for loss in losses.values())
