@@ -64,7 +64,7 @@ def test_a_dataset_of_tasks_is_the_list_of_its_tasks():
     for dataset in (finite, Subset(endless, range(5)), Plain(listed)):
         assert torch.equal(learner.evaluate(dataset, mn.metrics.accuracy).values, expected)
     errors = [
-        [row.error for row in mn.check(learner, tasks, max_tasks=2, reference_steps=40, compare=[]).rows]
+        [row.relative_error for row in mn.check(learner, tasks, max_tasks=2, reference_steps=40, compare=[]).rows]
         for tasks in (finite, listed)
     ]
     assert errors[0] == errors[1]

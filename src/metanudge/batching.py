@@ -202,7 +202,7 @@ def groups(
 
 def is_dataset(tasks: object) -> bool:
     """Whether it is map-style, and so a set of single tasks, where an iterable is a loader of stacks."""
-    if isinstance(tasks, Tasks | Batch | list | tuple | str | Mapping | IterableDataset):
+    if isinstance(tasks, Tasks | Batch | Tensor | list | tuple | str | Mapping | IterableDataset):
         return False
     return isinstance(tasks, Dataset) or hasattr(tasks, "__getitem__")
 

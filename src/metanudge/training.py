@@ -169,7 +169,7 @@ def fit(
             if pause and held is not None:
                 found = validate(learner, held, metric, tasks_at_once or tasks_per_step)
                 if not told:
-                    tell_not_finite(found, held, number)
+                    tell_not_finite(found, held, number, device)
                 told = told or math.isnan(found.mean)
             run.seconds = time.perf_counter() - begun
             record = Record.of(number, step, run.evaluations, lr, run.seconds, found if pause else None)

@@ -47,12 +47,12 @@ def improves(score: float, best: float, sign: float) -> bool:
     return sign * score < sign * best
 
 
-def tell_not_finite(found: Evaluation, tasks: Tasks | Sequence[Tasks], step: int) -> None:
+def tell_not_finite(found: Evaluation, tasks: Tasks | Sequence[Tasks], step: int, device: torch.device) -> None:
     """Warn where the score is NaN, naming the tasks that make it so."""
     if not math.isnan(found.mean):
         return
-    places = found.values[:, -1].isnan().nonzero().flatten().tolist()
-    held = not_finite(*as_stacks(tasks, leaves(tasks)[0].device))
+    places = (~found.values[:, -1].isfinite()).nonzero().flatten().tolist()
+    held = not_finite(*as_stacks(tasks, device))
     wrong = [place for place in places if place in held]
     why = "their data are finite: the adapted model or the metric is not"
     if wrong:
