@@ -170,7 +170,8 @@ def test_train_and_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert record["std_over_seeds"] == pytest.approx(float(means.std()), rel=1e-4)
 
     assert main(["evaluate", config, "--tasks", "3", "--weights", "last"]) == 0
-    last = json.loads((out / "evaluation.json").read_text())
+    last = json.loads((out / "evaluation-3-tasks-last.json").read_text())
+    assert json.loads((out / "evaluation.json").read_text()) == record  # the larger one is kept
     learner = learner_of(settings)
     learner.model.load_state_dict(load_state(out / "seed-1" / LAST)["model"])
     learner.model.eval()
@@ -255,6 +256,9 @@ def test_more_steps_go_on_and_other_settings_are_refused(
     assert main(["train", written(tmp_path, **seed, **{"steps = 12": "steps = 14"}), "--quiet"]) == 0
     kept = state(Path("runs/small/seed-0"))
     assert len(kept["history"]) == 14
+    capsys.readouterr()
+    assert main(["train", written(tmp_path, **seed), "--quiet"]) == 2
+    assert "has done 14 steps, more than the 12 asked for" in " ".join(capsys.readouterr().err.split())
     for old, new, key in (
         ("prox = 2.0", "prox = 3.0", "learner.prox = 2.0"),
         ("lr = 0.1", "lr = 0.2", "optimizer.lr = 0.1"),

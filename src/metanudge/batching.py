@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.data import Dataset, IterableDataset
 
 from metanudge.errors import TasksError
 from metanudge.minibatches import as_minibatches
@@ -93,6 +94,8 @@ def as_stacks(tasks: Tasks | Sequence[Tasks], device: torch.device) -> tuple[lis
         return [tasks], list(range(check_stack(tasks, device)))
     if isinstance(tasks, Batch) or not isinstance(tasks, list | tuple):
         loop = "; loop over it: for tasks in loader: learner.backward(tasks)" if hasattr(tasks, "__iter__") else ""
+        if is_dataset(tasks):  # whose single tasks a loop would give as if they were stacks
+            loop = f", a dataset of single tasks; give some as a list: {_taken(tasks)}"
         raise TasksError(f"expected mn.Tasks or a list of mn.Tasks, got {type(tasks).__name__}{loop}")
     if not tasks:
         raise TasksError("the list of tasks is empty; give at least one task")
@@ -180,11 +183,45 @@ def pieces(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:
         yield piece, (last - first) / number
 
 
-def groups(tasks: Tasks | Iterable[Tasks]) -> Iterator[Tasks | Sequence[Tasks]]:
-    """What an evaluation takes at a time: a stack, a list of single tasks, or one item of a loader after the other."""
+def groups(
+    tasks: Tasks | Iterable[Tasks] | Dataset[Tasks], most: int | None = None
+) -> Iterator[Tasks | Sequence[Tasks]]:
+    """What an evaluation takes at a time: a stack, a list of single tasks, or one item of a loader after the other.
+
+    A map-style dataset holds single tasks, as for ``fit``; it becomes the list of its first ``most``, or all.
+    """
     if isinstance(tasks, Tasks | list | tuple):
         yield tasks
+    elif is_dataset(tasks):
+        yield listed(tasks, most)
     elif isinstance(tasks, Iterable) and not isinstance(tasks, Batch):
         yield from tasks
     else:
         raise TasksError(f"expected mn.Tasks, a list of them or a loader, got {type(tasks).__name__}")
+
+
+def is_dataset(tasks: object) -> bool:
+    """Whether it is map-style, and so a set of single tasks, where an iterable is a loader of stacks."""
+    if isinstance(tasks, Tasks | Batch | Tensor | list | tuple | str | Mapping | IterableDataset):
+        return False
+    return isinstance(tasks, Dataset) or hasattr(tasks, "__getitem__")
+
+
+def listed(tasks: Any, most: int | None = None) -> list[Tasks]:
+    """The tasks of a map-style dataset, or its first ``most``.
+
+    Raises:
+        TasksError: It has no end.
+    """
+    try:
+        number = len(tasks)
+    except TypeError as error:
+        raise TasksError(
+            f"this {type(tasks).__name__} of tasks has no end; use {_taken(tasks)} for its first n tasks as a list"
+        ) from error
+    return [tasks[index] for index in range(number if most is None else min(number, most))]
+
+
+def _taken(tasks: object) -> str:
+    """How to have the first tasks of a dataset as a list."""
+    return ".take(n)" if hasattr(tasks, "take") else "[dataset[i] for i in range(n)]"

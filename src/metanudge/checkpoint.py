@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
@@ -22,6 +24,7 @@ class Run:
 
     Attributes:
         protocol: Settings that a checkpoint must share with the training that goes on from it.
+        settings: Of learner and optimizer, likewise, as far as they can be written down.
         history: A record a meta-step.
         best: Best mean of the metric; NaN before the first validation.
         best_step: Meta-step it was taken at.
@@ -39,6 +42,7 @@ class Run:
         protocol: dict[str, int],
     ) -> None:
         self.learner, self.optimizer, self.scheduler, self.protocol = learner, optimizer, scheduler, protocol
+        self.settings = settings_of(learner, optimizer)
         self.history: list[Record] = []
         self.best, self.best_step = math.nan, 0
         self.evaluations = self.skipped = self.in_a_row = 0
@@ -51,6 +55,7 @@ class Run:
             path,
             {
                 "protocol": self.protocol,
+                "settings": self.settings,
                 "model": self.learner.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": None if scheduler is None else scheduler.state_dict(),
@@ -62,8 +67,8 @@ class Run:
             },
         )
 
-    def load(self, path: Path) -> None:
-        """Go back to what was written; nothing is changed where it does not fit."""
+    def load(self, path: Path, steps: int) -> None:
+        """Go back to what was written, to take ``steps`` in all; nothing is changed where it does not fit."""
         state = load_state(path)
         parts = {"scheduler": self.scheduler, "warm_start": self.learner.warm_start}
         try:
@@ -72,6 +77,8 @@ class Run:
                     f"{path} is of a training with {state['protocol']}, this one has {self.protocol}; give the same, "
                     "another folder, or resume=False"
                 )
+            check_settings(path, state.get("settings", {}), self.settings)  # of older versions there are none
+            check_done(path, len(state["history"]), steps, "resume=False")
             for name, part in parts.items():
                 if (state[name] is None) != (part is None):
                     there = "without" if state[name] is None else "with"
@@ -102,3 +109,72 @@ class Run:
         torch.set_rng_state(state["random"])
         if torch.cuda.is_available() and state["random_cuda"]:
             torch.cuda.set_rng_state_all(state["random_cuda"])
+
+
+def settings_of(learner: MetaLearner, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a step depends on, and can be written down; functions can not."""
+    adapt_only = learner.adapt_only
+    found: dict[str, Any] = {
+        "prox": learner.prox,
+        "solver": _described(learner.solver),
+        "estimator": _described(learner.estimator),
+        "batch_norm": learner.norm.policy,
+        "optimizer": type(optimizer).__name__,
+    }
+    if not callable(adapt_only):
+        found["adapt_only"] = [adapt_only] if isinstance(adapt_only, str) else adapt_only and list(adapt_only)
+    for name, value in getattr(optimizer, "defaults", {}).items():
+        if name != "lr" and (number := _numbers(value)) is not None:
+            found[f"optimizer's {name}"] = number
+    # a scheduler moves "lr" and leaves the first one in "initial_lr"
+    rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups if "lr" in group]
+    return found | {"optimizer's lr": rates[0] if len(set(rates)) == 1 else rates}
+
+
+def _described(part: Any) -> str:
+    """A solver or estimator without its functions, whose names and addresses say nothing."""
+    name = type(part).__name__
+    if dataclasses.is_dataclass(part):
+        fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+        return f"{name}({', '.join(f'{key}={value!r}' for key, value in fields.items() if not callable(value))})"
+    return name if " at 0x" in repr(part) else repr(part)
+
+
+def _numbers(value: Any) -> float | list[float] | None:
+    """A number or several; None for anything else, flags included."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, tuple) and all(isinstance(one, int | float) for one in value):
+        return [float(one) for one in value]
+    return None
+
+
+def check_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise a SettingsError where a setting is known of both and not the same."""
+    for name, value in before.items():
+        if name in now and now[name] != value:
+            raise SettingsError(
+                f"{path} is of a training with {name} = {value}, this one has {now[name]}; give the same, another "
+                "folder, or resume=False to begin anew"
+            )
+
+
+def check_done(path: Path, done: int, steps: int, anew: str) -> None:
+    """Raise a SettingsError where a training is further than it is asked to go."""
+    if done > steps:
+        raise SettingsError(
+            f"{path} is of a training that has done {done} steps, more than the {steps} asked for; ask for {done} or "
+            f"more, give another folder, or begin anew with {anew}"
+        )
+
+
+def steps_done(path: Path) -> int:
+    """Meta-steps of the checkpoint at ``path``.
+
+    Raises:
+        SettingsError: No checkpoint of a training.
+    """
+    try:
+        return len(load_state(path)["history"])
+    except (KeyError, TypeError) as error:
+        raise SettingsError(f"{path} is no checkpoint of a training: {error!r}") from error

@@ -95,7 +95,7 @@ class Evaluate:
     """Evaluate what there is, where seeds that were asked for are missing or not at their last step."""
 
     def run(self, console: Console) -> int:
-        """Evaluate, print and write evaluation.json."""
+        """Evaluate, print and write evaluation.json; with numbers or weights of one's own, they are in its name."""
         evaluate(self.target, self.tasks, self.permutations, self.weights, console, partial=self.partial)
         return 0
 

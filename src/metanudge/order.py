@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from metanudge.batching import is_dataset
 from metanudge.errors import SettingsError, TasksError
 from metanudge.tasks.episodes import collate
 from metanudge.tasks.seeding import stream
-from metanudge.types import Tasks
+from metanudge.types import Batch, Tasks
 
 
 class Order(Sampler[list[int]]):
@@ -39,12 +40,13 @@ class Order(Sampler[list[int]]):
         return (self.at(step) for step in range(self.first, self.last))
 
     def batches(
-        self, tasks: Dataset[Tasks], first: int, last: int, workers: int, device: torch.device
+        self, tasks: Dataset[Tasks] | Sequence[Tasks], first: int, last: int, workers: int, device: torch.device
     ) -> Iterator[tuple[list[int], Tasks | list[Tasks]]]:
         """Meta-steps first .. last - 1: indices, and the tasks. Torch's own random state is left alone."""
         self.first, self.last = first, last
+        whole: Any = tasks  # of a list, DataLoader's types know nothing
         loader: Any = DataLoader(
-            tasks,
+            whole,
             batch_sampler=self,
             collate_fn=collate,
             num_workers=workers,
@@ -58,16 +60,20 @@ def moved(tasks: Any, device: torch.device) -> Any:
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tasks)
 
 
-def length(tasks: Dataset[Tasks]) -> int | None:
+def length(tasks: Dataset[Tasks] | Sequence[Tasks]) -> int | None:
     """How many tasks there are; None without an end.
 
     Raises:
         TasksError: No dataset of single tasks.
     """
-    if not hasattr(tasks, "__getitem__") or isinstance(tasks, Tasks | list | tuple | dict):
+    if isinstance(tasks, list | tuple) and not isinstance(tasks, Tasks | Batch):
+        odd = next((type(task).__name__ for task in tasks if not isinstance(task, Tasks)), None)
+        if odd is not None:
+            raise TasksError(f"expected a list of single mn.Tasks, found {odd} in it; give mn.Tasks alone")
+    elif not is_dataset(tasks):
         raise TasksError(
             "fit takes a map-style dataset of tasks, such as mn.tasks.episodes(mn.tasks.sinusoid) or "
-            f"mn.tasks.few_shot(...), got {type(tasks).__name__}"
+            f"mn.tasks.few_shot(...), or a list of single mn.Tasks, got {type(tasks).__name__}"
         )
     try:
         return len(tasks)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +46,33 @@ def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[
         >>> again.prox, bool((again.model.weight == learner.model.weight).all())
         (2.0, True)
     """
+    write_pretrained(learner, folder, protocol)
+
+
+def write_pretrained(
+    learner: MetaLearner, folder: str | Path, protocol: Mapping[str, Any] | None = None, *, whole: bool = True
+) -> None:
+    """``save_pretrained``; not ``whole``: what can not be written is left out, and asked for by ``load_pretrained``."""
     from safetensors.torch import save_model
 
-    if not (learner.adapt_only is None or isinstance(learner.adapt_only, str | list | tuple)):
-        raise SettingsError("adapt_only is a function, which can not be written down; give names or patterns instead")
+    parts: dict[str, Callable[[], Any]] = {
+        "solver": lambda: _described("solver", learner.solver, SOLVERS),
+        "estimator": lambda: _described("estimator", learner.estimator, ESTIMATORS),
+        "adapt_only": lambda: _listed(learner.adapt_only),
+    }
+    written, left_out = {}, []
+    for name, part in parts.items():
+        try:
+            written[name] = part()
+        except SettingsError:
+            if whole:
+                raise
+            left_out.append(name)
     record = {
         "metanudge": metanudge.__version__,
         "prox": learner.prox,
-        "solver": _described("solver", learner.solver, SOLVERS),
-        "estimator": _described("estimator", learner.estimator, ESTIMATORS),
-        "adapt_only": learner.adapt_only if learner.adapt_only is None else _listed(learner.adapt_only),
+        **written,
+        "left_out": left_out,
         "batch_norm": learner.norm.policy,
         "query_loss": learner.losses[Role.QUERY] is not learner.losses[Role.SUPPORT],
         "protocol": dict(protocol or {}),
@@ -83,7 +100,8 @@ def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **
         **settings: Of ``MetaLearner``, instead of those written down: ``solver``, ``execution``, ``query_loss``, ...
 
     Raises:
-        SettingsError: Nothing there, weights of another architecture, or a query loss that was used and is not given.
+        SettingsError: Nothing there, weights of another architecture, or what could not be written down (a query loss,
+            a solver with a factory, a predicate) and is not given.
     """
     folder = Path(folder)
     for name in (WEIGHTS, SETTINGS):
@@ -91,15 +109,16 @@ def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **
             raise SettingsError(f"there is no {folder / name}; learner.save_pretrained writes it")
     try:
         record = json.loads((folder / SETTINGS).read_text())
-        given = {
-            "prox": record["prox"],
-            "solver": _made(record["solver"], SOLVERS),
-            "estimator": _made(record["estimator"], ESTIMATORS),
-            "adapt_only": record["adapt_only"],
-            "batch_norm": record.get("batch_norm"),
-        }
+        left_out = record.get("left_out", [])
+        given = {"prox": record["prox"], "batch_norm": record.get("batch_norm")}
+        for name, make in READ.items():
+            if name not in left_out:
+                given[name] = make(record[name])
     except (ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{folder / SETTINGS} can not be understood: {error!r}") from error
+    for name in left_out:
+        if name not in settings:
+            raise SettingsError(f"the {name} of this learner could not be written down; give {name}= as it was")
     if record.get("query_loss") and "query_loss" not in settings:
         raise SettingsError("this learner had a query loss of its own; give query_loss=")
     learner = MetaLearner(model, loss, **(given | settings))
@@ -130,8 +149,10 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         raise SettingsError(f"the weights are of another architecture: {error}") from error
 
 
-def _listed(adapt_only: Any) -> str | list[str]:
-    return adapt_only if isinstance(adapt_only, str) else list(adapt_only)
+def _listed(adapt_only: Any) -> str | list[str] | None:
+    if not (adapt_only is None or isinstance(adapt_only, str | list | tuple)):
+        raise SettingsError("adapt_only is a function, which can not be written down; give names or patterns instead")
+    return adapt_only if adapt_only is None or isinstance(adapt_only, str) else list(adapt_only)
 
 
 def _described(kind: str, part: Any, registry: Mapping[str, type[Any]]) -> dict[str, Any]:
@@ -154,3 +175,11 @@ def _made(record: dict[str, Any], registry: Mapping[str, type[Any]]) -> Any:
     if isinstance(scheme, dict):
         fields["scheme"] = Stencil(tuple(scheme["nodes"]), tuple(scheme["weights"]), scheme["order"])
     return kind(**fields)
+
+
+READ: dict[str, Callable[[Any], Any]] = {
+    "solver": lambda record: _made(record, SOLVERS),
+    "estimator": lambda record: _made(record, ESTIMATORS),
+    "adapt_only": lambda record: record,
+}
+"""How what is written of a setting, and may be left out, becomes the setting."""

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, Subset
 
-from metanudge.checkpoint import LAST
+from metanudge.checkpoint import LAST, check_done, steps_done
 from metanudge.config import Config
 from metanudge.errors import SettingsError
 from metanudge.families import draw
@@ -179,6 +179,9 @@ def _check_same(config: Config) -> None:
                 f"{config.out} holds a training with {key} = {before.get(key, 'left out')}, these settings have "
                 f"{now.get(key, 'left out')}; give another folder (--out), or begin anew (--fresh)"
             )
+    for last in (config.out / f"seed-{seed}" / LAST for seed in config.whole.seeds):
+        if last.is_file():
+            check_done(last, steps_done(last), config.training.steps, "--fresh")
 
 
 def _settled(table: dict[str, Any]) -> dict[str, Any]:

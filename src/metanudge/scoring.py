@@ -14,7 +14,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Subset
 
 from metanudge.accumulation import summarize
-from metanudge.checkpoint import LAST
+from metanudge.checkpoint import LAST, steps_done
 from metanudge.config import Config, read_config
 from metanudge.errors import SettingsError
 from metanudge.files import load_state, write
@@ -41,7 +41,7 @@ def evaluate(
     *,
     partial: bool = False,
 ) -> dict[str, Any]:
-    """Adapt every seed's model to the same test tasks; print a table and write OUT/evaluation.json.
+    """Adapt every seed's model to the same test tasks; print a table and write OUT/evaluation.json (see ``file_name``).
 
     Args:
         target: A folder that ``train`` left, or its settings file.
@@ -71,6 +71,7 @@ def evaluate(
             f"{config.out / CONFIG} --out {config.out}{named}, or evaluate what there is with --partial"
         )
     tasks = first(tasks_of(config, "test"), number or config.testing.tasks)
+    asked_permutations = permutations is not None
     permutations = permutations or config.testing.permutations or (LABEL_PERMUTATIONS if _labelled(tasks[0]) else 1)
     found: dict[int, Evaluation] = {}
     for seed, folder in folders.items():
@@ -87,12 +88,23 @@ def evaluate(
         "std_over_seeds": float(means.std()) if len(means) > 1 else math.nan,
         "seeds": {str(seed): _numbers(one) for seed, one in found.items()},
     }
-    write(config.out / RESULT, json.dumps(_json(record), indent=1).encode() + b"\n")
+    path = config.out / file_name(config, number, permutations if asked_permutations else None, weights)
+    write(path, json.dumps(_json(record), indent=1).encode() + b"\n")
     _show(record, whole, found, console)
     if lacking:
         console.print(f"Not complete: {lacking}.", style="yellow", highlight=False, soft_wrap=True)
-    console.print(f"Written to [bold]{config.out / RESULT}[/bold]", highlight=False)
+    console.print(f"Written to [bold]{path}[/bold]", highlight=False)
     return record
+
+
+def file_name(config: Config, number: int | None, permutations: int | None, weights: Weights) -> str:
+    """The file of an evaluation: what was asked for beside the settings is in its name; so it replaces no other."""
+    name = RESULT.removesuffix(".json")
+    if number not in (None, config.testing.tasks):
+        name += f"-{number}-tasks"
+    if permutations not in (None, config.testing.permutations):
+        name += f"-{permutations}-permutations"
+    return f"{name}{'-last' if weights == 'last' else ''}.json"
 
 
 def _folders(out: Path) -> dict[int, Path]:
@@ -108,10 +120,7 @@ def _lacking(steps: int, asked: Sequence[int], folders: dict[int, Path]) -> str:
     """Which seeds that were asked for are missing, and which have not come to their last step; empty for none."""
     told = [f"seed {seed} is missing" for seed in asked if seed not in folders]
     for seed, folder in folders.items():
-        try:
-            done = len(load_state(folder / LAST)["history"])
-        except (KeyError, TypeError) as error:
-            raise SettingsError(f"{folder / LAST} is no checkpoint of a training: {error!r}") from error
+        done = steps_done(folder / LAST)
         if done < steps:
             told.append(f"seed {seed} is at step {done} of {steps}")
     return ", ".join(told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,18 +19,20 @@ from metanudge.errors import NonFiniteError, SettingsError
 from metanudge.learner import MetaLearner
 from metanudge.logs import Logs, Record, check_tensorboard
 from metanudge.order import Order, length, moved
+from metanudge.pretrained import write_pretrained
 from metanudge.progress import bar
 from metanudge.settings import (
     check_flag,
     check_folder,
     check_function,
     check_number,
+    check_part,
     check_positive,
     check_seed,
     check_steps,
 )
 from metanudge.types import Evaluation, LossFunction, MetaStep, Tasks
-from metanudge.validation import Better, called, larger_is_better, validate
+from metanudge.validation import Better, called, fixed, improves, larger_is_better, tell_not_finite, validate
 
 BEST = "best"
 PATIENCE = 10
@@ -61,14 +64,14 @@ class Fit(NamedTuple):
 def fit(
     learner: MetaLearner,
     optimizer: torch.optim.Optimizer,
-    tasks: Dataset[Tasks],
+    tasks: Dataset[Tasks] | Sequence[Tasks],
     *,
     steps: int,
     tasks_per_step: int = 25,
     tasks_at_once: int | None = None,
     scheduler: LRScheduler | None = None,
     max_norm: float | None = None,
-    validation: Tasks | Sequence[Tasks] | None = None,
+    validation: Tasks | Sequence[Tasks] | Dataset[Tasks] | None = None,
     metric: LossFunction | None = None,
     better: Better = "auto",
     every: int = 100,
@@ -87,25 +90,27 @@ def fit(
 
     In ``out`` it leaves ``log.csv`` and ``log.jsonl``, ``last.pt`` (all that resuming needs, every ``every`` steps;
     written whole or not at all, read without running code), and with validation ``best``, a folder for
-    ``mn.load_pretrained``.
+    ``mn.load_pretrained``, which asks for settings that are functions and so can not be written down.
 
     Args:
         learner: What to train. With a warm start, tasks are told by their index in ``tasks``.
         optimizer: On ``learner.model``'s parameters.
-        tasks: A map-style dataset of single tasks: ``mn.tasks.episodes``, ``mn.tasks.few_shot``, or your own. What is
-            drawn is moved to the model's device.
+        tasks: A map-style dataset of single tasks: ``mn.tasks.episodes``, ``mn.tasks.few_shot``, or your own; or a list
+            of single tasks. What is drawn is moved to the model's device.
         steps: Meta-steps in all, resumed ones included.
         tasks_per_step: Tasks of a meta-step.
         tasks_at_once: Tasks of one ``backward``, to save memory; their meta-gradients are averaged. None for all.
         scheduler: Stepped after every meta-step.
         max_norm: Clip the meta-gradient to this norm; None for no clipping.
-        validation: Fixed tasks, evaluated every ``every`` steps and at the end. Meanwhile dropout is switched off
-            (``eval``); BatchNorm layers follow their policy.
+        validation: Fixed tasks (a stack, or a list or finite map-style dataset of single ones), evaluated every
+            ``every`` steps and at the end. Meanwhile dropout is switched off (``eval``); BatchNorm layers follow their
+            policy. A score of NaN is worse than any number.
         metric: Of the validation; None for the query loss.
         better: Whether a smaller or a larger metric is better; "auto": larger for ``mn.metrics.accuracy``.
         every: Meta-steps between validations, and between checkpoints.
         out: Folder; None to keep nothing on disk.
-        resume: Go on from ``out/last.pt`` where it is; False to begin anew and overwrite it.
+        resume: Go on from ``out/last.pt`` where it is, with the same settings of learner and optimizer; False to begin
+            anew and overwrite it.
         workers: Processes that draw tasks; the tasks do not depend on it.
         seed: Of the order of a finite set.
         tensorboard: Also write TensorBoard's files.
@@ -136,8 +141,8 @@ def fit(
     check_seed(seed)
     if metric is not None:
         check_function("metric", metric, "metric(model, batch) -> scalar tensor")
-    if isinstance(validation, list | tuple) and not validation:
-        raise SettingsError("validation holds no tasks; give some, or None for no validation")
+    held = fixed(validation)
+    check_optimizer(optimizer, learner)
     order = Order(length(tasks), tasks_per_step, seed)
     sign = -1.0 if larger_is_better(better, metric) else 1.0
     folder = None if out is None else Path(out)
@@ -147,10 +152,11 @@ def fit(
         folder.mkdir(parents=True, exist_ok=True)
     run = Run(learner, optimizer, scheduler, {"tasks_per_step": tasks_per_step, "seed": seed})
     if folder is not None and resume and (folder / LAST).is_file():
-        run.load(folder / LAST)
+        run.load(folder / LAST, steps)
     device = next(learner.model.parameters()).device
-    validation = moved(validation, device)
+    held = moved(held, device)
     found: Evaluation | None = None
+    told = False  # of a validation that is NaN
     begun, done = time.perf_counter() - run.seconds, len(run.history)
     with Logs(folder, run.history, tensorboard) as logs, bar(steps, done, called(metric), progress) as tell:
         for indices, batch in order.batches(tasks, done, steps, workers, device):
@@ -160,22 +166,24 @@ def fit(
                 scheduler.step()
             number = len(run.history) + 1
             pause = number % every == 0 or number == steps
-            if pause and validation is not None:
-                found = validate(learner, validation, metric, tasks_at_once or tasks_per_step)
+            if pause and held is not None:
+                found = validate(learner, held, metric, tasks_at_once or tasks_per_step)
+                if not told:
+                    tell_not_finite(found, held, number, device)
+                told = told or math.isnan(found.mean)
             run.seconds = time.perf_counter() - begun
             record = Record.of(number, step, run.evaluations, lr, run.seconds, found if pause else None)
             run.history.append(record)
             logs.add(record)
             tell(record, found)
-            better_now = pause and found is not None and sign * found.mean < sign * run.best
-            if pause and found is not None and (better_now or run.best_step == 0):
+            if pause and found is not None and (improves(found.mean, run.best, sign) or run.best_step == 0):
                 run.best, run.best_step = found.mean, number
                 if folder is not None:
-                    learner.save_pretrained(folder / BEST, {"step": number, "validation": found.mean})
+                    write_pretrained(learner, folder / BEST, {"step": number, "validation": found.mean}, whole=False)
             if pause and folder is not None:
                 run.save(folder / LAST)
-    if found is None and validation is not None:  # nothing was left to do
-        found = validate(learner, validation, metric, tasks_at_once or tasks_per_step)
+    if found is None and held is not None:  # nothing was left to do
+        found = validate(learner, held, metric, tasks_at_once or tasks_per_step)
     return Fit(run.history, found, run.best, run.best_step, run.skipped)
 
 
@@ -190,6 +198,18 @@ def check_training(
     if max_norm is not None:
         check_positive(max_norm=max_norm)
     check_number(workers, "workers")
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, learner: MetaLearner) -> None:
+    """Raise a SettingsError for what is no optimizer, or one that could not move the learner's model."""
+    example = "torch.optim.Adam(model.parameters(), lr=1e-3)"
+    check_part("optimizer", optimizer, ("param_groups", "step", "zero_grad", "state_dict", "load_state_dict"), example)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(parameter.requires_grad and id(parameter) in held for parameter in learner.model.parameters()):
+        raise SettingsError(
+            f"the optimizer, a {type(optimizer).__name__} of {len(held)} parameters, holds none of the trainable "
+            f"parameters of learner.model; make it of those, once the model is built and placed: {example}"
+        )
 
 
 def _step(

@@ -2,18 +2,70 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
+from torch.utils.data import Dataset
 
 from metanudge import metrics
-from metanudge.batching import check_stack, leaves, split
-from metanudge.errors import SettingsError
+from metanudge.batching import as_stacks, check_stack, is_dataset, leaves, listed, not_finite, split
+from metanudge.errors import NonFiniteWarning, SettingsError, TasksError
 from metanudge.learner import MetaLearner
 from metanudge.types import Evaluation, LossFunction, Tasks
 
 Better = Literal["auto", "smaller", "larger"]
+
+
+def fixed(tasks: Tasks | Sequence[Tasks] | Dataset[Tasks] | None) -> Tasks | Sequence[Tasks] | None:
+    """Validation tasks as a stack or a list; None for none.
+
+    Raises:
+        SettingsError: None in the list.
+        TasksError: Something else, or a dataset without an end.
+    """
+    if tasks is None or isinstance(tasks, Tasks):
+        return tasks
+    if is_dataset(tasks):
+        tasks = listed(tasks)
+    if not isinstance(tasks, list | tuple):
+        raise TasksError(
+            "validation must be a stack of mn.Tasks, or a list or finite map-style dataset of single ones, got "
+            f"{type(tasks).__name__}"
+        )
+    if not tasks:
+        raise SettingsError("validation holds no tasks; give some, or None for no validation")
+    return tasks
+
+
+def improves(score: float, best: float, sign: float) -> bool:
+    """Whether ``score`` is better; ``sign`` 1 for smaller is better, -1 for larger. NaN is worse than any number."""
+    if math.isnan(score) or math.isnan(best):
+        return not math.isnan(score)
+    return sign * score < sign * best
+
+
+def tell_not_finite(found: Evaluation, tasks: Tasks | Sequence[Tasks], step: int, device: torch.device) -> None:
+    """Warn where the score is NaN, naming the tasks that make it so."""
+    if not math.isnan(found.mean):
+        return
+    places = (~found.values[:, -1].isfinite()).nonzero().flatten().tolist()
+    held = not_finite(*as_stacks(tasks, device))
+    wrong = [place for place in places if place in held]
+    why = "their data are finite: the adapted model or the metric is not"
+    if wrong:
+        why = (
+            f"task {wrong[0]} holds NaN or infinite numbers in its {held[wrong[0]]}: mend such tasks or leave them out"
+        )
+    warnings.warn(
+        f"the validation score at meta-step {step} is NaN, of {len(places)} of {len(found.values)} tasks (from 0: "
+        f"{', '.join(map(str, places[:5]))}{', ...' if len(places) > 5 else ''}); {why}. It counts as worse than any "
+        "number",
+        NonFiniteWarning,
+        stacklevel=3,
+    )
 
 
 def validate(

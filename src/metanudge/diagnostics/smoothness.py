@@ -106,7 +106,7 @@ def smoothness(
 
     Args:
         learner: As you train it, but for a warm start, which is left out and not touched: solves begin at θ.
-        tasks: A stack or a list of single tasks; of a loader the first item is taken.
+        tasks: A stack, or a list or finite map-style dataset of single tasks; of a loader the first item is taken.
         optimizer: The one you train with, on the parameters of ``learner.model``; None for normalised steps of 2 % of
             1 + ||θ||.
         steps: Meta-steps to take, >= 2.

@@ -54,7 +54,8 @@ def check(
 
     Args:
         learner: As you train it.
-        tasks: A stack, a list of single tasks, or a loader of which the first item is taken.
+        tasks: A stack, a list or finite map-style dataset of single tasks, or a loader of which the first item is
+            taken.
         max_tasks: Tasks to use, the first ones.
         reference_steps: Steps of the reference's solve.
         compare: Names in ``mn.ESTIMATORS`` to compare with.

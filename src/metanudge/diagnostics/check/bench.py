@@ -112,7 +112,7 @@ def quiet() -> Iterator[None]:
 
 def first(learner: MetaLearner, tasks: Tasks | Iterable[Tasks], number: int) -> list[Tasks]:
     """The first tasks, single."""
-    group = next(iter(groups(tasks)), [])
+    group = next(iter(groups(tasks, number)), [])
     stacks, places = as_stacks(group, next(learner.model.parameters()).device)
     ordered = dict(zip(places, (task for stack in stacks for task in single(stack)), strict=True))
     return [ordered[place] for place in sorted(ordered)][:number]

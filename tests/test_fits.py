@@ -1,0 +1,221 @@
+"""What a new user gave fit and evaluate: datasets, other settings, NaN, optimizers of nothing."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+import metanudge as mn
+from metanudge.checkpoint import LAST
+from metanudge.files import load_state, save_state
+from metanudge.validation import improves
+
+DATA = TensorDataset(torch.randn(60, 3, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 6)
+SQUARE = {"ways": 3, "shots": 3, "queries": 3}  # support and query of one shape: what a stack looks like
+ENDLESS = mn.tasks.episodes(mn.tasks.sinusoid, shots=4, queries=4)
+COMMON: dict[str, Any] = {"tasks_per_step": 2, "every": 2, "progress": False}
+
+
+def loss(model: nn.Module, batch: mn.Batch) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(batch.inputs), batch.targets)
+
+
+def classifier() -> mn.MetaLearner:
+    torch.manual_seed(0)
+    return mn.MetaLearner(nn.Linear(3, 3), loss, solver=mn.GradientDescent(2, lr=0.1))
+
+
+def begun(**settings: Any) -> tuple[mn.MetaLearner, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, **({"prox": 2.0, "solver": mn.Nesterov(2)} | settings))
+    return learner, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def vector(learner: mn.MetaLearner) -> torch.Tensor:
+    return nn.utils.parameters_to_vector(learner.model.parameters()).detach().clone()
+
+
+class Plain:
+    """A map-style dataset that is none of torch's."""
+
+    def __init__(self, tasks: list[mn.Tasks]) -> None:
+        self.tasks = tasks
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, index: int) -> mn.Tasks:
+        return self.tasks[index]
+
+
+def test_a_dataset_of_tasks_is_the_list_of_its_tasks():
+    learner, endless = classifier(), mn.tasks.few_shot(DATA, **SQUARE)
+    listed = endless.take(5)
+    expected = learner.evaluate(listed, mn.metrics.accuracy).values
+    finite = mn.tasks.few_shot(DATA, number=5, **SQUARE)
+    for dataset in (finite, Subset(endless, range(5)), Plain(listed)):
+        assert torch.equal(learner.evaluate(dataset, mn.metrics.accuracy).values, expected)
+    errors = [
+        [row.relative_error for row in mn.check(learner, tasks, max_tasks=2, reference_steps=40, compare=[]).rows]
+        for tasks in (finite, listed)
+    ]
+    assert errors[0] == errors[1]
+    assert torch.equal(
+        mn.smoothness(learner, finite, steps=2).smoothness, mn.smoothness(learner, listed, steps=2).smoothness
+    )
+
+
+class Unending(Dataset):
+    def __getitem__(self, index):
+        return ENDLESS[index]
+
+
+def test_a_dataset_without_an_end_is_refused_with_the_cure():
+    learner, optimizer = begun()
+    for refused in (learner.evaluate, lambda t: mn.check(learner, t), lambda t: mn.smoothness(learner, t)):
+        with pytest.raises(mn.TasksError, match=r"Episodes of tasks has no end; use \.take\(n\)"):
+            refused(ENDLESS)
+    with pytest.raises(mn.TasksError, match=r"no end; use \[dataset\[i\] for i in range\(n\)\]"):
+        learner.evaluate(Unending())
+    with pytest.raises(mn.TasksError, match=r"no end; use \.take\(n\)"):
+        mn.fit(learner, optimizer, ENDLESS, steps=2, validation=ENDLESS, **COMMON)
+    with pytest.raises(mn.TasksError, match="validation must be a stack"):
+        mn.fit(learner, optimizer, ENDLESS, steps=2, validation=iter(ENDLESS.take(2)), **COMMON)
+    with pytest.raises(mn.TasksError, match=r"a dataset of single tasks; give some as a list: \.take\(n\)"):
+        learner.backward(ENDLESS)
+
+
+def test_fit_takes_lists_of_tasks_and_validates_on_datasets():
+    found = []
+    for tasks, validation in (
+        (ENDLESS.take(6), mn.tasks.episodes(mn.tasks.sinusoid, shots=4, queries=4, number=3)),
+        (mn.tasks.episodes(mn.tasks.sinusoid, shots=4, queries=4, number=6), ENDLESS.take(3)),
+    ):
+        learner, optimizer = begun()
+        done = mn.fit(learner, optimizer, tasks, steps=4, validation=validation, **COMMON)
+        found.append((vector(learner), done.validation.values))
+    assert all(map(torch.equal, *found))
+    with pytest.raises(mn.SettingsError, match="takes 2 different tasks, but there are 0"):
+        mn.fit(*begun(), [], steps=1, **COMMON)
+    with pytest.raises(mn.TasksError, match="found Tensor in it"):
+        mn.fit(*begun(), [torch.zeros(2), torch.zeros(2)], steps=1, **COMMON)
+    with pytest.raises(mn.TasksError, match=r"map-style dataset of tasks.*got Batch"):
+        mn.fit(*begun(), mn.Batch(torch.zeros(2), torch.zeros(2)), steps=1, **COMMON)
+
+
+@pytest.mark.parametrize(
+    ("settings", "lr", "told"),
+    [
+        ({"prox": 3.0}, 0.1, "prox = 2.0, this one has 3.0"),
+        ({"solver": mn.Nesterov(3)}, 0.1, r"solver = Nesterov\(steps=2.*Nesterov\(steps=3"),
+        ({"estimator": mn.FOMAML()}, 0.1, "estimator = FOBMAML.*FOMAML"),
+        ({"adapt_only": "2"}, 0.1, r"adapt_only = None, this one has \['2'\]"),
+        ({}, 0.2, "optimizer's lr = 0.1, this one has 0.2"),
+    ],
+)
+def test_other_settings_do_not_go_on(settings: dict[str, Any], lr: float, told: str, tmp_path: Path):
+    mn.fit(*begun(), ENDLESS, steps=2, out=tmp_path, **COMMON)
+    learner, optimizer = begun(**settings)
+    optimizer = torch.optim.SGD(learner.model.parameters(), lr=lr)
+    before, log = vector(learner), (tmp_path / "log.csv").read_text()
+    with pytest.raises(mn.SettingsError, match=told):
+        mn.fit(learner, optimizer, ENDLESS, steps=4, out=tmp_path, **COMMON)
+    assert torch.equal(vector(learner), before)
+    assert (tmp_path / "log.csv").read_text() == log
+    assert optimizer.param_groups[0]["lr"] == lr
+
+
+def test_other_optimizers_fewer_steps_and_old_checkpoints(tmp_path: Path):
+    learner, optimizer = begun()
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    mn.fit(learner, optimizer, ENDLESS, steps=2, out=tmp_path, scheduler=schedule, **COMMON)
+    assert len(mn.fit(learner, optimizer, ENDLESS, steps=3, out=tmp_path, scheduler=schedule, **COMMON).history) == 3
+    learner, optimizer = begun()
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)  # a later process, whose rate begins anew
+    assert len(mn.fit(learner, optimizer, ENDLESS, steps=4, out=tmp_path, scheduler=schedule, **COMMON).history) == 4
+    after = vector(learner)
+    with pytest.raises(mn.SettingsError, match=r"has done 4 steps, more than the 3 asked for.*resume=False"):
+        mn.fit(learner, optimizer, ENDLESS, steps=3, out=tmp_path, scheduler=schedule, **COMMON)
+    momentum = torch.optim.SGD(learner.model.parameters(), lr=0.1, momentum=0.9)
+    again = torch.optim.lr_scheduler.StepLR(momentum, 1)
+    with pytest.raises(mn.SettingsError, match=r"optimizer's momentum = 0\.0, this one has 0\.9"):
+        mn.fit(learner, momentum, ENDLESS, steps=5, out=tmp_path, scheduler=again, **COMMON)
+    assert torch.equal(vector(learner), after)
+    state = load_state(tmp_path / LAST)
+    del state["settings"]  # of an older version
+    save_state(tmp_path / LAST, state)
+    learner, optimizer = begun(prox=3.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert len(mn.fit(learner, optimizer, ENDLESS, steps=6, out=tmp_path, scheduler=schedule, **COMMON).history) == 6
+
+
+def test_nan_is_worse_than_any_number():
+    for sign in (1.0, -1.0):
+        assert improves(3.0, math.nan, sign)
+        assert not improves(math.nan, 3.0, sign)
+        assert not improves(math.nan, math.nan, sign)
+        assert improves(sign * 2.0, sign * 3.0, sign)
+        assert not improves(sign * 3.0, sign * 2.0, sign)
+
+
+def test_a_task_of_nan_is_told_once_and_does_not_freeze_the_best(tmp_path: Path):
+    validation = ENDLESS.take(4)
+    validation[2].query.inputs[0] = math.nan
+    with pytest.warns(mn.NonFiniteWarning, match=r"meta-step 2 is NaN.*task 2 holds NaN.*query inputs") as told:
+        mn.fit(*begun(), ENDLESS, steps=6, validation=validation, out=tmp_path, **COMMON)
+    assert len(told) == 1
+    done = mn.fit(*begun(), ENDLESS, steps=8, validation=validation[:2], out=tmp_path, **COMMON)
+    assert math.isfinite(done.best)
+    assert done.best_step == 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mn.NonFiniteWarning)
+        worse = mn.fit(*begun(), ENDLESS, steps=10, validation=validation, out=tmp_path, **COMMON)
+    assert (worse.best, worse.best_step) == (done.best, 8)
+
+
+def test_the_best_with_settings_that_can_not_be_written(tmp_path: Path):
+    solver = mn.TorchOptimizer(lambda parameters: torch.optim.SGD(parameters, lr=0.1), steps=2)
+
+    def adapted(name: str, parameter: nn.Parameter) -> bool:
+        return name.startswith("2") and parameter.requires_grad
+
+    learner, optimizer = begun(solver=solver, adapt_only=adapted)
+    mn.fit(learner, optimizer, ENDLESS, steps=2, validation=ENDLESS.take(2), out=tmp_path, **COMMON)
+    given: dict[str, Any] = {}
+    for name, value in (("solver", solver), ("adapt_only", adapted)):
+        with pytest.raises(
+            mn.SettingsError, match=f"the {name} of this learner could not be written down; give {name}="
+        ):
+            mn.load_pretrained(tmp_path / "best", begun()[0].model, mn.metrics.squared_error, **given)
+        given[name] = value
+    again = mn.load_pretrained(tmp_path / "best", begun()[0].model, mn.metrics.squared_error, **given)
+    assert again.prox == 2.0
+    assert again.estimator == learner.estimator
+    assert torch.equal(vector(again), vector(learner))
+    # steps of the solver are known of both, its function is not
+    other = mn.TorchOptimizer(lambda parameters: torch.optim.SGD(parameters, lr=0.1), steps=3)
+    learner, optimizer = begun(solver=other, adapt_only=adapted)
+    with pytest.raises(mn.SettingsError, match=r"solver = TorchOptimizer\(steps=2\).*TorchOptimizer\(steps=3\)"):
+        mn.fit(learner, optimizer, ENDLESS, steps=4, validation=ENDLESS.take(2), out=tmp_path, **COMMON)
+
+
+def test_what_is_no_optimizer_of_the_model_is_refused(tmp_path: Path):
+    learner, optimizer = begun()
+    strange = torch.optim.SGD(begun()[0].model.parameters(), lr=0.1)
+    for given, told in (
+        (None, "optimizer must be an object such as torch.optim.Adam.*got None"),
+        (torch.optim.Adam, "got the class Adam"),
+        (strange, "a SGD of 4 parameters, holds none of the trainable parameters of learner.model"),
+    ):
+        with pytest.raises(mn.SettingsError, match=told):
+            mn.fit(learner, given, ENDLESS, steps=2, out=tmp_path / "out", **COMMON)
+    assert not (tmp_path / "out").exists()
+    mn.fit(learner, optimizer, ENDLESS, steps=1, **COMMON)
