@@ -199,7 +199,7 @@ class MetaLearner:
             estimate = self.estimator(problem, self.solver)
         kept = mean.add(problem, estimate, lent.named)
         tried = replace(problem, start=None) if self.execution.tries else None
-        probes.append(Probe(estimate.residual.reshape(-1), kept, tried))
+        probes.append(Probe(estimate.residual.reshape(-1), kept, tried, problem.sampled))
         if self.warm_start is None:
             return [], torch.empty(0)
         diverged = estimate.diverged.reshape(-1, 1)
