@@ -78,3 +78,17 @@ def test_what_drops_at_random() -> None:
     for layer, drops in layers:
         assert bool(advice.noise(torch.nn.Sequential(layer), False)) == drops
     assert advice.noise(torch.nn.Dropout(0.1), True) == "minibatches and dropout in train mode"
+
+
+def test_check_says_that_a_random_loss_can_not_be_compared() -> None:
+    torch.manual_seed(0)
+    x, heard = torch.randn(1, 8, 3), []
+    tasks = mn.Tasks(*(mn.Batch(x, x.sum(-1, keepdim=True)) for _ in range(2)))
+    learner = mn.MetaLearner(Dropped(0.5), mn.metrics.squared_error, solver=mn.Nesterov(2))
+    for random in (True, False):
+        found = mn.check(learner, tasks, compare=[], reference_steps=10, progress=heard.append)
+        assert (
+            found.verdict.startswith("The support loss is random from step to step (dropout in train mode)") == random
+        )
+        learner.model.eval()
+    assert heard[:2] == ["the exact meta-gradient", "FOBMAML()"]
