@@ -232,6 +232,11 @@ class Counted:
         return self.loss(model, batch)
 
 
+UNTRIED = (
+    r"raise steps from 4 to perhaps \d+ \(none were tried here; mn.check tries\); or try a larger prox, such as 0.003,"
+)
+
+
 def test_in_place_nothing_is_tried_and_the_advice_is_cautious() -> None:
     """Ranks of one model that hear different warnings would wait for each other; minibatches would be read on."""
     made = PROBLEMS["logistic"]()
@@ -244,7 +249,7 @@ def test_in_place_nothing_is_tried_and_the_advice_is_cautious() -> None:
             learner.backward(made.tasks)
         calls.append(loss.calls)
         if heard == "always":
-            assert re.search(r"raise steps from 4 to about \d+; or prox to about", str(caught[0].message))
+            assert re.search(UNTRIED, str(caught[0].message))
     assert calls[0] == calls[1]
 
 
@@ -273,7 +278,7 @@ def test_what_fails_while_it_is_tried_does_not_cost_the_step() -> None:
         warnings.simplefilter("ignore")
         step = mn.MetaLearner(quiet, mn.metrics.squared_error, **settings).backward(tasks)
     model = Refusing(10**9 - quiet.left)
-    with pytest.warns(mn.UnsolvedWarning, match=r"raise steps from 4 to about \d+; or look at lr = 0.01"):
+    with pytest.warns(mn.UnsolvedWarning, match=r"look at lr = 0.01 of .*; or raise steps from 4 to perhaps \d+"):
         assert mn.MetaLearner(model, mn.metrics.squared_error, **settings).backward(tasks) == step
     torch.testing.assert_close(model.phi.grad, quiet.phi.grad)
 
@@ -293,7 +298,7 @@ def test_a_solver_whose_steps_can_not_be_set_is_advised_untried() -> None:
     made = PROBLEMS["logistic"]()
     solver = Wrapped(mn.GradientDescent(8, lr=0.05))
     learner = mn.MetaLearner(made.make(), made.loss, prox=0.05, solver=solver)
-    with pytest.warns(mn.UnsolvedWarning, match=r"raise steps from 8 to about \d+"):
+    with pytest.warns(mn.UnsolvedWarning, match=r"raise steps from 8 to perhaps \d+"):
         learner.backward(made.tasks)
     found = mn.check(learner, made.tasks, compare=[], reference_steps=30)
     assert {row.steps for row in found.rows} == {8}
@@ -303,13 +308,13 @@ def test_what_no_steps_solve_is_told_with_the_steps_tried() -> None:
     made = PROBLEMS["logistic"]()
     learner = mn.MetaLearner(made.make(), made.loss, prox=0.01, solver=mn.GradientDescent(4, lr=0.001))
     with pytest.warns(
-        mn.UnsolvedWarning, match="80 steps do not solve it, so look at lr = 0.001 of GradientDescent"
+        mn.UnsolvedWarning,
+        match=r"up to 80 steps were tried, and left \d+ % at best; look at lr = 0.001 of GradientDescent",
     ) as told:
         learner.backward(made.tasks)
     assert "Nesterov needs none" in str(told[0].message)
-    assert "400 steps do not solve it, so raise prox from 0.01 to about" in advice.unsolved(
-        0.5, 3.0, mn.Nesterov(40), 0.01, Needed(40, 0.5, 400)
-    )
+    said = advice.unsolved(0.6, 3.0, mn.Nesterov(40), 0.01, Needed(200, 0.5, 400))
+    assert "up to 400 steps were tried, and left 50 % at best; try a larger prox, such as 0.03, with mn.check" in said
 
 
 @pytest.mark.parametrize("solver", [mn.GradientDescent(4, lr=0.2), mn.Nesterov(4, lr=0.2), mn.Adam(4, lr=0.2)], ids=str)
@@ -320,7 +325,7 @@ def test_with_a_fixed_step_no_larger_prox_is_advised(solver: object) -> None:
             told = advice.unsolved(residual, bound, solver, 20.0, tried)
             assert re.search(r"look at lr = 0\.2 of \w+, a smaller one may do \(lr \* prox is 4,", told)
             assert "prox to" not in told
-            assert "raise prox" not in told
+            assert "larger prox" not in told
     assert "larger prox" not in advice.calmer(solver, 20.0)
     assert "smaller steps (lr, now 0.2)" in advice.calmer(solver, 20.0)
     assert "prox to about 60, with lr below 0.02, which" in advice.amplified(2, 3, 20.0, 0.2)
@@ -333,8 +338,9 @@ def test_a_loose_bound_is_told_though_the_residual_is_low() -> None:
     told = advice.unsolved(0.045, 501.0, mn.Nesterov(100), 0.01, Needed(400, 9e-5, 400))
     assert "4 % from solved, which at prox=0.01 may leave an error of 501 times the meta-gradient" in told
     assert "raise steps from 100 to 400" in told
-    assert "or prox to about 0.1, which is another objective" in told
-    assert "400 steps do not solve it" in advice.unsolved(0.045, 501.0, mn.Nesterov(100), 0.01, Needed(400, 0.04, 400))
+    assert "or try a larger prox, such as 0.03, with mn.check; it is another objective" in told
+    told = advice.unsolved(0.045, 501.0, mn.Nesterov(100), 0.01, Needed(400, 0.04, 400))
+    assert "up to 400 steps were tried, and left 4 % at best" in told
 
 
 def test_a_single_step_that_stands_out_is_not_told() -> None:
@@ -355,10 +361,11 @@ def test_a_single_step_that_stands_out_is_not_told() -> None:
 
 def test_the_advice_that_can_not_be_tried_is_cautious() -> None:
     """Twice what geometric convergence would need."""
-    assert advice.cure(0.4, 8, 0.1) == (53, pytest.approx(5.0))
-    steps, _ = advice.cure(0.5, 10, 1.0)
+    assert advice.guess(0.4, 8) == 53
+    steps = advice.guess(0.5, 10)
     assert 0.5 ** (steps / 20) <= advice.DONE < 0.5 ** ((steps - 1) / 20)
-    assert advice.cure(0.99, 4, 0.1) == (40, pytest.approx(10.0))
+    assert advice.guess(0.99, 4) == 40
     assert advice.rounded(0.034) == pytest.approx(0.04)
     assert advice.rounded(20.0) == pytest.approx(20.0)
-    assert "raise steps from 8 to about 53; or prox to about 5" in advice.unsolved(0.4, 3.0, mn.Nesterov(8), 0.1, None)
+    told = advice.unsolved(0.4, 3.0, mn.Nesterov(8), 0.1, None)
+    assert "raise steps from 8 to perhaps 53 (none were tried here; mn.check tries); or try a larger prox" in told

@@ -694,8 +694,11 @@ def test_the_wrong_part_is_named() -> None:
 
 def test_a_learner_shows_its_settings() -> None:
     shown = repr(mn.MetaLearner(nn.Linear(1, 1), squared_error, prox=0.5, execution="in_place"))
-    for part in ("Linear", "prox=0.5", "Nesterov(steps=16", "FOBMAML(scheme='symmetric'", "'in_place'"):
+    for part in ("Linear", "prox=0.5", "Nesterov(steps=16", "FOBMAML(scheme='symmetric'", "'in_place')"):
         assert part in shown
+    model = nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2))
+    shown = repr(mn.MetaLearner(model, squared_error, adapt_only="0", batch_norm="frozen", warm_start=mn.WarmStart()))
+    assert "'vectorized', adapt_only='0', batch_norm='frozen', warm_start=WarmStart(" in shown
 
 
 @pytest.mark.parametrize("metric", [mn.metrics.accuracy, mn.metrics.squared_error])

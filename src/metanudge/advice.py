@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 if TYPE_CHECKING:
     from metanudge.probe import Needed
 
@@ -21,6 +23,9 @@ have 1 to 30, and up to 120 in single steps (measured: sinusoid, tanh and ReLU n
 
 MOST = 10.0
 """Largest factor of the steps that is advised without having been tried."""
+
+GUESSED = 128
+"""Most steps that are named without having been tried."""
 
 FAIR = 0.2
 """Relative residual that more steps have to come below to be advised."""
@@ -41,39 +46,82 @@ def aims(residual: float, bound: float) -> tuple[float, float]:
     return min(DONE, residual / bound), min(FAIR, 10 * residual / bound)
 
 
-def cure(residual: float, steps: int, prox: float) -> tuple[int, float]:
-    """The steps, or the proximal weight, that would bring the residual to about 5 %, where they can not be tried.
+def guess(residual: float, steps: int) -> int:
+    """The steps that would perhaps bring the residual to about 5 %, where they can not be tried.
 
-    The weight is for accelerated solvers that find their own step size.
-
-    Were the fall geometric, the steps would grow by log(0.05) / log(residual). But the first steps take away what is
-    steep, and the rest falls at about half that rate: hence twice as many. As an accelerated solver needs
-    K ~ sqrt(L / prox) steps, the same is had by a proximal weight larger by the square of the factor. At most
-    ten times the steps: a residual near 1 says that the solve has hardly begun, and nothing of its rate.
+    Were the fall geometric, they would grow by log(0.05) / log(residual). But the first steps take away what is steep,
+    and the rest falls at about half that rate: hence twice as many. At most ten times the steps: a residual near 1 says
+    that the solve has hardly begun, and nothing of its rate. And at most ``GUESSED``: who follows a guess from 3 to 30
+    and is told 300 next is led on.
     """
     factor = min(2 * math.log(DONE) / math.log(min(max(residual, 1e-3), 0.98)), MOST)
-    return max(steps + 1, math.ceil(steps * factor)), rounded(prox * max(factor, 1.1) ** 2)
+    return max(steps + 1, min(math.ceil(steps * factor), GUESSED))
 
 
-def unsolved(residual: float, bound: float, solver: Any, prox: float, tried: Needed | None) -> str:
-    """The warning; ``tried`` is what more steps did, where they were taken."""
-    steps: int = solver.steps
+def unsolved(residual: float, bound: float, solver: Any, prox: float, tried: Needed | None, noise: str = "") -> str:
+    """The warning; ``tried`` is what more steps did, where they were taken, ``noise`` what makes the loss random."""
     said = f"the inner problem is {_percent(residual)} from solved, "
-    more, closer = cure(residual, steps, prox)
     if residual > ROUGH:
         said += "so the meta-gradient is rough"
     else:
         said += f"which at prox={prox:g} may leave an error of {bound:.0f} times the meta-gradient (error_bound)"
-        closer = rounded(10 * prox)
-    by_itself = isinstance(getattr(solver, "lr", None), str)
-    if tried is not None and tried.residual > aims(residual, bound)[1]:
-        said += f": {tried.most} steps do not solve it, so "
-        return said + (
-            f"raise prox from {prox:g} to about {closer:g}; it {ANOTHER}" if by_itself else _step_size(solver, prox)
-        )
-    here = f"about {more}" if tried is None else f"{tried.steps}, which left {_percent(tried.residual)} here"
-    other = f"prox to about {closer:g}, which {ANOTHER}" if by_itself else _step_size(solver, prox)
-    return f"{said}: raise steps from {steps} to {here}; or {other}"
+    if noise:
+        return f"{said}: {_random(noise)}"
+    if tried is None:
+        return f"{said}: {_untried(residual, solver, prox)}"
+    own = not isinstance(getattr(solver, "lr", None), str)
+    if tried.residual > aims(residual, bound)[1]:
+        said += f": up to {tried.most} steps were tried, and left {_percent(tried.residual)} at best; "
+        return said + (_step_size(solver, prox) if own else _closer(prox))
+    here = f"raise steps from {solver.steps} to {tried.steps}, which left {_percent(tried.residual)} here"
+    return f"{said}: {here}; or {_step_size(solver, prox) if own else _closer(prox)}"
+
+
+def _untried(residual: float, solver: Any, prox: float) -> str:
+    """What to look at, where no other steps were taken: nothing is known, and a step size of the user's comes first."""
+    steps: int = solver.steps
+    more = f"raise steps from {steps} to perhaps {guess(residual, steps)}"
+    if steps >= GUESSED:
+        more = f"take more steps than {steps}"
+    more += " (none were tried here; mn.check tries)"
+    if isinstance(getattr(solver, "lr", None), str):
+        return f"{more}; or {_closer(prox)}"
+    return f"{_step_size(solver, prox)}; or {more}"
+
+
+def _closer(prox: float) -> str:
+    """A larger prox, as something to try: what it would do is not known."""
+    return f"try a larger prox, such as {rounded(3 * prox):g}, with mn.check; it {ANOTHER}"
+
+
+def _random(noise: str) -> str:
+    """The cause that neither steps nor prox mend."""
+    return (
+        f"the support loss is random from step to step ({noise}), and its residual can not fall below that noise, "
+        "however many the steps; make it less random (less dropout; larger minibatches, or microbatch= instead), "
+        "or judge by validation and ignore this warning"
+    )
+
+
+def noise(model: nn.Module, sampled: bool) -> str:
+    """What makes the support loss another one at every step, as far as it is sure; "" where nothing is known to.
+
+    Dropout inside a function of the user's is not seen.
+    """
+    causes = ["minibatches"] if sampled else []
+    if any(module.training and _drops(module) for module in model.modules()):
+        causes.append("dropout in train mode")
+    return " and ".join(causes)
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module in train mode drops at random; other packages' own dropout is known by its name."""
+    if isinstance(module, nn.RNNBase):
+        return module.num_layers > 1 and module.dropout > 0
+    if not isinstance(module, nn.MultiheadAttention) and "drop" not in type(module).__name__.lower():
+        return False
+    rates = (getattr(module, name, None) for name in ("p", "drop_prob", "dropout"))
+    return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
 
 
 def fixed_lr(solver: Any) -> float | None:
@@ -107,14 +155,14 @@ def amplified(tasks: int, total: int, prox: float, lr: float | None = None) -> s
 
 def calmer(solver: Any, prox: float) -> str:
     """What keeps this solver from diverging: with a step of its own a larger prox, with a fixed one never."""
-    lr = getattr(solver, "lr", None)
-    closer = f"hold it closer (a larger prox than {prox:g})"
+    lr, name = getattr(solver, "lr", None), type(solver).__name__
     if isinstance(lr, int | float):
         return f"let the inner solver take smaller steps (lr, now {lr:g})"
     if isinstance(lr, str):
-        name = type(solver).__name__
+        closer = f"hold it closer (a larger prox than {prox:g})"
         return f'{closer}, or give {name} a small lr of your own in the place of "{lr}"'
-    return f"let the inner solver ({type(solver).__name__}) take smaller steps or {closer}"
+    whose = "the lr of its optimizer" if name == "TorchOptimizer" else "its step size"
+    return f"let the inner solver ({name}) take smaller steps ({whose})"
 
 
 def bad_data(bad: Mapping[int, str], total: int) -> str:

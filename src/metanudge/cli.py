@@ -17,6 +17,7 @@ from metanudge.diagnostics import check, smoothness
 from metanudge.errors import SettingsError
 from metanudge.failures import told
 from metanudge.loading import load_learner
+from metanudge.progress import line
 from metanudge.runs import train
 from metanudge.scoring import evaluate
 from metanudge.settings import check_folder, nearest
@@ -118,8 +119,14 @@ class Check:
         if self.out is not None:
             check_folder(self.out)
         loaded = load_learner(self.target)
-        with console.status("comparing with the exact meta-gradient"):
-            found = check(loaded.learner, loaded.tasks, max_tasks=self.max_tasks, reference_steps=self.reference_steps)
+        with line("comparing with the exact meta-gradient") as tell:
+            found = check(
+                loaded.learner,
+                loaded.tasks,
+                max_tasks=self.max_tasks,
+                reference_steps=self.reference_steps,
+                progress=tell,
+            )
         console.print(str(found).removesuffix(found.verdict), highlight=False, soft_wrap=True)
         console.print(found.verdict, style="green" if found.good else "yellow", highlight=False)
         console.print(f"Compared with: {found.reference}.", style="dim", highlight=False)

@@ -83,6 +83,7 @@ def _late(before: float, now: float) -> float:
 class Parts(Protocol):
     """Of a learner, what advice is about."""
 
+    model: nn.Module
     estimator: Estimator
     solver: Solver
     prox: float
@@ -119,8 +120,9 @@ def verdict(
     if Need.PROXIMAL_TERM in estimator.needs and UnsolvedWarning not in told.kinds:
         residual, bound = told.residual, told.bound
         if residual > advice.ROUGH or bound > advice.LOOSE:
-            tried = needed(probes, solver, *advice.aims(residual, bound))
-            _tell_once(told, UnsolvedWarning, advice.unsolved(residual, bound, solver, prox, tried))
+            noise = advice.noise(parts.model, any(probe.sampled for probe in probes))
+            tried = None if noise else needed(probes, solver, *advice.aims(residual, bound))  # noise no steps mend
+            _tell_once(told, UnsolvedWarning, advice.unsolved(residual, bound, solver, prox, tried, noise))
         elif 2 * numbers.amplified_tasks > mean.kept:
             lr = advice.fixed_lr(solver)
             _tell_once(told, UnsolvedWarning, advice.amplified(numbers.amplified_tasks, mean.kept, prox, lr))

@@ -24,7 +24,7 @@ from metanudge.oracle import BatchNorm, Policy, Tally
 from metanudge.permutations import permuted
 from metanudge.probe import Probe
 from metanudge.selection import AdaptOnly, Selection, select_parameters
-from metanudge.settings import check_function, check_part, check_prox, check_sizes, check_steps
+from metanudge.settings import check_function, check_part, check_prox, check_sizes, check_steps, shown
 from metanudge.solvers import Nesterov, Solver
 from metanudge.solvers.loop import solve
 from metanudge.types import Batch, Evaluation, LossFunction, MetaStep, Need, Role, Tasks
@@ -110,8 +110,7 @@ class MetaLearner:
         check_part("estimator", self.estimator, ("needs", "__call__"), "mn.FOBMAML()")
         if warm_start is not None:
             check_part("warm_start", warm_start, ("get", "put", "state_dict"), "mn.WarmStart(), or None")
-        self.warm_start = warm_start
-        self.adapt_only = adapt_only
+        self.warm_start, self.adapt_only = warm_start, adapt_only
         selection = select_parameters(model, adapt_only)
         self.norm = BatchNorm(batch_norm, model)
         self.execution: Execution = choose_execution(
@@ -136,9 +135,10 @@ class MetaLearner:
 
     def __repr__(self) -> str:
         """Settings on one line."""
+        more = shown(adapt_only=self.adapt_only, batch_norm=self.norm.policy, warm_start=self.warm_start)
         return (
             f"MetaLearner({type(self.model).__name__}, prox={self.prox:g}, solver={self.solver}, "
-            f"estimator={self.estimator}, execution={self.execution.name!r})"
+            f"estimator={self.estimator}, execution={self.execution.name!r}{more})"
         )
 
     @property
@@ -199,7 +199,7 @@ class MetaLearner:
             estimate = self.estimator(problem, self.solver)
         kept = mean.add(problem, estimate, lent.named)
         tried = replace(problem, start=None) if self.execution.tries else None
-        probes.append(Probe(estimate.residual.reshape(-1), kept, tried))
+        probes.append(Probe(estimate.residual.reshape(-1), kept, tried, problem.sampled))
         if self.warm_start is None:
             return [], torch.empty(0)
         diverged = estimate.diverged.reshape(-1, 1)

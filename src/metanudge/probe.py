@@ -46,11 +46,13 @@ class Probe(NamedTuple):
         residual: Relative residuals, one a task.
         kept: Which of the tasks count.
         problem: The problem; None where no more steps of it may be tried (``Execution.tries``).
+        sampled: Whether its support set was seen through minibatches.
     """
 
     residual: Tensor
     kept: Tensor
     problem: InnerProblem | None
+    sampled: bool = False
 
     def mean(self) -> float:
         """Mean residual of the tasks that count."""

@@ -1,4 +1,4 @@
-"""A bar with the numbers that tell whether a training goes well."""
+"""What is at work, on stderr: a bar for trainings, with the numbers that tell whether they go well, and a line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from metanudge.logs import Record
@@ -35,4 +36,20 @@ def bar(steps: int, done: int, metric: str, shown: bool) -> Iterator[Callable[[R
 
     with progress:
         task = progress.add_task("", total=steps, completed=done)
+        yield tell
+
+
+@contextmanager
+def line(what: str) -> Iterator[Callable[[str], None]]:
+    """Show what is at work: on a terminal a line that changes, elsewhere one more each time; yields what tells it."""
+    console = Console(stderr=True)
+    with console.status(what) as status:
+
+        def tell(now: str) -> None:
+            shown = escape(f"{what}: {now}")
+            if console.is_terminal:
+                status.update(shown)
+            else:
+                console.print(shown, highlight=False, soft_wrap=True)
+
         yield tell

@@ -21,6 +21,11 @@ def nearest(given: str, known: Iterable[str]) -> str:
     return f"{told} is {', '.join(names) or 'nothing'}"
 
 
+def shown(**settings: object) -> str:
+    """Those that are not None, to go on with after other settings."""
+    return "".join(f", {name}={value!r}" for name, value in settings.items() if value is not None)
+
+
 def check_steps(steps: int, name: str = "steps") -> None:
     """Raise a SettingsError unless ``steps`` is a whole number >= 1."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:

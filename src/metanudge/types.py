@@ -160,7 +160,9 @@ class MetaStep(NamedTuple):
         error_bound: A task's error ||g - ∇F|| relative to ||g||, means over tasks of both, in the adapted parameters:
             0.1 is 10 %. A bound where the support loss is convex (tested, not proved: none of 2,706 random problems
             exceeded it, steep ones included); elsewhere, as on networks, an estimate, seen up to a factor 1.6 too
-            small. Wide where the solves are not done (docs/theory.md); NaN for all but FO-B-MAML with its linear nudge.
+            small. Wide where the solves are not done (docs/theory.md). From 1 on the error may be any multiple of
+            ∇F (18 was seen at 3.5, shared parameters included, with curvature -.49 near ``prox`` .5, and no alarm):
+            ``mn.check`` finds that. NaN for all but FO-B-MAML with its linear nudge.
         amplified_tasks: Tasks whose meta-gradient is longer than their query gradient. Where the inner problem is
             convex that can not be: ``prox`` is too small, or their nudged solves diverge.
         nu: Mean nudge (0 for estimators without one).

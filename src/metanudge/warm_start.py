@@ -98,6 +98,10 @@ class WarmStart:
         """Return True, also where nothing is kept yet: ``if learner.warm_start`` asks whether there is one."""
         return True
 
+    def __repr__(self) -> str:
+        """How much is kept."""
+        return f"WarmStart({len(self)} tasks)"
+
     def __contains__(self, index: int) -> bool:
         """Whether a solution of this task is kept."""
         return index in self._slots

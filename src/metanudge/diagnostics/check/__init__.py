@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from metanudge.advice import noise as why_random
 from metanudge.diagnostics.check.advice import verdict
 from metanudge.diagnostics.check.bench import Bench, first
 from metanudge.diagnostics.check.kinks import kinked
@@ -16,6 +17,7 @@ from metanudge.diagnostics.check.sweep import Sweep
 from metanudge.errors import SettingsError
 from metanudge.estimators import ESTIMATORS
 from metanudge.learner import MetaLearner
+from metanudge.minibatches import as_minibatches
 from metanudge.settings import check_steps
 from metanudge.types import Tasks
 
@@ -29,6 +31,7 @@ def check(
     max_tasks: int = 4,
     reference_steps: int = 400,
     compare: Sequence[str] = tuple(ESTIMATORS),
+    progress: Callable[[str], object] | None = None,
 ) -> Check:
     r"""Measure how far ``learner.backward`` is from the exact meta-gradient, and find settings that are near.
 
@@ -45,8 +48,8 @@ def check(
     are compared, with the exact meta-gradient of the same tasks.
 
     The model is copied: it, the learner and the random state are as before afterwards, also after an exception. Dropout
-    makes every step's problem another one and the comparison void: call ``model.eval()`` first. A warm start is left
-    out, and the verdict says so: solves begin at θ.
+    makes every step's problem another one and the comparison void, which the verdict says: call ``model.eval()`` first.
+    A warm start is left out, and the verdict says so: solves begin at θ.
 
     The recommendation keeps your prox where any number of steps does there (up to 256, or twice yours): another prox is
     another objective, and may train a worse model with a better estimate. It is not varied for estimators that do not
@@ -59,6 +62,7 @@ def check(
         max_tasks: Tasks to use, the first ones.
         reference_steps: Steps of the reference's solve.
         compare: Names in ``mn.ESTIMATORS`` to compare with.
+        progress: Called with what comes next, in words; None for silence.
 
     Raises:
         TasksError: Tasks that do not fit.
@@ -90,14 +94,17 @@ def check(
     with torch.random.fork_rng():  # a loader may draw
         bench = Bench(learner, first(learner, tasks, max_tasks))
         bends = kinked(bench)
+        tell = progress or (lambda _: None)
         references = References(bench, reference_steps, bends)
+        tell("the exact meta-gradient")
         reference = references.at(learner.prox)  # or an error, before anything is measured
-        sweep = Sweep(bench, references)
+        sweep = Sweep(bench, references, tell)
         sweep.vary(compare)
         good = sweep.rows[0].good
         advisable = not good and (good is not None or not bends)
         if advisable:
             search(sweep, bends)
+    noise = why_random(learner.model, any(as_minibatches(task.support) is not None for task in bench.tasks))
     return Check(
         sweep.rows,
         reference.how,
@@ -106,5 +113,5 @@ def check(
         reference.trusted,
         bends,
         recommend(sweep.own()) if advisable else None,
-        verdict(sweep.rows, reference, len(bench.tasks), bends, bench.bad(), learner.warm_start is not None),
+        verdict(sweep.rows, reference, len(bench.tasks), bends, bench.bad(), learner.warm_start is not None, noise),
     )

@@ -22,6 +22,11 @@ OBJECTIVE = (
     "model: judge it by validation"
 )
 
+RANDOM = (
+    "The support loss is random from step to step ({}), so what follows compares different problems and means little: "
+    "call model.eval() first, and give whole support sets."
+)
+
 WARM = (
     "All of this is without the warm start: solves begin at the initialisation, as adapt does. In training, tasks that "
     "come again begin at their last solution and are solved further; MetaStep.residual tells how far."
@@ -29,9 +34,18 @@ WARM = (
 
 
 def verdict(
-    rows: list[CheckRow], reference: Reference, tasks: int, kinked: bool, bad: Mapping[int, str], warm: bool
+    rows: list[CheckRow],
+    reference: Reference,
+    tasks: int,
+    kinked: bool,
+    bad: Mapping[int, str],
+    warm: bool,
+    noise: str = "",
 ) -> str:
-    """What was found, and what would mend it; ``bad`` are tasks with NaN in their data, and where."""
+    """What was found, and what would mend it.
+
+    ``bad`` are tasks with NaN in their data, and where; ``noise`` is what makes the support loss random.
+    """
     mine = rows[0]
     own = [row for row in rows if row.group != "estimator"]
     said = [_judged(mine, reference, kinked)]
@@ -51,6 +65,8 @@ def verdict(
         said.append(KINKED)
     if warm:
         said.append(WARM)
+    if noise:
+        said.insert(0, RANDOM.format(noise))
     return " ".join(said)
 
 

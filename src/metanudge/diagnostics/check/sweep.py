@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,10 +25,13 @@ NAN = float("nan")
 
 
 class Sweep:
-    """Measures settings, each against the reference at its own λ; ``rows`` are all it has measured."""
+    """Measures settings, each against the reference at its own λ; ``rows`` are all it has measured.
 
-    def __init__(self, bench: Bench, references: References) -> None:
-        self.bench, self.references = bench, references
+    ``tell`` hears of every setting before it is measured.
+    """
+
+    def __init__(self, bench: Bench, references: References, tell: Callable[[str], object]) -> None:
+        self.bench, self.references, self.tell = bench, references, tell
         self.rows: list[CheckRow] = []
         self.own_nu = 0.0
 
@@ -66,6 +69,7 @@ class Sweep:
         nu: float | str | None = None,
     ) -> CheckRow:
         """Measure one setting, that of the learner where nothing else is given."""
+        self.tell(label)
         row = CheckRow(group, label, solver.steps, prox, NAN, float("inf"), NAN, NAN, NAN, 0, NAN, nu)
         failures = (NonFiniteError,) if group == "yours" else (NonFiniteError, SettingsError, LossError, RuntimeError)
         try:
