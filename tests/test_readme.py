@@ -55,7 +55,7 @@ def test_settings_file_trains_and_is_evaluated(tmp_path, monkeypatch):
     (tmp_path / "sinusoid.toml").write_text(text.replace("steps = 1000", "steps = 2"))
     assert main(["train", "sinusoid.toml", "--quiet"]) == 0
     assert main(["evaluate", "runs/sinusoid", "--tasks", "4"]) == 0
-    assert list(json.loads(Path("runs/sinusoid/evaluation.json").read_text())["seeds"]) == ["0", "1", "2"]
+    assert list(json.loads(Path("runs/sinusoid/evaluation-4-tasks.json").read_text())["seeds"]) == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.stem)
