@@ -17,17 +17,8 @@ import metanudge as mn
 from metanudge.experiments.memory import EXPERIMENT, channels, lora, steps, transformer
 from metanudge.experiments.memory.candidates import CANDIDATES, SECOND_ORDER, Inner
 from metanudge.experiments.memory.claims import memory_claim, time_claim
-from metanudge.experiments.memory.measuring import (
-    RETURNING,
-    Job,
-    Measuring,
-    forked,
-    live,
-    nursery,
-    resident_peak,
-    seconds,
-    tell,
-)
+from metanudge.experiments.memory.measuring import Job, Measuring, live, resident_peak, seconds
+from metanudge.experiments.memory.processes import RETURNING, forked, nursery, tell
 from metanudge.experiments.runner import reproduce
 
 MIB = 2**20

@@ -154,6 +154,10 @@ class InnerProblem:
         """E(·; θ, ν); free without ``nu``, linearly nudged with ``slope``."""
         return Energy(self.losses, self.theta, self.prox, nu, slope)
 
+    def unit(self, phi: Params) -> float:
+        """Unit of round-off of a solution and of the gradients there."""
+        return max(tree.round_off(phi), self.round_off)
+
     def meta_partial(self, energy: Energy, phi: Params, step: int) -> Params:
         """∂E/∂ω: ∂E/∂θ = λ (θ - φ) and, where parameters are shared, ∂E/∂w = ∂f̂/∂w + ν ∂f/∂w (linear nudge: ∂f̂/∂w).
 

@@ -95,7 +95,7 @@ def error_bound(problem: InnerProblem, free: FreeSolve, nudged: Nudged, order: i
     tiny = torch.finfo(slope.dtype).tiny
 
     size = energy.touched(nudged.middle, free.slope)
-    unit = max(tree.round_off(free.phi), problem.round_off)
+    unit = problem.unit(free.phi)
     # a way shorter than round-off is none: what it did to the query gradient is no rate
     gone = norm(tree.subtract(nudged.middle, free.phi)).maximum(unit * size)
     pull = losses.value_and_gradient(Role.SUPPORT, nudged.middle, free.step)[1]

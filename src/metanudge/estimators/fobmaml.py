@@ -114,8 +114,7 @@ class FOBMAML:
         free = solve_free(problem, solver)
         nu, displacement = self._nudge_size(problem, free)
         # of the solutions, and of a gradient, which in narrow precision may be off by a whole unit
-        unit = max(tree.round_off(free.phi), problem.round_off)
-        noise = (unit / (2 * displacement) + 16 * problem.round_off) * free.slope_norm
+        noise = (problem.unit(free.phi) / (2 * displacement) + 16 * problem.round_off) * free.slope_norm
         slope = free.slope if self.nudge == "linear" else None
         at_solution, stencil = self.start == "solution", self.stencil
         start = free.phi if at_solution else problem.losses.spread(problem.theta)
@@ -173,7 +172,7 @@ class FOBMAML:
         if self.nu != "auto":
             nu = torch.full_like(s, self.nu)
             return nu, nu / s
-        least = max(tree.round_off(free.phi), problem.round_off) ** (1 / (order + 1))
+        least = problem.unit(free.phi) ** (1 / (order + 1))
         if self.nudge == "full":
             nu = least * torch.minimum(s, s ** (1 / (order + 1)))
             return nu, nu / s

@@ -1,27 +1,17 @@
-"""Peak memory and time of one meta-gradient, each measured in a process that has done nothing else.
-
-A *nurse* imports everything and computes nothing; every measurement is a fork of a nurse, so that it starts from the
-same memory and costs no second import.
-"""
+"""Peak memory and time of one meta-gradient, each measured in a process that has done nothing else."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -29,20 +19,7 @@ from torch.utils._pytree import tree_leaves
 from metanudge.diagnostics.memory import LiveBytes
 from metanudge.errors import MetanudgeError
 from metanudge.experiments.memory.candidates import CANDIDATES, Act, Inner, forward_backward
-
-THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8
-"""Parameters of glibc's ``mallopt``."""
-RETURNING = {ARENA_MAX: 1, MMAP_THRESHOLD: 2**13, TRIM_THRESHOLD: 2**16}
-"""Every block above 8 KiB goes back to the system at once: the peak would else count blocks long freed."""
-KEEPING = {MMAP_THRESHOLD: 2**25, TRIM_THRESHOLD: 2**30}
-"""None does: else its page faults, which come and go with what happens to lie on top of the heap, are a tenth of the
-time of what is timed, and vary by as much."""
-
-LATE = ("torch._dynamo",)
-"""What torch imports when the first optimizer is made, in a second: nurses do it, once for all."""
-
-T = TypeVar("T")
+from metanudge.experiments.memory.processes import KEEPING, RETURNING, forked, nursery
 
 
 @dataclass(frozen=True)
@@ -60,6 +37,10 @@ class Job:
     x: str
     make: Callable[[], Inner]
     steps: int
+
+    def __str__(self) -> str:
+        """For errors."""
+        return f"{self.candidate} at {self.x} with {self.steps} inner steps"
 
 
 @dataclass(frozen=True)
@@ -237,66 +218,3 @@ class Pass(NamedTuple):
         if self.alone:
             return (nurses.submit(measure_one, job).result() for job in jobs)
         return nurses.map(measure_one, jobs)
-
-
-@contextmanager
-def nursery(workers: int, preload: tuple[str, ...]) -> Iterator[ProcessPoolExecutor]:
-    """Nurses on one thread each, with everything imported."""
-    kept = {name: os.environ.get(name) for name in THREADS}
-    os.environ.update(THREADS)  # for the nurses; this process has read its own long ago
-    try:
-        with ProcessPoolExecutor(workers, get_context("spawn"), import_all, ((*LATE, *preload),)) as nurses:
-            yield nurses
-    finally:
-        for name, value in kept.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def import_all(modules: tuple[str, ...]) -> None:
-    """What a nurse does before its first job."""
-    for module in modules:
-        import_module(module)
-
-
-def forked(function: Callable[[Job], T], allocator: Mapping[int, int], job: Job) -> T:
-    """``function(job)`` in a fork of this process.
-
-    Raises:
-        MetanudgeError: It failed or was killed, and what the cause was.
-    """
-    receive, send = get_context("fork").Pipe(duplex=False)
-    child = get_context("fork").Process(target=tell, args=(send, function, allocator, job))
-    child.start()
-    send.close()
-    try:
-        result, error = receive.recv()
-    except EOFError:
-        child.join()
-        result, error = None, f"the process ended with code {child.exitcode}; -9 is for want of memory"
-    child.join()
-    if error is not None:
-        raise MetanudgeError(f"{job.candidate} at {job.x} with {job.steps} inner steps could not be measured: {error}")
-    measured: T = result
-    return measured
-
-
-def tell(send: Connection, function: Callable[[Job], Any], allocator: Mapping[int, int], job: Job) -> None:
-    """Send ``(result, None)``, or ``(None, what went wrong)``."""
-    try:
-        set_allocator(allocator)
-        torch.set_num_threads(1)
-        send.send((function(job), None))
-    except Exception as error:
-        send.send((None, f"{type(error).__name__}: {error}"))
-
-
-def set_allocator(parameters: Mapping[int, int]) -> None:
-    """Set glibc's, and give the system what lies free inside the heap, so that using it again counts."""
-    c = ctypes.CDLL(None)
-    if hasattr(c, "mallopt"):
-        for parameter, value in parameters.items():
-            c.mallopt(parameter, value)
-        c.malloc_trim(0)
