@@ -27,7 +27,10 @@ EXPERIMENTS = ("synthetic", "solves", "sinusoid", "mnist1d", "memory")
 
 @dataclasses.dataclass(frozen=True)
 class Reproduce:
-    """Reproduce a result: writes metrics.json, figures (PNG and SVG) and report.html."""
+    """Reproduce a result: writes metrics.json, figures (PNG and SVG) and report.html.
+
+    Stopped, it goes on from the last finished training when called again.
+    """
 
     experiment: tyro.conf.Positional[str]
     """Which result: synthetic, solves, sinusoid, mnist1d or memory."""

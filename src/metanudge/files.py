@@ -41,7 +41,8 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise SettingsError(f"{path} is no checkpoint that can be read: {str(error).splitlines()[0]}") from error
+        said = str(error).splitlines() or [type(error).__name__]  # of an empty file there is nothing to say
+        raise SettingsError(f"{path} is no checkpoint that can be read: {said[0]}") from error
     if not isinstance(state, dict):
         raise SettingsError(f"{path} is no checkpoint: it holds {type(state).__name__}")
     return state

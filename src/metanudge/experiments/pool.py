@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import signal
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from threading import Thread
 from typing import TypeVar
 
+from metanudge.experiments.kept import KEPT
 from metanudge.experiments.study import Advance
 
 Job = TypeVar("Job")
@@ -22,6 +28,9 @@ def run_all(
 ) -> list[Outcome]:
     """Run every job; each must be deterministic, so that how many run at a time makes no difference.
 
+    Inside ``keeping`` a job whose outcome is kept is not run again, and every other outcome is kept as soon as it is
+    there. The first job that fails ends the others.
+
     Args:
         function: A module's function, for it is pickled.
         jobs: What to run.
@@ -29,14 +38,50 @@ def run_all(
         advance: Told of progress.
         share: From the number of jobs done to the share of the study.
     """
-    if workers == 1:
-        found = []
-        for done, job in enumerate(jobs):
-            found.append(function(job))
-            advance(share(done + 1))
-        return found
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(function, job) for job in jobs]
-        for done, _ in enumerate(as_completed(futures)):
-            advance(share(done + 1))
-        return [future.result() for future in futures]
+    kept = KEPT.get()
+    outcomes = {} if kept is None else kept.find(function, jobs)
+    if outcomes:
+        advance(share(len(outcomes)))
+    left = {place: job for place, job in enumerate(jobs) if place not in outcomes}
+    with closing(_run(function, left, workers)) as running:
+        for place, outcome in running:
+            if kept is not None:
+                kept.keep(function, jobs[place], outcome)
+            outcomes[place] = outcome
+            advance(share(len(outcomes)))
+    return [outcomes[place] for place in range(len(jobs))]
+
+
+def _run(
+    function: Callable[[Job], Outcome], jobs: Mapping[int, Job], workers: int
+) -> Generator[tuple[int, Outcome], None, None]:
+    """Outcomes as they come, each with the key of its job."""
+    if workers == 1 or not jobs:
+        for place, job in jobs.items():
+            yield place, function(job)
+        return
+    spawn = get_context("spawn")
+    theirs, ours = spawn.Pipe(duplex=False)
+    with theirs, ours, ProcessPoolExecutor(workers, spawn, _end_with, (theirs,)) as pool:
+        try:
+            futures = {pool.submit(function, job): place for place, job in jobs.items()}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            ours.close()  # the pool would first run every job that waits
+            raise
+
+
+def _end_with(parent: Connection) -> None:
+    """What a worker does first: from now on it ends when the other end of the pipe closes, whatever it is doing.
+
+    The operating system closes it when the parent is killed, by any signal; a worker left alone would wait for jobs
+    for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too, but it is the parent that tells
+
+    def watch() -> None:
+        parent.poll(None)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()

@@ -53,7 +53,7 @@ def write_report(
         out: The folder, made if missing.
         title: Heading of the page.
         studies: What to write.
-        run: Of every study: command, settings, seconds; kept under the key "run" of the metrics.
+        run: Of every study: command, source, settings, seconds; kept under the key "run" of the metrics.
         order: Names of all studies of the experiment. Those that are not among ``studies`` and that ``out`` already
             holds stay in the page.
     """

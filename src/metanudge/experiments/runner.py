@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from metanudge.errors import SettingsError
+from metanudge.experiments.kept import UNFINISHED, Kept, keeping, source_digest
 from metanudge.experiments.report import write_report
 from metanudge.experiments.study import Experiment, Study
 from metanudge.settings import check_folder, check_seed, nearest
@@ -24,9 +26,13 @@ def reproduce(
 ) -> list[Study]:
     """Run the studies and write ``metrics.json``, figures and ``report.html``.
 
+    Stopped, it goes on from the last finished training when called again: the outcomes of trainings are kept in
+    ``out/.unfinished``, for the same code and settings alone, until the report is written. Timings are not: they are
+    compared within one run.
+
     Args:
         experiment: What to run.
-        out: Folder to write into; made if missing. Nothing is written before every study has ended.
+        out: Folder to write into; made if missing. The report is not written before every study has ended.
         quick: Use every study's quick form.
         seed: Seed of every study.
         only: Names of studies, whose results then replace those in ``out``; empty for all.
@@ -46,7 +52,8 @@ def reproduce(
     for name in names:
         kind = experiment.studies[name].settings
         settings[name] = dataclasses.replace(kind.quick() if quick else kind(), seed=seed)
-    studies, seconds = [], {}
+    studies: list[Study] = []
+    records: dict[str, dict[str, Any]] = {}
     torch.set_num_threads(1)  # on operations this small a second thread only waits
     bar = Progress(
         TextColumn("{task.description:16}"),
@@ -55,27 +62,32 @@ def reproduce(
         TimeElapsedColumn(),
         console=console,
     )
-    with bar:
+    kept = Kept(out / UNFINISHED, source_digest(), lambda text: console.print(text, highlight=False))
+    with bar, keeping(kept):
         tasks = {name: bar.add_task(name, total=1.0, start=False) for name in names}
         for name in names:
             bar.start_task(tasks[name])
-            begun = time.perf_counter()
+            begun, taken = time.perf_counter(), kept.taken
 
             def advance(share: float, task: TaskID = tasks[name]) -> None:
                 bar.update(task, completed=share)
 
             studies.append(experiment.studies[name].run(settings[name], advance))
-            seconds[name] = round(time.perf_counter() - begun, 1)
+            records[name] = {"seconds": round(time.perf_counter() - begun, 1)}
+            if kept.taken > taken:
+                records[name]["finished_before"] = kept.taken - taken  # trainings that the seconds leave out
             bar.update(tasks[name], completed=1.0)
             bar.stop_task(tasks[name])
     options = (" --quick" if quick else "") + (f" --seed {seed}" if seed else "")
     chosen = f" --only {' '.join(only)}" if only else ""
     command = f"metanudge reproduce {experiment.name}{options}{chosen}"
+    source = kept.source[:12] + ("" if source_digest() == kept.source else ", changed while it ran")
     run = {
-        name: {"command": command, "seconds": seconds[name], "settings": dataclasses.asdict(settings[name])}
+        name: {"command": command, "source": source, **records[name], "settings": dataclasses.asdict(settings[name])}
         for name in names
     }
     write_report(out, experiment.title, studies, run, tuple(experiment.studies))
+    kept.remove()
     show_claims(studies, console)
     return studies
 

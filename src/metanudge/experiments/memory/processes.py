@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ RETURNING = {ARENA_MAX: 1, MMAP_THRESHOLD: 2**13, TRIM_THRESHOLD: 2**16}
 KEEPING = {MMAP_THRESHOLD: 2**25, TRIM_THRESHOLD: 2**30}
 """None does: else its page faults, which come and go with what happens to lie on top of the heap, are a tenth of the
 time of what is timed, and vary by as much."""
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's ``prctl``."""
 
 LATE = ("torch._dynamo",)
 """What torch imports when the first optimizer is made, in a second: nurses do it, once for all."""
@@ -54,6 +58,7 @@ def nursery(workers: int, preload: tuple[str, ...]) -> Iterator[ProcessPoolExecu
 
 def import_all(modules: tuple[str, ...]) -> None:
     """What a nurse does before its first job."""
+    end_with_parent()
     for module in modules:
         import_module(module)
 
@@ -88,6 +93,13 @@ def tell(send: Connection, function: Callable[[J], object], allocator: Mapping[i
         send.send((function(job), None))
     except Exception as error:
         send.send((None, f"{type(error).__name__}: {error}"))
+
+
+def end_with_parent() -> None:
+    """Linux kills this process when its parent has gone; a thread that watches would be part of what is measured."""
+    c = ctypes.CDLL(None)
+    if hasattr(c, "prctl"):
+        c.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def set_allocator(parameters: Mapping[int, int]) -> None:
