@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import Pipe
@@ -56,6 +58,13 @@ def test_the_peak_of_a_process_is_what_it_holds_at_once_and_not_what_others_held
     assert large == pytest.approx(60 * MIB, abs=2 * MIB)
     assert less == pytest.approx(15 * MIB, abs=2 * MIB)
     assert os.environ.get("OMP_NUM_THREADS") == kept
+
+
+def test_an_error_ends_what_is_being_measured():
+    with pytest.raises(KeyboardInterrupt), nursery(1, ()) as nurses:
+        measured = nurses.submit(time.sleep, 300)
+        raise KeyboardInterrupt
+    assert isinstance(measured.exception(), BrokenProcessPool)
 
 
 def test_an_error_of_a_measurement_is_told():

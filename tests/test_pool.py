@@ -254,7 +254,7 @@ def test_a_reproduction_that_is_stopped_goes_on(tmp_path):
 
 
 SLEEPERS = """
-import time
+import signal, time
 from metanudge.experiments.pool import run_all
 
 def sleep(job):
@@ -262,6 +262,7 @@ def sleep(job):
     time.sleep(1000)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     run_all(sleep, list(range(5)), 2, lambda share: None, float)
 """
 

@@ -276,9 +276,10 @@ def test_wrong_settings_are_told_before_anything_is_done(tmp_path):
     learner, optimizer, _ = parts(wide)
     with pytest.raises(mn.SettingsError, match=r"another model|no checkpoint of this"):
         mn.fit(learner, optimizer, ENDLESS, steps=4, out=tmp_path, **COMMON)
-    (tmp_path / LAST).write_bytes(b"junk")
-    with pytest.raises(mn.SettingsError, match="no checkpoint that can be read"):
-        mn.fit(learner, optimizer, ENDLESS, steps=4, out=tmp_path, **COMMON)
+    for content in (b"junk", b""):
+        (tmp_path / LAST).write_bytes(content)
+        with pytest.raises(mn.SettingsError, match="no checkpoint that can be read"):
+            mn.fit(learner, optimizer, ENDLESS, steps=4, out=tmp_path, **COMMON)
     assert torch.equal(after, vector(model))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
@@ -42,12 +42,18 @@ T = TypeVar("T")
 
 @contextmanager
 def nursery(workers: int, preload: tuple[str, ...]) -> Iterator[ProcessPoolExecutor]:
-    """Nurses on one thread each, with everything imported."""
+    """Nurses on one thread each, with everything imported; an error, or Ctrl-C, ends what they are measuring."""
+    others = active_children()
     kept = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(THREADS)  # for the nurses; this process has read its own long ago
     try:
         with ProcessPoolExecutor(workers, get_context("spawn"), import_all, ((*LATE, *preload),)) as nurses:
-            yield nurses
+            try:
+                yield nurses
+            except BaseException:
+                for nurse in set(active_children()).difference(others):
+                    nurse.kill()  # and with it, its fork
+                raise
     finally:
         for name, value in kept.items():
             if value is None:
@@ -70,7 +76,7 @@ def forked(function: Callable[[J], T], allocator: Mapping[int, int], job: J) -> 
         MetanudgeError: It failed or was killed, and what the cause was.
     """
     receive, send = get_context("fork").Pipe(duplex=False)
-    child = get_context("fork").Process(target=tell, args=(send, function, allocator, job))
+    child = get_context("fork").Process(target=tell_alone, args=(send, function, allocator, job))
     child.start()
     send.close()
     try:
@@ -83,6 +89,12 @@ def forked(function: Callable[[J], T], allocator: Mapping[int, int], job: J) -> 
         raise MetanudgeError(f"{job} could not be measured: {error}")
     measured: T = result
     return measured
+
+
+def tell_alone(send: Connection, function: Callable[[J], object], allocator: Mapping[int, int], job: J) -> None:
+    """``tell``, in a fork that ends with its nurse."""
+    end_with_parent()
+    tell(send, function, allocator, job)
 
 
 def tell(send: Connection, function: Callable[[J], object], allocator: Mapping[int, int], job: J) -> None:
