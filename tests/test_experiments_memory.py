@@ -61,10 +61,15 @@ def test_the_peak_of_a_process_is_what_it_holds_at_once_and_not_what_others_held
 
 
 def test_an_error_ends_what_is_being_measured():
-    with pytest.raises(KeyboardInterrupt), nursery(1, ()) as nurses:
-        measured = nurses.submit(time.sleep, 300)
+    def stopped(nurses) -> None:
+        nurses.submit(os.getpid).result()  # from here on there is a nurse
+        measured.append(nurses.submit(time.sleep, 300))
         raise KeyboardInterrupt
-    assert isinstance(measured.exception(), BrokenProcessPool)
+
+    measured = []
+    with pytest.raises(KeyboardInterrupt), nursery(1, ()) as nurses:
+        stopped(nurses)
+    assert isinstance(measured[0].exception(), BrokenProcessPool)
 
 
 def test_an_error_of_a_measurement_is_told():
