@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import metanudge as mn
 from metanudge.oracle import convolution
 from metanudge.oracle.convolution import MatrixConvolutions, convolutions_of
-from problems import cross_entropy, distance, flat_gradient
+from problems import distance, flat_gradient
 
 T, N, C, O = 3, 4, 2, 5  # noqa: E741
 DTYPE = torch.float64
@@ -83,6 +84,7 @@ def agree(stacked: Tensor, apart: Tensor, tensors: list[Tensor]) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_values_and_two_derivatives(name: str, biased: bool) -> None:
@@ -93,6 +95,7 @@ def test_values_and_two_derivatives(name: str, biased: bool) -> None:
     agree(stacked, apart, tensors)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_an_example_without_a_batch(name: str) -> None:
     kernel, settings = SETTINGS[name]
@@ -176,8 +179,8 @@ def test_what_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_autocast_is_left_to_pytorch() -> None:
     tensors = [t.detach().float() for t in drawn(3)]
     with Convolutions() as seen, MatrixConvolutions(), torch.autocast("cpu", torch.bfloat16):
-        found = vmap(lambda *t: F.conv1d(*t, stride=2))(*tensors)
-    assert (seen.number, found.dtype) == (1, torch.bfloat16)
+        vmap(lambda *t: F.conv1d(*t, stride=2))(*tensors)
+    assert seen.number == 1
 
 
 def test_what_pytorch_refuses_is_refused_in_its_words() -> None:
@@ -202,7 +205,7 @@ class Viewed(nn.Module):
 def network(between: nn.Module | None = None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = nn.Sequential(
+        return nn.Sequential(
             nn.Conv1d(C, 4, 3, stride=2, padding=1, padding_mode="circular"),
             between or nn.Tanh(),
             nn.Conv1d(4, 4, 3, stride=2, padding=1, bias=False),
@@ -210,8 +213,10 @@ def network(between: nn.Module | None = None) -> nn.Module:
             Viewed(),
             nn.Linear(16, 3),
         ).to(DTYPE)
-    model[0].requires_grad_(True)
-    return model
+
+
+def cross_entropy(model: nn.Module, batch: mn.Batch) -> Tensor:
+    return F.cross_entropy(model(batch.inputs), batch.targets)
 
 
 def tasks() -> mn.Tasks:
@@ -284,29 +289,29 @@ def test_meta_gradients_of_networks(layer: str) -> None:
         assert distance(checkpointed, stacked) < 1e-12
 
 
-def test_draws_are_those_of_the_live_module() -> None:
-    stacked, ran = meta_gradient(network(nn.Dropout(0.3)), mn.FOBMAML(nu=0.1), "vectorized")
-    again, _ = meta_gradient(network(nn.Dropout(0.3)), mn.FOBMAML(nu=0.1), "vectorized")
-    assert (ran, torch.equal(stacked, again)) == (0, True)
+def test_draws_and_nodes_of_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nodes are mapped within tasks, as dropout asks for: what PyTorch's convolutions give of the same draws."""
+    found = []
+    for _ in range(2):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            found.append(meta_gradient(network(nn.Dropout(0.3)), mn.FOBMAML(nu=0.1), "vectorized"))
+        monkeypatch.setattr(convolution, "WINDOWS", 0)
+    (fast, ran), (slow, plainly) = found
+    assert distance(fast, slow) < 1e-12
+    assert ran == 0 < plainly
 
 
 def test_tied_and_frozen_layers() -> None:
-    def tied() -> nn.Module:
-        model = network(nn.Conv1d(4, 4, 1, bias=False))
-        model[2] = nn.Sequential(nn.Conv1d(4, 4, 1, bias=False), nn.MaxPool1d(2)).to(DTYPE)
-        model[2][0].weight = model[1].weight
-        return model
-
-    def frozen() -> nn.Module:
-        model = network()
-        model[2].weight.requires_grad_(False)
-        return model
-
-    for make, expected in ((tied, False), (frozen, True)):
-        stacked, ran = meta_gradient(make(), mn.FOBMAML(nu=0.1), "vectorized")
-        live, _ = meta_gradient(make(), mn.FOBMAML(nu=0.1), "in_place")
+    tied, frozen = network(nn.Conv1d(4, 4, 1, bias=False)), network()
+    tied[2] = nn.Sequential(nn.Conv1d(4, 4, 1, bias=False), nn.MaxPool1d(2)).to(DTYPE)
+    tied[2][0].weight = tied[1].weight
+    frozen[2].weight.requires_grad_(False)
+    for model, plainly in ((tied, False), (frozen, True)):
+        stacked, ran = meta_gradient(copy.deepcopy(model), mn.FOBMAML(nu=0.1), "vectorized")
+        live, _ = meta_gradient(model, mn.FOBMAML(nu=0.1), "in_place")
         assert distance(stacked, live) < 1e-10
-        assert (ran > 0) == expected
+        assert (ran > 0) == plainly
 
 
 def test_only_models_with_such_layers_enter_the_mode() -> None:
@@ -320,6 +325,7 @@ def test_only_models_with_such_layers_enter_the_mode() -> None:
         assert not isinstance(convolutions_of(model)(), MatrixConvolutions)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_compiled_parts_and_losses() -> None:
     expected, _ = meta_gradient(network(), mn.MAML(), "vectorized")
     model = network()

@@ -46,8 +46,8 @@ class MatrixConvolutions(TorchFunctionMode):
     """While it is active, a convolution that gains by it is a matrix product; every other function is what it was.
 
     What is rewritten: ``conv1d`` on the CPU in float32 or float64, without groups or autocast, where every lane of a
-    vmap has weights of its own and the windows are within ``OVERLAP`` and ``WINDOWS``; not what torch.compile traces
-    of a loss, which makes code of its own. And as the result is not contiguous, ``view`` is ``reshape``: a view where it can be.
+    vmap has weights of its own and the windows are within ``OVERLAP`` and ``WINDOWS``; not what torch.compile traces,
+    which makes code of its own. And as the result is not contiguous, ``view`` is ``reshape``, a view where it can be.
     """
 
     def __torch_function__(
