@@ -28,6 +28,7 @@ from metanudge.oracle.common import (
     scalar_loss,
     sum_of,
 )
+from metanudge.oracle.convolution import convolutions_of
 from metanudge.oracle.mismatch import told_of_misfits
 from metanudge.packing import Packing
 from metanudge.types import Batch, HessianProduct, LossFunction, Params, PyTree, Role, Tasks, Weights
@@ -43,12 +44,14 @@ class Call(nn.Module):
         names: Of a parameter or buffer, all its names within this module: more than one where it is tied. (Left to
             functional_call, finding them costs more than a small model's forward pass.)
         draws: Whether a forward pass has been seen to draw random numbers.
+        convolutions: Makes the context to call the model in (convolution.py).
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.draws = False
+        self.convolutions = convolutions_of(model)
         self.own_buffers = dict(model.named_buffers())
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         first: dict[int, str] = {}
@@ -222,7 +225,7 @@ class StackedLosses:
             return {role: of(role) for role in functions}
 
         buffers = self._buffers(functions, nodes)
-        with _explained():
+        with _explained(), self.call.convolutions():
             if nodes == 1 or not self.call.draws:
                 repeated = data if nodes == 1 else tree_map(lambda leaf: leaf.repeat_interleave(nodes, 0), data)
                 chance = "different" if nodes == 1 else "error"
