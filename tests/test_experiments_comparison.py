@@ -12,10 +12,10 @@ from rich.console import Console
 
 import metanudge as mn
 from metanudge.experiments.comparison.benchmark import BENCHMARKS
-from metanudge.experiments.comparison.claims import at_equal_seconds, at_equal_steps, time_to_reach
+from metanudge.experiments.comparison.claims import CLOCKS, at_equal_seconds, at_equal_steps, time_to_reach
 from metanudge.experiments.comparison.figures import COLOURS, LABELS
 from metanudge.experiments.comparison.study import ComparisonSettings, Method, metrics_of, score_at, seconds_to
-from metanudge.experiments.comparison.training import METHODS, Cost, Job, Outcome, costs, train
+from metanudge.experiments.comparison.training import METHODS, Compiled, Cost, Job, Outcome, costs, train
 from metanudge.experiments.runner import reproduce
 from metanudge.experiments.sinusoid import EXPERIMENT
 
@@ -29,6 +29,7 @@ TINY = ComparisonSettings(
     curve_tasks=3,
     points=2,
     repeats=1,
+    compiled=False,
     workers=1,
 )
 
@@ -74,12 +75,20 @@ def test_training_validation_and_test_tasks_differ():
 
 def test_curves_are_read_between_their_points():
     one = method("maml", [[4.0, 2.0, 1.0], [2.0, 2.0, 0.0]], 0.5)  # mean 3, 2, .5 at 5, 10, 15 seconds
-    assert score_at(one, 7.5) == pytest.approx(2.5)
-    assert score_at(one, 100) == pytest.approx(0.5)
-    assert score_at(one, 1) == pytest.approx(3.0)
-    assert seconds_to(one, 2.0, higher=False) == pytest.approx(10.0)
-    assert seconds_to(one, 0.1, higher=False) == math.inf
-    assert seconds_to(one, 2.5, higher=True) == pytest.approx(5.0)
+    assert score_at(one.seconds, one.scores, 7.5) == pytest.approx(2.5)
+    assert score_at(one.seconds, one.scores, 15) == score_at(one.seconds, one.scores, 100) == pytest.approx(0.5)
+    assert math.isnan(score_at(one.seconds, one.scores, 1))
+    assert seconds_to(one.seconds, one.scores, 2.0, higher=False) == pytest.approx(10.0)
+    assert seconds_to(one.seconds, one.scores, 0.1, higher=False) == math.inf
+    assert seconds_to(one.seconds, one.scores, 2.5, higher=True) == pytest.approx(5.0)
+
+
+def test_the_fastest_clock_counts_compiling():
+    plain = method("maml", [[3.0, 2.0, 1.0]], 0.5)
+    assert plain.fastest == plain.seconds == [5.0, 10.0, 15.0]
+    compiled = plain._replace(cost=Cost(0.5, 100, Compiled(seconds=0.25, building=4.0)))
+    assert compiled.seconds == plain.seconds
+    assert compiled.fastest == [6.5, 9.0, 11.5]
 
 
 def test_claims_can_fail_and_hold():
@@ -87,9 +96,16 @@ def test_claims_can_fail_and_hold():
     worse = method("maml", [[4.0, 2.0, 0.5]], 0.5)
     found = {"fobmaml": better, "fobmaml_light": better, "maml": worse, "fomaml": worse, "reptile": worse}
     assert at_equal_steps(found, "sinusoid_tanh", 0.0).holds
-    # in the 15 seconds of the faster, ours stands half way between its first two points
-    assert not at_equal_seconds(found, "sinusoid_tanh").holds
-    assert not time_to_reach(found, "sinusoid_tanh").holds
+    # in MAML's 15 seconds, ours stands half way between its first two points
+    assert not at_equal_seconds(found, "sinusoid_tanh", "plain").holds
+    assert not time_to_reach(found, "sinusoid_tanh", "plain").holds
+    faster = better._replace(cost=Cost(1.0, 100, Compiled(seconds=0.25, building=4.0)))
+    compiled = next(clock for clock in CLOCKS if clock != "plain")
+    for ours in ("fobmaml", "fobmaml_light"):  # one is enough
+        mixed = found | {ours: faster}
+        assert not at_equal_seconds(mixed, "sinusoid_tanh", "plain").holds
+        assert at_equal_seconds(mixed, "sinusoid_tanh", compiled).holds
+        assert time_to_reach(mixed, "sinusoid_tanh", compiled).holds
     turned = found | {"fobmaml": worse, "maml": better}
     assert not at_equal_steps(turned, "sinusoid_tanh", 0.0).holds
     assert at_equal_steps(turned, "sinusoid_tanh", 0.11).holds
@@ -115,10 +131,14 @@ def test_training_is_the_same_again_and_scores_are_of_its_parameters():
     assert torch.allclose(again, first.values, atol=0, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use of it
 def test_costs_see_what_backpropagation_through_the_solve_keeps():
-    ours, maml = costs([job("fobmaml"), job("maml")], repeats=1)
+    ours, maml = costs([job("fobmaml"), job("maml")], repeats=1, compiling=True)
     assert maml.peak_bytes > 2 * ours.peak_bytes
     assert min(ours.seconds, maml.seconds) > 0
+    assert maml.compiled is None
+    assert ours.compiled is not None
+    assert 0 < ours.compiled.seconds < ours.compiled.building
 
 
 def test_a_tiny_comparison_ends_to_end(tmp_path, monkeypatch):

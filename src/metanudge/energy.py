@@ -53,7 +53,7 @@ class Energy:
         pull = self.losses.gradient(weights, phi, step)
         if self.nu is not None and self.slope is not None:
             nu = self.nu
-            pull = tree.spend(lambda force, slope: force + tree.over(nu, slope) * slope, pull, self.slope)
+            pull = tree.spend(lambda force, slope: force.addcmul(tree.over(nu, slope), slope), pull, self.slope)
         return pull
 
     def push(self, phi: Params) -> Params:

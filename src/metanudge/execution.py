@@ -16,7 +16,7 @@ from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError
 from metanudge.estimators import Estimator
 from metanudge.minibatches import as_minibatches
-from metanudge.oracle import BatchNorm, Call, LiveLosses, LiveModule, RandomState, StackedLosses, Tally
+from metanudge.oracle import BatchNorm, Call, LiveLosses, LiveModule, Programs, RandomState, StackedLosses, Tally
 from metanudge.oracle.common import round_off
 from metanudge.packing import Packing
 from metanudge.selection import Selection
@@ -44,15 +44,27 @@ class Execution(Protocol):
     """What the learner asks of either execution."""
 
     name: ClassVar[str]
-    lacks: ClassVar[frozenset[Need]]
     tries: ClassVar[bool]
     """Whether a solve may go on for the sake of advice. In place it may not: a step may be dear, its copies too many,
     minibatches would be read on, and ranks that do not all warn would wait for each other."""
 
+    @property
+    def lacks(self) -> frozenset[Need]:
+        """What estimators and solvers can not have here."""
+        ...
+
     def lend(
-        self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally
+        self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally, repeated: bool = False
     ) -> AbstractContextManager[Lent]:
-        """Use the model for a step. On leaving it is as before, and so is the random state, but for one draw."""
+        """Use the model for a step. On leaving it is as before, and so is the random state, but for one draw.
+
+        Args:
+            selection: Parameters by what becomes of them.
+            stacks: The tasks.
+            prox: λ.
+            tally: Counts.
+            repeated: Whether many such steps will follow, so that compiling pays.
+        """
         ...
 
 
@@ -86,31 +98,55 @@ class Vectorized:
         losses: The user's support and query loss.
         chunk_size: Tasks at once; None for all.
         norm: What BatchNorm layers normalise by.
+        programs: Compiled gradients; None to compile nothing.
     """
 
     name: ClassVar[str] = "vectorized"
-    lacks: ClassVar[frozenset[Need]] = frozenset({Need.LIVE_MODULE})
     tries: ClassVar[bool] = True
 
     model: nn.Module
     losses: Mapping[Role, LossFunction]
     chunk_size: int | None = None
     norm: BatchNorm = NONE
+    programs: Programs | None = None
+
+    @property
+    def lacks(self) -> frozenset[Need]:
+        """What estimators and solvers can not have here."""
+        return frozenset({Need.LIVE_MODULE} if self.programs is None else {Need.LIVE_MODULE, Need.DOUBLE_BACKWARD})
 
     @contextmanager
-    def lend(self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally) -> Iterator[Lent]:  # noqa: D102
+    def lend(  # noqa: D102
+        self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally, repeated: bool = False
+    ) -> Iterator[Lent]:
         parameters = dict(self.model.named_parameters())
         parts = {kind: {name: parameters[name] for name in names} for kind, names in selection._asdict().items()}
         packing, call = Packing.of(**parts), Call(self.model)
         theta, shared = (packing.pack(kind, parts[kind]) for kind in parts)
         spacing = round_off(parts["adapted"].values())
+        rest = parameters.keys() - {name for names in selection for name in names}
+        frozen = {name: parameters[name].detach() for name in parameters if name in rest}
+        state = (tuple(module.training for module in self.model.modules()), spacing)
 
         def problems(random: RandomState) -> Iterator[InnerProblem]:
             first = 0
             for stack in stacks:
                 for chunk, number in split(stack, self.chunk_size):
+                    compiled = None
+                    if self.programs is not None and repeated:
+                        compiled = self.programs.bind((chunk, call.own_buffers, frozen), state)
                     losses = StackedLosses(
-                        call, self.losses, packing, shared, chunk, number, first, random, tally, self.norm
+                        call,
+                        self.losses,
+                        packing,
+                        shared,
+                        chunk,
+                        number,
+                        first,
+                        random,
+                        tally,
+                        self.norm,
+                        compiled=compiled,
                     )
                     yield InnerProblem(losses, theta, prox, number, round_off=spacing)
                     first += number
@@ -150,7 +186,9 @@ class InPlace:
     norm: BatchNorm = NONE
 
     @contextmanager
-    def lend(self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally) -> Iterator[Lent]:  # noqa: D102
+    def lend(  # noqa: D102
+        self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally, repeated: bool = False
+    ) -> Iterator[Lent]:
         live = LiveModule.take(self.model, selection.adapted)
         theta = {name: live.values[name] for name in selection.adapted}
         spacing = round_off([live.parameters[name] for name in selection.adapted])
@@ -204,6 +242,7 @@ def choose_execution(
     solver: Solver,
     chunk_size: int | None,
     microbatch: int | None,
+    compile: bool,
 ) -> Execution:
     """Make the execution asked for; "auto" is documented at ``MetaLearner``.
 
@@ -226,7 +265,12 @@ def choose_execution(
     if name == "vectorized":
         if microbatch is not None:
             raise SettingsError("microbatch belongs to the in-place execution; in a stack, chunk_size limits the tasks")
-        return Vectorized(model, losses, chunk_size, norm)
+        return Vectorized(model, losses, chunk_size, norm, Programs() if compile else None)
+    if compile:
+        raise SettingsError(
+            "compile belongs to the vectorized execution; in place the model is used as it is: give MetaLearner "
+            "torch.compile(model)"
+        )
     if chunk_size is not None:
         raise SettingsError("chunk_size belongs to the vectorized execution; in place there is one task at a time")
     if microbatch is not None and norm.policy in ("transductive", "support"):

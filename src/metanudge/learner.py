@@ -24,7 +24,7 @@ from metanudge.oracle import BatchNorm, Policy, Tally
 from metanudge.permutations import permuted
 from metanudge.probe import Probe
 from metanudge.selection import AdaptOnly, Selection, select_parameters
-from metanudge.settings import check_function, check_part, check_prox, check_sizes, check_steps, shown
+from metanudge.settings import check_flag, check_function, check_part, check_prox, check_sizes, check_steps, shown
 from metanudge.solvers import Nesterov, Solver
 from metanudge.solvers.loop import solve
 from metanudge.types import Batch, Evaluation, LossFunction, MetaStep, Need, Role, Tasks
@@ -61,6 +61,10 @@ class MetaLearner:
         batch_norm: What BatchNorm layers normalise by; a model that has some needs it said. "transductive": every batch
             by its own statistics, so query predictions depend on each other; "support": support batches by their own,
             query batches by those of the support set; "frozen": running statistics, which are never updated.
+        compile: Let ``torch.compile`` build the gradients of ``backward``, in the vectorised execution: several times
+            as fast where a model is small, after a minute of compiling for every new form of stack (number of tasks,
+            shapes, modes). Not for estimators that differentiate twice, nor for models that draw random numbers; Python
+            values that the model or the loss read are frozen at the first step, tensors are not.
 
     Raises:
         SettingsError: Settings that can not work, alone or together, with the reason and the cure.
@@ -92,6 +96,7 @@ class MetaLearner:
         query_loss: LossFunction | None = None,
         warm_start: WarmStart | None = None,
         batch_norm: Policy | None = None,
+        compile: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise SettingsError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -100,6 +105,7 @@ class MetaLearner:
                 check_function(argument, function, "loss(model, batch) -> scalar tensor")
         check_prox(prox)
         check_sizes(chunk_size=chunk_size, microbatch=microbatch)
+        check_flag(compile=compile)
         self.model = model
         self.losses = {Role.SUPPORT: loss, Role.QUERY: loss if query_loss is None else query_loss}
         self.prox = float(prox)
@@ -114,7 +120,7 @@ class MetaLearner:
         selection = select_parameters(model, adapt_only)
         self.norm = BatchNorm(batch_norm, model)
         self.execution: Execution = choose_execution(
-            execution, model, self.losses, self.norm, selection, self.solver, chunk_size, microbatch
+            execution, model, self.losses, self.norm, selection, self.solver, chunk_size, microbatch, compile
         )
         self._selection()
         self._told = Told()
@@ -178,7 +184,7 @@ class MetaLearner:
         order = iter(in_order(indices, places, self.warm_start is not None))
         tally, mean = Tally(), FiniteMean()
         probes: list[Probe] = []
-        with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, tally) as lent:
+        with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, tally, repeated=True) as lent:
             solved = [self._add(mean, probes, lent, one, list(islice(order, one.tasks))) for one in lent.problems]
             gradients = tally.gradients  # without those of advice
             numbers, dropped = verdict(mean, probes, Given(stacks, places), self, self._told)

@@ -50,7 +50,7 @@ def scale(coefficient: Scalar, a: Params) -> Params:
 def axpy(coefficient: Scalar, x: Params, y: Params) -> Params:
     """Return c x + y."""
     if isinstance(coefficient, Tensor):
-        return tree_map(lambda u, v: v + over(coefficient, u) * u, x, y)
+        return tree_map(lambda u, v: v.addcmul(over(coefficient, u), u), x, y)
     return tree_map(lambda u, v: v.add(u, alpha=coefficient), x, y)
 
 

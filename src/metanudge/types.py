@@ -64,9 +64,10 @@ class Need(Enum):
         "Give prox > 0, or use MAML, HFMAML, FOMAML or Reptile, and a solver without tol.",
     )
     DOUBLE_BACKWARD = (
-        "it differentiates the loss twice, and the in-place execution has only the live module's .backward()",
+        "it differentiates the loss twice, which neither the live module's .backward() of the in-place execution nor "
+        "compiled gradients allow",
         'Use FOBMAML, which needs first derivatives only, products="two_gradient" for IMAML and Tangent, HFMAML in the '
-        'place of MAML, or execution="vectorized".',
+        'place of MAML, or execution="vectorized" without compile.',
     )
     DIFFERENTIABLE_SOLVER = (
         "it differentiates through the solver's steps, which a torch.optim optimizer does not allow",

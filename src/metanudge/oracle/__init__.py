@@ -6,8 +6,19 @@
 
 from metanudge.oracle.batch_norm import BatchNorm, Policy
 from metanudge.oracle.common import RandomState, Tally
+from metanudge.oracle.compiled import Programs
 from metanudge.oracle.live import LiveLosses
 from metanudge.oracle.module import LiveModule
 from metanudge.oracle.stacked import Call, StackedLosses
 
-__all__ = ["BatchNorm", "Call", "LiveLosses", "LiveModule", "Policy", "RandomState", "StackedLosses", "Tally"]
+__all__ = [
+    "BatchNorm",
+    "Call",
+    "LiveLosses",
+    "LiveModule",
+    "Policy",
+    "Programs",
+    "RandomState",
+    "StackedLosses",
+    "Tally",
+]

@@ -5,8 +5,9 @@ The derivative is taken outside the vmap by ordinary autograd, which runs no fun
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +29,7 @@ from metanudge.oracle.common import (
     scalar_loss,
     sum_of,
 )
+from metanudge.oracle.compiled import Bound
 from metanudge.oracle.convolution import convolutions_of
 from metanudge.oracle.mismatch import told_of_misfits
 from metanudge.packing import Packing
@@ -44,13 +46,16 @@ class Call(nn.Module):
         names: Of a parameter or buffer, all its names within this module: more than one where it is tied. (Left to
             functional_call, finding them costs more than a small model's forward pass.)
         draws: Whether a forward pass has been seen to draw random numbers.
+        steady: Whether it may not: a compiled one would not draw the same for every node.
+        frozen: Tensors in the place of parameters that are neither adapted nor shared; none to take the model's.
         convolutions: Makes the context to call the model in (convolution.py).
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.draws = False
+        self.draws = self.steady = False
+        self.frozen: dict[str, Tensor] = {}
         self.convolutions = convolutions_of(model)
         self.own_buffers = dict(model.named_buffers())
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -66,13 +71,20 @@ class Call(nn.Module):
 
     def at(self, tensors: Mapping[str, Tensor], function: LossFunction, batch: Batch) -> Tensor:
         """Evaluate with ``tensors`` in the place of the model's own."""
-        everywhere = {name: tensor for key, tensor in tensors.items() for name in self.names[key]}
+        held = self.frozen | dict(tensors)
+        everywhere = {name: tensor for key, tensor in held.items() for name in self.names[key]}
         try:
             value: Tensor = functional_call(self, everywhere, (function, batch), tie_weights=False)
         finally:
             for module, name in self.unset:
                 module._buffers[name] = None
         return value
+
+    def holding(self, buffers: dict[str, Tensor], frozen: dict[str, Tensor]) -> Call:
+        """The same with other tensors, drawing nothing."""
+        other = copy.copy(self)
+        other.own_buffers, other.frozen, other.draws, other.steady = buffers, frozen, False, True
+        return other
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,7 @@ class StackedLosses:
         tally: Counter.
         norm: What BatchNorm layers normalise by.
         attached: Keep gradients in the graph (unrolled differentiation).
+        compiled: Gradients as programs, where they are not attached; None to run the model as it is.
     """
 
     call: Call
@@ -103,6 +116,7 @@ class StackedLosses:
     tally: Tally
     norm: BatchNorm
     attached: bool = False
+    compiled: Bound | None = None
 
     def gradient(self, weights: Weights, phi: Params, step: int) -> Params:  # noqa: D102
         nodes = max(_nodes(phi), *(weight.shape[1] for weight in weights.values() if isinstance(weight, Tensor)), 1)
@@ -181,6 +195,28 @@ class StackedLosses:
         return lanes if self.attached else tree.tree_map(lambda leaf: leaf.detach().requires_grad_(), lanes)
 
     def _differentiate(self, weights: Weights, wanted: Params, rest: Params, step: int) -> tuple[Tensor, Params]:
+        self.count(len(weights) * _nodes(wanted))
+        if self.compiled is None or self.attached:
+            return self._derivative(weights, wanted, rest, step)
+        fixed: dict[Role, float | Tensor] = {
+            role: weight for role, weight in weights.items() if not isinstance(weight, Tensor)
+        }
+        moving = {role: weight for role, weight in weights.items() if isinstance(weight, Tensor)}
+
+        def derivative(tensors: Sequence[Tensor], own: PyTree) -> list[Tensor]:
+            first, second = len(moving), len(moving) + len(wanted)
+            given = dict(zip(moving, tensors[:first], strict=True))
+            packed = dict(zip(wanted, tensors[first:second], strict=True))
+            others = dict(zip(rest, tensors[second:], strict=True))
+            lone = replace(self, tasks=own[0], call=self.call.holding(*own[1:]), compiled=None)
+            weighted, found = lone._derivative({**fixed, **given}, lone._leaves(packed), others, step)
+            return [weighted, *found.values()]
+
+        name = (tuple(weights), *fixed.items(), *wanted, None, *rest)
+        weighted, *found = self.compiled(name, derivative, [*moving.values(), *wanted.values(), *rest.values()])
+        return weighted, dict(zip(wanted, found, strict=True))
+
+    def _derivative(self, weights: Weights, wanted: Params, rest: Params, step: int) -> tuple[Tensor, Params]:
         with torch.enable_grad():
             losses = self._evaluate({role: self.losses[role] for role in weights}, rest | wanted, step)
             for loss in losses.values():
@@ -196,7 +232,6 @@ class StackedLosses:
         ]
         if self.attached and step == 0:
             require_second_derivative(gradients)
-        self.tally.gradients += sum(loss.numel() for loss in losses.values())
         return weighted.detach(), dict(zip(wanted, gradients, strict=True))
 
     def _evaluate(self, functions: Mapping[Role, LossFunction], packed: Params, step: int) -> dict[Role, Tensor]:
@@ -228,13 +263,15 @@ class StackedLosses:
         with _explained(), self.call.convolutions():
             if nodes == 1 or not self.call.draws:
                 repeated = data if nodes == 1 else tree_map(lambda leaf: leaf.repeat_interleave(nodes, 0), data)
-                chance = "different" if nodes == 1 else "error"
+                chance = "different" if nodes == 1 and not self.call.steady else "error"
                 try:
                     values = vmap(one, randomness=chance)(_one_axis(lanes), _one_axis(buffers), repeated)
                     return {role: value.reshape(self.number, nodes) for role, value in values.items()}
                 except RuntimeError as error:
-                    if nodes == 1 or "randomness" not in str(error):
+                    if "randomness" not in str(error) or (nodes == 1 and not self.call.steady):
                         raise
+                    if self.call.steady:
+                        raise LossError(_DRAWS) from error
                     self.call.draws = True
             over_nodes = vmap(one, in_dims=(0, 0, None), randomness="same")
             return vmap(over_nodes, randomness="different")(lanes, buffers, data)
@@ -259,6 +296,10 @@ def _explained() -> Iterator[None]:
         raise LossError(f"the model, the loss or the metric {_does(str(error))}. PyTorch said: {error}") from error
 
 
+_DRAWS = (
+    "the model or the loss draws random numbers (dropout), which a compiled program would not draw again for every "
+    "nudge; leave compile out, or call model.eval()"
+)
 _NUMBER = (
     "out of a tensor, which torch.func.vmap can not do for many tasks at once. A loss or metric has to return the "
     "tensor itself: through a number no gradient reaches the parameters, in either execution. Leave it out, or where "

@@ -21,11 +21,19 @@ of the loss it is the steeper the shorter it is."""
 
 
 class Decision(NamedTuple):
-    """What a step of the free solve decided, ``[*L]`` each: which lanes move, which restart, and the step size."""
+    """What a step of the free solve decided, ``[*L]`` each.
+
+    Attributes:
+        active: Which lanes move.
+        restart: Which drop their momentum.
+        lr: Step size.
+        momentum: β, in lanes that do not restart.
+    """
 
     active: Tensor
     restart: Tensor
     lr: Tensor | float
+    momentum: Tensor | float
 
 
 @dataclass(frozen=True)
@@ -131,19 +139,34 @@ class Nesterov:
         self, energy: Energy, plan: Curvature | None, state: State, index: int, decision: Decision | None
     ) -> tuple[State, Decision]:
         """One accelerated step."""
+        if decision is not None:
+            x, y = self._move(state, tree.axpy(-decision.lr, energy.gradient(state.y, index), state.y), decision)
+            return State(x, y, decision.active, None), decision
         pull, push = energy.forces(state.y, index)
         gradient = tree.add(pull, push)
-        secant = None if plan is None or decision is not None else _secant(energy, plan, state, pull)
-        lr = self._lr(energy, secant) if decision is None else decision.lr
+        secant = None if plan is None else _secant(energy, plan, state, pull)
+        lr = self._lr(energy, secant)
         x = tree.axpy(-lr, gradient, state.y)
-        move = tree.subtract(x, state.x)
-        if decision is None:
-            decision = self._decide(energy, state, pull, push, move, lr)
+        with torch.no_grad():
+            uphill = energy.losses.inner(gradient, tree.subtract(x, state.x)) > 0
+            active = torch.ones_like(uphill) if state.active is None else state.active
+            if self.tol is not None:
+                active = active & (energy.relative_residual(pull, push) > self.tol)
+            decision = self._decision(active, uphill & active, lr, self._momentum(energy, lr, index))
+        x, y = self._move(state, x, decision)
+        return State(x, y, active, secant), decision
+
+    def _decision(self, active: Tensor, uphill: Tensor, lr: Tensor | float, momentum: Tensor | float) -> Decision:
+        restart = uphill if self.restart else torch.zeros_like(uphill)
+        return Decision(active, restart, lr, momentum)
+
+    def _move(self, state: State, x: Params, decision: Decision) -> tuple[Params, Params]:
+        """The next x and y."""
         keep = (~decision.restart).to(next(iter(x.values())).dtype)
-        y = tree.axpy(self._momentum(energy, lr, index) * keep, move, x)
+        y = tree.axpy(decision.momentum * keep, tree.subtract(x, state.x), x)
         if self.tol is not None:
             x, y = tree.select(decision.active, x, state.x), tree.select(decision.active, y, state.y)
-        return State(x, y, decision.active, secant), decision
+        return x, y
 
     def _lr(self, energy: Energy, secant: Secant | None) -> Tensor | float:
         if secant is None:
@@ -162,22 +185,16 @@ class Nesterov:
         beta = (1 - root) / (1 + root)
         return beta.clamp_min(0.0) if isinstance(beta, Tensor) else max(beta, 0.0)
 
-    def _decide(
-        self, energy: Energy, state: State, pull: Params, push: Params, move: Params, lr: Tensor | float
-    ) -> Decision:
-        with torch.no_grad():
-            uphill = energy.losses.inner(tree.add(pull, push), move) > 0
-            active = torch.ones_like(uphill) if state.active is None else state.active
-            if self.tol is not None:
-                active = active & (energy.relative_residual(pull, push) > self.tol)
-            return Decision(active, uphill & active if self.restart else torch.zeros_like(uphill), lr)
-
     def settle(self, schedule: Schedule, steps: int) -> Schedule:
         """At the solution: the step size that suits the curvature there, and no early stop."""
         last = schedule.decisions[-1]
         always, never = torch.ones_like(last.active), torch.zeros_like(last.restart)
-        decisions = [Decision(always, one.restart, last.lr) for one in schedule.decisions[:steps]]
-        decisions += [Decision(always, never, last.lr)] * (steps - len(decisions))
+
+        def made(restart: Tensor) -> Decision:
+            return self._decision(always, restart, last.lr, last.momentum)
+
+        decisions = [made(one.restart) for one in schedule.decisions[:steps]]
+        decisions += [made(never)] * (steps - len(decisions))
         return schedule._replace(decisions=decisions)
 
     def point(self, state: State) -> Params:

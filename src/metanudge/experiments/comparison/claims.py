@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from metanudge.experiments.comparison.benchmark import BENCHMARKS
 from metanudge.experiments.comparison.figures import LABELS
@@ -33,30 +33,41 @@ def at_equal_steps(found: Mapping[str, Method], name: str, margin: float) -> Cla
     )
 
 
-def at_equal_seconds(found: Mapping[str, Method], name: str) -> Claim:
-    """FO-B-MAML is as good as MAML in the time of the faster of the two."""
-    higher = BENCHMARKS[name]().higher
-    seconds = min(found[method].seconds[-1] for method in ("fobmaml", "maml"))
-    scores = {method: score_at(found[method], seconds) for method in (*OURS, "maml")}
+CLOCKS: dict[str, Callable[[Method], list[float]]] = {
+    "plain": lambda method: method.seconds,
+    "compiled where that is possible, with the time of compiling": lambda method: method.fastest,
+}
+"""Seconds at a curve's points. MAML differentiates its gradients again, which compiled ones do not allow."""
+
+
+def at_equal_seconds(found: Mapping[str, Method], name: str, clock: str) -> Claim:
+    """FO-B-MAML, the better of its two forms, is as good as MAML at the end of MAML's time."""
+    higher, read = BENCHMARKS[name]().higher, CLOCKS[clock]
+    seconds = read(found["maml"])[-1]
+    scores = {method: score_at(read(found[method]), found[method].scores, seconds) for method in (*OURS, "maml")}
+    reached = [scores[method] for method in OURS if not math.isnan(scores[method])]
+    best = (max if higher else min)(reached, default=math.nan)
     return Claim(
-        f"In equal time FO-B-MAML is as good as second-order MAML ({name})",
-        "test accuracy at least MAML's" if higher else "test squared error at most MAML's",
+        f"In equal time FO-B-MAML is as good as second-order MAML ({name}; {clock})",
+        "one of its two forms: " + ("test accuracy at least MAML's" if higher else "test squared error at most MAML's"),
         f"after {seconds:.0f} s: " + ", ".join(f"{LABELS[method]} {score:.3g}" for method, score in scores.items()),
-        scores["fobmaml"] >= scores["maml"] if higher else scores["fobmaml"] <= scores["maml"],
+        best >= scores["maml"] if higher else best <= scores["maml"],
     )
 
 
-def time_to_reach(found: Mapping[str, Method], name: str) -> Claim:
-    """FO-B-MAML needs no more time than MAML to what MAML reaches."""
-    higher, goal = BENCHMARKS[name]().higher, found["maml"].scores[-1]
-    seconds = {method: seconds_to(found[method], goal, higher) for method in (*OURS, "maml")}
+def time_to_reach(found: Mapping[str, Method], name: str, clock: str) -> Claim:
+    """FO-B-MAML, the faster of its two forms, needs no more time than MAML to what MAML reaches."""
+    higher, goal, read = BENCHMARKS[name]().higher, found["maml"].scores[-1], CLOCKS[clock]
+    seconds = {
+        method: seconds_to(read(found[method]), found[method].scores, goal, higher) for method in (*OURS, "maml")
+    }
 
     def needed(value: float) -> str:
         return "never in this run" if math.isinf(value) else f"{value:.0f} s"
 
     return Claim(
-        f"FO-B-MAML takes no more time than second-order MAML to what that ends at ({name})",
-        "at most MAML's seconds",
+        f"FO-B-MAML takes no more time than second-order MAML to what that ends at ({name}; {clock})",
+        "one of its two forms: at most MAML's seconds",
         f"to {goal:.3g}: " + ", ".join(f"{LABELS[method]} {needed(value)}" for method, value in seconds.items()),
-        seconds["fobmaml"] <= seconds["maml"],
+        min(seconds[method] for method in OURS) <= seconds["maml"],
     )

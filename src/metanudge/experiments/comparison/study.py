@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
@@ -30,13 +30,14 @@ class ComparisonSettings:
     curve_tasks: int = 200  # of the test tasks, for the curves
     points: int = 20  # of a curve
     repeats: int = 15  # timed meta-steps of every estimator
+    compiled: bool = True  # time them compiled as well, which takes a minute for every estimator
     workers: int = 2  # processes; only the time depends on it
     seed: int = 0
 
     @classmethod
     def quick(cls) -> Self:
         """A taste: too short for the claims to mean anything."""
-        return cls(60, 10, 1, 10, 50, 100, 50, 4, 3)
+        return cls(60, 10, 1, 10, 50, 100, 50, 4, 3, compiled=False)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class MNIST1DSettings(ComparisonSettings):
     @classmethod
     def quick(cls) -> Self:
         """A taste: too short for the claims to mean anything."""
-        return cls(16, 4, 1, 4, 40, 60, 30, 4, 3)
+        return cls(16, 4, 1, 4, 40, 60, 30, 4, 3, compiled=False)
 
 
 class Trial(NamedTuple):
@@ -85,6 +86,14 @@ class Method(NamedTuple):
     def seconds(self) -> list[float]:
         """Processor time at the curve's points."""
         return [step * self.cost.seconds for step in self.outcomes[0].steps]
+
+    @property
+    def fastest(self) -> list[float]:
+        """The same compiled, compiling included, where that is possible."""
+        compiled = self.cost.compiled
+        if compiled is None:
+            return self.seconds
+        return [compiled.building + step * compiled.seconds for step in self.outcomes[0].steps]
 
     @property
     def final(self) -> Tensor:
@@ -138,7 +147,7 @@ def compare(name: str, settings: ComparisonSettings, advance: Advance) -> dict[s
     ]
     outcomes = run_all(train, jobs, settings.workers, advance, lambda done: 0.3 + 0.68 * done / len(jobs))
     first = jobs[: len(best)]
-    spent = costs(first, settings.repeats)
+    spent = costs(first, settings.repeats, settings.compiled)
     found = {}
     for place, method in enumerate(best):
         found[method] = Method(
@@ -177,13 +186,19 @@ def metrics_of(found: Mapping[str, Method]) -> dict[str, Any]:
             "seconds": method.cost.seconds * method.best.meta_steps,
             "seconds_per_meta_step": method.cost.seconds,
             "gradient_evaluations": statistics.fmean(one.gradients for one in method.outcomes) * method.best.meta_steps,
+            "compiled": None if method.cost.compiled is None else method.cost.compiled._asdict(),
             "peak_bytes": method.cost.peak_bytes,
             "residual": statistics.fmean(one.residual for one in method.outcomes),
             "dropped_tasks": sum(one.dropped for one in method.outcomes),
             "failed_meta_steps": sum(one.failed for one in method.outcomes),
             "settings": {"inner": str(method.best.inner), "lr": method.best.lr},
             "per_adaptation_step": curve,
-            "curve": {"meta_steps": last.steps, "mean": method.scores, "seconds": method.seconds},
+            "curve": {
+                "meta_steps": last.steps,
+                "mean": method.scores,
+                "seconds": method.seconds,
+                "seconds_fastest": method.fastest,
+            },
             "grid": [
                 {"inner": str(trial.job.inner), "lr": trial.job.lr, "validation": trial.score}
                 for trial in method.trials
@@ -192,23 +207,20 @@ def metrics_of(found: Mapping[str, Method]) -> dict[str, Any]:
     return metrics
 
 
-def score_at(method: Method, seconds: float) -> float:
-    """The mean curve's value after ``seconds`` of meta-training, between its points linear."""
-    times, scores = method.seconds, method.scores
+def score_at(times: Sequence[float], scores: Sequence[float], seconds: float) -> float:
+    """A curve's value after ``seconds`` of meta-training, between its points linear; before the first, no number."""
+    if seconds < times[0]:
+        return math.nan
     if seconds >= times[-1]:
         return scores[-1]
-    later = next(place for place, point in enumerate(times) if point >= seconds)
-    if later == 0:
-        return scores[0]
+    later = next(place for place, point in enumerate(times) if point > seconds)
     share = (seconds - times[later - 1]) / (times[later] - times[later - 1])
     return scores[later - 1] + share * (scores[later] - scores[later - 1])
 
 
-def seconds_to(method: Method, score: float, higher: bool) -> float:
-    """When the mean curve first reaches ``score``; infinity if it does not."""
+def seconds_to(times: Sequence[float], scores: Sequence[float], score: float, higher: bool) -> float:
+    """When a curve first reaches ``score``; infinity if it does not."""
     reached = (
-        time
-        for time, value in zip(method.seconds, method.scores, strict=True)
-        if (value >= score if higher else value <= score)
+        time for time, value in zip(times, scores, strict=True) if (value >= score if higher else value <= score)
     )
     return next(reached, math.inf)

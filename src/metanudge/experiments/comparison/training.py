@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.compiler.config as compiler_config
 from torch import Tensor, nn
 
 import metanudge as mn
@@ -55,11 +56,11 @@ class Job:
     final_tasks: int
     clip: float = 10.0
 
-    def learner(self) -> mn.MetaLearner:
+    def learner(self, compile: bool = False) -> mn.MetaLearner:
         """At its start.
 
         Raises:
-            SettingsError: The estimator can not take the inner problem.
+            SettingsError: The estimator can not take the inner problem, or can not be compiled.
         """
         benchmark = BENCHMARKS[self.benchmark]()
         return mn.MetaLearner(
@@ -69,6 +70,7 @@ class Job:
             solver=self.inner.solver,
             estimator=METHODS[self.method],
             execution="vectorized",
+            compile=compile,
         )
 
     @property
@@ -148,39 +150,105 @@ def meta_step(
     return step
 
 
+class Compiled(NamedTuple):
+    """What a meta-step costs with ``compile=True``.
+
+    Attributes:
+        seconds: Processor time, median; one thread.
+        building: Seconds of the first meta-step, in which all is compiled, nothing being kept from before.
+    """
+
+    seconds: float
+    building: float
+
+
 class Cost(NamedTuple):
     """Of one meta-step.
 
     Attributes:
         seconds: Processor time, median; one thread.
         peak_bytes: Of live tensors beyond the model and the tasks.
+        compiled: The same compiled; None where the estimator does not allow it.
     """
 
     seconds: float
     peak_bytes: int
+    compiled: Compiled | None = None
 
 
-def costs(jobs: Sequence[Job], repeats: int) -> list[Cost]:
-    """What a meta-step of every job costs, measured turn by turn, so that a busy machine favours none."""
+def costs(jobs: Sequence[Job], repeats: int, compiling: bool) -> list[Cost]:
+    """What a meta-step of every job costs, measured turn by turn, so that a busy machine favours none.
+
+    Args:
+        jobs: What the meta-steps are of.
+        repeats: Timed steps of each.
+        compiling: Whether to time them compiled as well.
+    """
     torch.set_num_threads(1)
-    begun = []
-    for job in jobs:
-        learner = job.learner()
-        begun.append((job, learner, torch.optim.Adam(learner.model.parameters(), job.lr)))
-    seconds: list[list[float]] = [[] for _ in jobs]
-    peaks = []
-    with warnings.catch_warnings():
+    plain = [_Run(job) for job in jobs]
+    compiled = {
+        place: _Run(job, compile=True) for place, job in enumerate(jobs) if compiling and first_derivatives_only(job)
+    }
+    with warnings.catch_warnings(), compiler_config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
+        warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
         warnings.simplefilter("ignore", mn.UnsolvedWarning)
         warnings.simplefilter("ignore", mn.NonFiniteWarning)
-        for turn in range(repeats + 1):
-            for place, (job, learner, optimizer) in enumerate(begun):
-                tasks = BENCHMARKS[job.benchmark]().train(job.seed, job.tasks * turn, job.tasks)
-                if turn == 0:  # which warms up as well
-                    with LiveBytes() as live:
-                        meta_step(learner, optimizer, tasks, job.clip)
-                    peaks.append(live.peak)
-                    continue
-                start = time.process_time()
-                meta_step(learner, optimizer, tasks, job.clip)
-                seconds[place].append(time.process_time() - start)
-    return [Cost(statistics.median(times), peak) for times, peak in zip(seconds, peaks, strict=True)]
+        peaks = [run.peak_bytes() for run in plain]
+        building = {place: run.wall_seconds() for place, run in compiled.items()}
+        for _ in range(repeats):
+            for run in (*plain, *compiled.values()):
+                run.advance()
+    found = []
+    for place, (run, peak) in enumerate(zip(plain, peaks, strict=True)):
+        built = Compiled(compiled[place].median, building[place]) if place in compiled else None
+        found.append(Cost(run.median, peak, built))
+    return found
+
+
+def first_derivatives_only(job: Job) -> bool:
+    """Whether the estimator can be compiled."""
+    try:
+        job.learner(compile=True)
+    except SettingsError:
+        return False
+    return True
+
+
+class _Run:
+    """The meta-steps of a job, one at a time; the first is for warming up, or compiling."""
+
+    def __init__(self, job: Job, compile: bool = False) -> None:
+        self.job, self.learner = job, job.learner(compile)
+        self.optimizer = torch.optim.Adam(self.learner.model.parameters(), job.lr)
+        self.turn, self.seconds = 0, list[float]()
+
+    @property
+    def median(self) -> float:
+        """Of the timed steps, processor time."""
+        return statistics.median(self.seconds)
+
+    def advance(self) -> None:
+        """A timed step."""
+        tasks = self._tasks()
+        start = time.process_time()
+        meta_step(self.learner, self.optimizer, tasks, self.job.clip)
+        self.seconds.append(time.process_time() - start)
+
+    def peak_bytes(self) -> int:
+        """Of a step that is not timed."""
+        tasks = self._tasks()
+        with LiveBytes() as live:
+            meta_step(self.learner, self.optimizer, tasks, self.job.clip)
+        peak: int = live.peak
+        return peak
+
+    def wall_seconds(self) -> float:
+        """Of a step that is not timed otherwise: compilers are other processes."""
+        tasks = self._tasks()
+        start = time.perf_counter()
+        meta_step(self.learner, self.optimizer, tasks, self.job.clip)
+        return time.perf_counter() - start
+
+    def _tasks(self) -> mn.Tasks | list[mn.Tasks]:
+        self.turn += 1
+        return BENCHMARKS[self.job.benchmark]().train(self.job.seed, self.job.tasks * (self.turn - 1), self.job.tasks)

@@ -1,0 +1,106 @@
+"""Gradients of stacks as compiled programs: traced once a form of their inputs, run without Python or autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from metanudge.errors import LossError
+from metanudge.types import PyTree
+
+Program: TypeAlias = Callable[..., Sequence[Tensor]]
+
+
+class Programs:
+    """The programs of a learner, kept from step to step. What they were traced with but tensors is frozen in them."""
+
+    def __init__(self) -> None:
+        self.known: dict[Hashable, Program] = {}
+
+    def bind(self, fixed: PyTree, state: Hashable) -> Bound:
+        """For the gradients of one stack.
+
+        Args:
+            fixed: Tensors that all of them read.
+            state: Whatever else a program depends on.
+        """
+        return Bound(self.known, fixed, state)
+
+
+class Bound:
+    """Programs with what is the same in every gradient of a stack."""
+
+    def __init__(self, known: dict[Hashable, Program], fixed: PyTree, state: Hashable) -> None:
+        self._known = known
+        leaves, self._structure = tree_flatten(fixed)
+        self._leaves = _packed(leaves)
+        self._key = (state, _autocast(self._leaves), str(self._structure), _forms(self._leaves))
+
+    def __call__(
+        self, name: Hashable, function: Callable[[Sequence[Tensor], PyTree], Sequence[Tensor]], given: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """``function(given, fixed)``, by its program.
+
+        Args:
+            name: Of the function; what has equal names, and tensors of equal form, is the same program.
+            function: A pure function of its tensors.
+            given: Its tensors.
+
+        Raises:
+            LossError: It can not be traced, or not compiled.
+        """
+        leaves = _packed(given)
+        key = (name, _forms(leaves), self._key)
+        program = self._known.get(key)
+        if program is None:
+            number = len(leaves)
+
+            def flat(*tensors: Tensor) -> Sequence[Tensor]:
+                return function(tensors[:number], tree_unflatten(tensors[number:], self._structure))
+
+            program = self._known[key] = _compiled(flat, [*leaves, *self._leaves])
+        kind = leaves[0].device.type
+        if not torch.is_autocast_enabled(kind):
+            return program(*leaves, *self._leaves)
+        with torch.autocast(kind, enabled=False):  # casts are in the program already
+            return program(*leaves, *self._leaves)
+
+
+def _packed(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Without strides of their own, for which a program would be compiled again."""
+    return [leaf.contiguous() for leaf in leaves]
+
+
+def _forms(leaves: Sequence[Tensor]) -> tuple[Hashable, ...]:
+    return tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
+
+
+def _compiled(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> Program:
+    try:
+        traced = make_fx(function)(*tensors)
+    except RuntimeError as error:
+        if "tracing tensor" not in str(error):
+            raise
+        raise LossError(
+            "with compile=True neither the model nor the loss may take a number out of a tensor (.item(), float(), if "
+            f"or while on its value); leave compile out. PyTorch said: {error}"
+        ) from error
+    program = torch.compile(traced, dynamic=False, fullgraph=True)
+    try:
+        program(*tensors)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise LossError(
+            "with compile=True torch.compile builds the gradient, and could not: on the CPU it needs a C++ compiler, "
+            f"on a GPU Triton. Leave compile out. PyTorch said: {error}"
+        ) from error
+    return program
+
+
+def _autocast(leaves: Sequence[Tensor]) -> Hashable:
+    kind = leaves[0].device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
