@@ -79,6 +79,61 @@ def test_the_unit_of_the_parameters(unit: float, execution: str) -> None:
     same(step, other)
 
 
+DIFFERENCES = [
+    mn.HFMAML(),
+    mn.HFMAML(displacement=0.1),
+    mn.IMAML(products="two_gradient", displacement=0.1),
+    mn.Tangent(products="two_gradient", displacement=0.1),
+]
+"""Those that look along two-gradient products; at 0.1 the displacement is seen in what they find."""
+
+
+def of(estimator: mn.Estimator, prox: float, loss: object, execution: str, unit: float = 1.0) -> tuple[float, Tensor]:
+    step, gradient = step_on(Scaled(unit), prox, loss, estimator=estimator, execution=execution)
+    return step.residual, gradient * unit
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("estimator", DIFFERENCES, ids=str)
+def test_products_of_two_gradients_have_no_unit(estimator: mn.Estimator, factor: float, execution: str) -> None:
+    residual, gradient = of(estimator, 0.5, logistic_loss, execution)
+    for other, scaled in (
+        of(estimator, 0.5 / factor**2, logistic_loss, execution, factor),  # of the parameters
+        (lambda found: (found[0], found[1] / factor))(of(estimator, 0.5 * factor, times(factor), execution)),
+    ):
+        torch.testing.assert_close(scaled, gradient, rtol=1e-9, atol=0)
+        assert other == pytest.approx(residual, rel=1e-9)
+
+
+@pytest.mark.parametrize("prox", [0.5, 0.0])
+def test_an_unrolled_walk_from_zero(prox: float) -> None:
+    """Where the parameters are no scale the loss is one: the products of the first step are exact to 1e-6."""
+    found = []
+    for estimator in (mn.MAML(), mn.HFMAML()):
+        for factor in (1.0, 2.0**30):
+            model = Scaled(start=0.0)
+            _, gradient = step_on(model, prox * factor, times(factor), estimator=estimator)
+            found.append(gradient / factor)
+    exact, same, walked, scaled = found
+    torch.testing.assert_close(same, exact, rtol=1e-9, atol=0)
+    torch.testing.assert_close(walked, exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(scaled, walked, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("factor", [2.0**-83, 2.0**-133])
+@pytest.mark.parametrize("prox", [0.5, 0.0])
+def test_losses_far_below_any_least_value(prox: float, factor: float, execution: str) -> None:
+    """1e-25 and 1e-40 of a loss, in float64, are a loss like any other; 1e-30 was once added to what divides."""
+    estimators = [*DIFFERENCES, mn.FOBMAML()] if prox else DIFFERENCES[:2]
+    for estimator in estimators:
+        residual, gradient = of(estimator, prox, logistic_loss, execution)
+        other, scaled = of(estimator, prox * factor, times(factor), execution)
+        torch.testing.assert_close(scaled / factor, gradient, rtol=1e-9, atol=0)
+        assert other == pytest.approx(residual, rel=1e-9, nan_ok=True)
+
+
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_an_idle_parameter_has_no_say(execution: str) -> None:
     """Not even a large one: neither in the nudge nor in the step size; its round-off is none of the solution's."""

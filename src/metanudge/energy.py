@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, ones_like, stack, where
+from torch import Tensor, stack, where
 
 from metanudge import tree
 from metanudge.types import InnerGradients, LossGradients, Params, Role
@@ -116,12 +116,12 @@ class Energy:
         if self.prox > 0:
             other = (2 * start_loss.abs() / self.prox).sqrt() / 10
             length = where(length > unit**0.75 * other, length, other)
-        return where(length > 0, length, ones_like(length))  # no scale whatever
+        return tree.or_one(length)  # no scale whatever
 
     def _ratio(self, rest: Tensor, pull: Tensor, push: Tensor) -> Tensor:
         if self.prox == 0:
             return rest * float("nan")
-        return rest / (pull + push).clamp_min(1e-30)
+        return rest / tree.or_one(pull + push)
 
     def norm(self, a: Params) -> Tensor:
         """Euclidean norm, ``[*L]``."""
