@@ -95,10 +95,17 @@ class Energy:
         return self._ratio(rest, forward, self.prox * way), way
 
     def touched(self, a: Params, by: Params) -> Tensor:
-        """Norm of ``a`` in the parameters that the gradient ``by`` touches, ``[*L]``; leaf by leaf, no copy is made."""
+        """Norm of ``a`` in the parameters that the gradient ``by`` touches, ``[*L]``; leaf by leaf, no copy is made.
+
+        Far below its root mean square a gradient is round-off, as that of a bias before a BatchNorm layer, where it is
+        not zero by chance.
+        """
+        norm = self.norm(by)
+        number = sum(leaf.numel() for leaf in by.values()) / norm.numel()
+        least = tree.round_off(by) ** (2 / 3) / number**0.5 * norm
 
         def square(name: str) -> Tensor:
-            part = tree.touched({name: a[name]}, {name: by[name]})
+            part = tree.touched({name: a[name]}, {name: by[name]}, least)
             return self.losses.inner(part, part)
 
         return stack([square(name) for name in by if name in a]).sum(0).sqrt()

@@ -64,9 +64,9 @@ def select(mask: Tensor, a: Params, b: Params) -> Params:
     return tree_map(lambda x, y: where(over(mask, x), x, y), a, b)
 
 
-def touched(a: Params, by: Params) -> Params:
-    """``a`` where ``by`` is not zero, and zero elsewhere: what is idle has no say in what is far."""
-    return tree_map(lambda x, y: x * (y != 0), a, by)
+def touched(a: Params, by: Params, least: Tensor) -> Params:
+    """``a`` where ``by`` is above ``least``, and zero elsewhere: what is idle has no say in what is far."""
+    return tree_map(lambda x, y: x * ~(y.abs() <= over(least, y)), a, by)
 
 
 def round_off(a: Params) -> float:
