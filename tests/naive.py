@@ -150,7 +150,7 @@ def imaml(
 def hfmaml(
     task: Task, theta: Tensor, prox: float, *, steps: int, lr: float, momentum: float, displacement: float
 ) -> Tensor:
-    """Walk the stored trajectory back, H v by a central difference of length ``displacement (1 + |phi|)``.
+    """Walk the stored trajectory back, H v by a central difference of length ``displacement |phi|``.
 
     Forward: v' = momentum v + grad fhat(phi) + prox (phi - theta), phi' = phi - lr v'. Adjoints p of phi and q of v.
     """
@@ -164,7 +164,7 @@ def hfmaml(
     p, q, total = gradient_at(task.query, path[-1]), torch.zeros_like(theta), torch.zeros_like(theta)
     for phi in reversed(path[:-1]):
         q = q - lr * p
-        eps = displacement * (1 + phi.norm()) / q.norm()
+        eps = displacement * phi.norm() / q.norm()
         ahead, behind = gradient_at(task.support, phi + eps * q), gradient_at(task.support, phi - eps * q)
         p = p + (ahead - behind) / (2 * eps) + prox * q
         total = total - prox * q

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, TensorDataset
 
 import metanudge as mn
-from metanudge.checkpoint import LAST
+from metanudge.checkpoint import LAST, qualified_name
 from metanudge.files import load_state, save_state
 from metanudge.validation import improves
 
@@ -35,7 +36,8 @@ def classifier() -> mn.MetaLearner:
 def begun(**settings: Any) -> tuple[mn.MetaLearner, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
-    learner = mn.MetaLearner(model, mn.metrics.squared_error, **({"prox": 2.0, "solver": mn.Nesterov(2)} | settings))
+    common = {"loss": mn.metrics.squared_error, "prox": 2.0, "solver": mn.Nesterov(2)}
+    learner = mn.MetaLearner(model, **(common | settings))
     return learner, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
@@ -71,6 +73,41 @@ def test_a_dataset_of_tasks_is_the_list_of_its_tasks():
     assert torch.equal(
         mn.smoothness(learner, finite, steps=2).smoothness, mn.smoothness(learner, listed, steps=2).smoothness
     )
+
+
+def test_a_loader_of_single_tasks_is_refused_with_the_cure():
+    """Support and query of one size: its examples, nine, could be taken for nine tasks."""
+    learner, dataset = classifier(), mn.tasks.few_shot(DATA, number=4, **SQUARE)
+    whole = learner.evaluate(dataset, mn.metrics.accuracy).values
+    single: list[tuple[DataLoader, str]] = [
+        (DataLoader(dataset, batch_size=None), "got a DataLoader with batch_size=None.*collate_fn=mn.tasks.collate"),
+        (DataLoader([dataset[i] for i in range(4)], batch_size=None), "got a DataLoader with batch_size=None"),
+        (DataLoader(dataset, collate_fn=lambda tasks: tasks[0]), "at most 1 tasks.*collate_fn gave leading axes of 9"),
+    ]
+    for loader, told in single:
+        for use in (learner.evaluate, partial(mn.check, learner), partial(mn.smoothness, learner)):
+            with pytest.raises(mn.TasksError, match=told):
+                use(loader)
+    with pytest.raises(mn.TasksError, match="batch_size=None"):  # and is not told to loop over it
+        learner.backward(single[0][0])
+    stacks = mn.tasks.collate([dataset[i] for i in range(4)])
+    for right in (
+        DataLoader(dataset, batch_size=3, collate_fn=mn.tasks.collate),
+        DataLoader(dataset, batch_size=3),  # torch's own stacks as well
+        DataLoader(Several(dataset), sampler=BatchSampler(range(4), 3, drop_last=False), batch_size=None),
+        (tasks for tasks in DataLoader([stacks], batch_size=None)),
+    ):
+        torch.testing.assert_close(learner.evaluate(right, mn.metrics.accuracy).values, whole)
+
+
+class Several(Dataset):
+    """Takes a list of indices, and gives a stack."""
+
+    def __init__(self, tasks):
+        self.tasks = tasks
+
+    def __getitem__(self, indices):
+        return mn.tasks.collate([self.tasks[index] for index in indices])
 
 
 class Unending(Dataset):
@@ -133,6 +170,38 @@ def test_other_settings_do_not_go_on(settings: dict[str, Any], lr: float, told: 
     assert optimizer.param_groups[0]["lr"] == lr
 
 
+@pytest.mark.parametrize(
+    ("settings", "given", "told"),
+    [
+        ({}, {"max_norm": 1.0}, "max_norm = None, this one has 1.0"),
+        ({}, {"tasks_at_once": 1}, "tasks_at_once = 2, this one has 1"),
+        ({}, {"metric": loss}, "metric = query loss, this one has loss"),
+        ({"loss": loss}, {}, "loss = squared_error, this one has loss"),
+        ({"query_loss": lambda model, batch: loss(model, batch)}, {}, "query_loss = squared_error.*<lambda>"),
+        ({"adapt_only": lambda name, _: "2" in name}, {}, "adapt_only = None.*<lambda>"),
+        ({"execution": "in_place"}, {}, "execution = vectorized, this one has in_place"),
+        ({"chunk_size": 1}, {}, "chunk_size = None, this one has 1"),
+    ],
+)
+def test_whatever_changes_a_bit_does_not_go_on(
+    settings: dict[str, Any], given: dict[str, Any], told: str, tmp_path: Path
+):
+    held = {"validation": ENDLESS.take(2), "out": tmp_path}
+    mn.fit(*begun(), ENDLESS, steps=2, **held, **COMMON)
+    learner, optimizer = begun(**settings)
+    before = vector(learner)
+    with pytest.raises(mn.SettingsError, match=told):
+        mn.fit(learner, optimizer, ENDLESS, steps=4, **held, **given, **COMMON)
+    assert torch.equal(vector(learner), before)
+    done = mn.fit(*begun(), ENDLESS, steps=4, tasks_at_once=2, **held, **COMMON)  # all at once, in other words
+    assert len(done.history) == 4
+
+
+def test_functions_are_known_by_their_names():
+    named = {loss: "loss", partial(partial(loss)): "loss", nn.Linear(1, 1): "Linear"}
+    assert {function: qualified_name(function) for function in named} == named
+
+
 def test_other_optimizers_fewer_steps_and_old_checkpoints(tmp_path: Path):
     learner, optimizer = begun()
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
@@ -171,7 +240,7 @@ def test_a_task_of_nan_is_told_once_and_does_not_freeze_the_best(tmp_path: Path)
     validation[2].query.inputs[0] = math.nan
     with pytest.warns(mn.NonFiniteWarning, match=r"meta-step 2 is NaN.*task 2 holds NaN.*query inputs") as told:
         mn.fit(*begun(), ENDLESS, steps=6, validation=validation, out=tmp_path, **COMMON)
-    assert len(told) == 1
+    assert [Path(one.filename) for one in told] == [Path(__file__)]
     done = mn.fit(*begun(), ENDLESS, steps=8, validation=validation[:2], out=tmp_path, **COMMON)
     assert math.isfinite(done.best)
     assert done.best_step == 8
@@ -179,6 +248,19 @@ def test_a_task_of_nan_is_told_once_and_does_not_freeze_the_best(tmp_path: Path)
         warnings.simplefilter("ignore", mn.NonFiniteWarning)
         worse = mn.fit(*begun(), ENDLESS, steps=10, validation=validation, out=tmp_path, **COMMON)
     assert (worse.best, worse.best_step) == (done.best, 8)
+
+
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_warnings_are_located_where_the_library_was_called(at_once: int | None):
+    tasks, common = ENDLESS.take(4), COMMON | {"tasks_per_step": 4}
+    tasks[0].query.inputs[0] = math.nan
+    for call in (
+        lambda: mn.fit(*begun(), tasks, steps=1, tasks_at_once=at_once, **common),
+        lambda: begun()[0].backward(tasks),
+    ):
+        with pytest.warns(mn.NonFiniteWarning) as told:
+            call()
+        assert {Path(one.filename) for one in told} == {Path(__file__)}
 
 
 def test_the_best_with_settings_that_can_not_be_written(tmp_path: Path):

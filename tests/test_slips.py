@@ -97,12 +97,30 @@ def test_asserts_and_slips_with_lists_pass_as_they_are(execution: str) -> None:
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
-def test_what_pytorch_says_of_ones_own_line_is_told_with_shapes(execution: str) -> None:
+@pytest.mark.parametrize(
+    "operator",
+    [
+        lambda out, targets: out - targets.reshape(-1)[:3],
+        lambda out, targets: out @ targets,
+        lambda out, targets: out.mT @ targets.double(),
+        lambda out, targets: torch.cat([out, targets]),
+        lambda out, targets: torch.stack([out, targets]),
+        lambda out, targets: out.view(7, 7),
+        lambda out, targets: out[:, 9],
+        lambda out, targets: out.sum(5),
+        lambda out, targets: out.expand_as(targets),
+        lambda out, targets: F.linear(out, targets),
+        lambda out, targets: torch.conv1d(out, targets[None].mT),
+    ],
+)
+def test_what_pytorch_says_of_ones_own_line_is_told_with_shapes(operator: object, execution: str) -> None:
+    """These operators have no frame in a file of PyTorch's: the last one is that of the lambda."""
+
     def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
-        return (model(batch.inputs) - batch.targets.reshape(-1)[:3]).square().mean()
+        return operator(model(batch.inputs), batch.targets).square().mean()
 
     learner = mn.MetaLearner(nn.Linear(3, 2), loss, solver=SOLVER, execution=execution)
-    with pytest.raises(mn.LossError, match=r"targets float32 \[5, 1\].*PyTorch said: .*size"):
+    with pytest.raises(mn.LossError, match=r"targets float32 \[5, 1\].*PyTorch said: "):
         learner.backward(both(X))
 
 
@@ -354,9 +372,12 @@ def test_an_incomplete_training_is_not_evaluated_unasked(here: Path, capsys: pyt
     assert not record.exists()
     assert main(["evaluate", "runs/small", "--partial"]) == 0
     assert "seed 0 is missing" in capsys.readouterr().out
-    assert record.exists()
+    assert not record.exists()
+    partial = json.loads((record.parent / "evaluation-partial.json").read_text())
+    assert list(partial["seeds"]) == ["1"]
     assert main(["train", "runs/small/config.toml", "--out", "runs/small", "--quiet"]) == 0
-    assert main(["evaluate", "runs/small"]) == 0
+    assert main(["evaluate", "runs/small", "--partial"]) == 0  # of a training that is complete
+    whole = record.read_bytes()
     last = here / "runs" / "small" / "seed-1" / "last.pt"
     state = load_state(last)
     state["history"] = state["history"][:3]
@@ -364,6 +385,8 @@ def test_an_incomplete_training_is_not_evaluated_unasked(here: Path, capsys: pyt
     capsys.readouterr()
     assert main(["evaluate", "runs/small"]) == 2
     assert "seed 1 is at step 3 of 4" in capsys.readouterr().err
+    assert main(["evaluate", "runs/small", "--partial"]) == 0
+    assert record.read_bytes() == whole
 
 
 def test_the_seeds_that_were_asked_for_are_those_that_count(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,17 +18,18 @@ FACTORS = [2.0**-30, 2.0**30]
 
 
 class Scaled(nn.Module):
-    """A linear model whose parameters are ``unit`` times as large, with an idle one of any size."""
+    """A linear model whose parameters are ``unit`` times as large, with an idle one of any size, but for a ``leak``."""
 
-    def __init__(self, unit: float = 1.0, idle: float | None = None, start: float = 0.7) -> None:
+    def __init__(self, unit: float = 1.0, idle: float | None = None, start: float = 0.7, leak: float = 0.0) -> None:
         super().__init__()
-        self.unit = unit
+        self.unit, self.leak = unit, leak
         self.weight = nn.Parameter(unit * torch.linspace(-start, start, 4, dtype=torch.float64))
         if idle is not None:
             self.idle = nn.Parameter(torch.tensor(idle, dtype=torch.float64))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return (inputs @ (self.weight / self.unit)).unsqueeze(-1)
+        outputs = (inputs @ (self.weight / self.unit)).unsqueeze(-1)
+        return outputs + self.leak * self.idle if self.leak else outputs
 
 
 def times(factor: float) -> object:
@@ -79,14 +80,78 @@ def test_the_unit_of_the_parameters(unit: float, execution: str) -> None:
     same(step, other)
 
 
+DIFFERENCES = [
+    mn.HFMAML(),
+    mn.HFMAML(displacement=0.1),
+    mn.IMAML(products="two_gradient", displacement=0.1),
+    mn.Tangent(products="two_gradient", displacement=0.1),
+]
+"""Those that look along two-gradient products; at 0.1 the displacement is seen in what they find."""
+
+
+def of(
+    estimator: object, prox: float, execution: str, *, factor: float = 1.0, unit: float = 1.0
+) -> tuple[float, Tensor]:
+    """Residual and gradient, with losses ``factor`` and parameters ``unit`` times as large, in the units of 1."""
+    model = Scaled(unit)
+    step, gradient = step_on(model, prox * factor / unit**2, times(factor), estimator=estimator, execution=execution)
+    return step.residual, gradient * unit / factor
+
+
 @pytest.mark.parametrize("execution", EXECUTIONS)
-def test_an_idle_parameter_has_no_say(execution: str) -> None:
-    """Not even a large one: neither in the nudge nor in the step size; its round-off is none of the solution's."""
-    step, gradient = step_on(Scaled(idle=0.0), 0.5, execution=execution)
-    other, beside = step_on(Scaled(idle=1e6), 0.5, execution=execution)
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("estimator", DIFFERENCES, ids=str)
+def test_products_of_two_gradients_have_no_unit(estimator: object, factor: float, execution: str) -> None:
+    residual, gradient = of(estimator, 0.5, execution)
+    for changed in ({"unit": factor}, {"factor": factor}):
+        other, scaled = of(estimator, 0.5, execution, **changed)
+        torch.testing.assert_close(scaled, gradient, rtol=1e-9, atol=0)
+        assert other == pytest.approx(residual, rel=1e-9)
+
+
+@pytest.mark.parametrize("prox", [0.5, 0.0])
+def test_an_unrolled_walk_from_zero(prox: float) -> None:
+    """Where the parameters are no scale the loss is one: the products of the first step are exact to 1e-6."""
+    found = []
+    for estimator in (mn.MAML(), mn.HFMAML()):
+        for factor in (1.0, 2.0**30):
+            model = Scaled(start=0.0)
+            _, gradient = step_on(model, prox * factor, times(factor), estimator=estimator)
+            found.append(gradient / factor)
+    exact, same, walked, scaled = found
+    torch.testing.assert_close(same, exact, rtol=1e-9, atol=0)
+    torch.testing.assert_close(walked, exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(scaled, walked, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("factor", [2.0**-83, 2.0**-133])
+@pytest.mark.parametrize("prox", [0.5, 0.0])
+def test_losses_far_below_any_least_value(prox: float, factor: float, execution: str) -> None:
+    """1e-25 and 1e-40 of a loss, in float64, are a loss like any other: no divisor has a least value."""
+    estimators = [*DIFFERENCES, mn.FOBMAML()] if prox else DIFFERENCES[:2]
+    for estimator in estimators:
+        residual, gradient = of(estimator, prox, execution)
+        other, scaled = of(estimator, prox, execution, factor=factor)
+        torch.testing.assert_close(scaled, gradient, rtol=1e-9, atol=0)
+        assert other == pytest.approx(residual, rel=1e-9, nan_ok=True)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("leak", [0.0, 1e-18])
+@pytest.mark.parametrize("estimator", [mn.FOBMAML(), *DIFFERENCES[1:]], ids=str)
+def test_an_idle_parameter_has_no_say(estimator: object, leak: float, execution: str) -> None:
+    """Not even a large one: neither in the nudge nor in the step size; its round-off is none of the solution's.
+
+    Nor one whose gradient is round-off, as that of a bias before a BatchNorm layer.
+    """
+    settings = {"estimator": estimator, "execution": execution}
+    step, gradient = step_on(Scaled(idle=0.0, leak=leak), 0.5, **settings)
+    other, beside = step_on(Scaled(idle=1e6, leak=leak), 0.5, **settings)
     torch.testing.assert_close(beside, gradient, rtol=1e-9, atol=0)
     assert other.nu == pytest.approx(step.nu, rel=1e-9)
-    same(step, other)
+    if step.nu:
+        same(step, other)
 
 
 def test_a_solution_of_nothing_but_round_off_is_no_scale() -> None:

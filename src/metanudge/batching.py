@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from metanudge.errors import TasksError
 from metanudge.minibatches import as_minibatches
@@ -93,6 +93,8 @@ def as_stacks(tasks: Tasks | Sequence[Tasks], device: torch.device) -> tuple[lis
     if isinstance(tasks, Tasks):
         return [tasks], list(range(check_stack(tasks, device)))
     if isinstance(tasks, Batch) or not isinstance(tasks, list | tuple):
+        if isinstance(tasks, DataLoader):
+            _check_loader(tasks)
         loop = "; loop over it: for tasks in loader: learner.backward(tasks)" if hasattr(tasks, "__iter__") else ""
         if is_dataset(tasks):  # whose single tasks a loop would give as if they were stacks
             loop = f", a dataset of single tasks; give some as a list: {_taken(tasks)}"
@@ -194,6 +196,9 @@ def groups(
         yield tasks
     elif is_dataset(tasks):
         yield listed(tasks, most)
+    elif isinstance(tasks, DataLoader):
+        _check_loader(tasks)
+        yield from (_drawn(stack, tasks) for stack in tasks)
     elif isinstance(tasks, Iterable) and not isinstance(tasks, Batch):
         yield from tasks
     else:
@@ -205,6 +210,42 @@ def is_dataset(tasks: object) -> bool:
     if isinstance(tasks, Tasks | Batch | Tensor | list | tuple | str | Mapping | IterableDataset):
         return False
     return isinstance(tasks, Dataset) or hasattr(tasks, "__getitem__")
+
+
+_LOADER = (
+    "DataLoader(dataset, batch_size=N, collate_fn=mn.tasks.collate), the dataset itself, or, where these are stacks "
+    "after all, (tasks for tasks in loader)"
+)
+
+
+def _check_loader(loader: DataLoader[Any]) -> None:
+    """Raise a TasksError where a loader hands on what a map-style dataset holds, single tasks, one by one.
+
+    A sampler of lists asks the dataset itself for several at a time; of an IterableDataset nothing is known.
+    """
+    asks_for_lists = isinstance(loader.sampler, BatchSampler)
+    if loader.batch_sampler is None and not isinstance(loader.dataset, IterableDataset) and not asks_for_lists:
+        raise TasksError(
+            "expected a loader of stacks of tasks, got a DataLoader with batch_size=None, which gives the single tasks "
+            f"of its dataset, whose examples would be taken for tasks; give {_LOADER}"
+        )
+
+
+def _drawn(stack: Any, loader: DataLoader[Any]) -> Any:
+    """What a loader made of single tasks, unless it is more tasks than it drew: the examples of a single one.
+
+    Raises:
+        TasksError: It is.
+    """
+    if loader.batch_size is None or isinstance(loader.dataset, IterableDataset) or not isinstance(stack, Tasks):
+        return stack
+    number = max((leaf.shape[0] for leaf in leaves(stack) if leaf.ndim), default=0)
+    if number > loader.batch_size and not as_minibatches(stack.support):
+        raise TasksError(
+            f"expected a stack of at most {loader.batch_size} tasks, which the DataLoader draws at a time, but its "
+            f"collate_fn gave leading axes of {number}, as of the examples of a single task; give {_LOADER}"
+        )
+    return stack
 
 
 def listed(tasks: Any, most: int | None = None) -> list[Tasks]:

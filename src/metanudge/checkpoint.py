@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from metanudge.errors import SettingsError
 from metanudge.files import load_state, save_state
 from metanudge.learner import MetaLearner
 from metanudge.logs import Record
+from metanudge.types import Role
 
 LAST = "last.pt"
 NUMBERS = ("best", "best_step", "evaluations", "skipped", "in_a_row", "seconds")
@@ -24,7 +26,7 @@ class Run:
 
     Attributes:
         protocol: Settings that a checkpoint must share with the training that goes on from it.
-        settings: Of learner and optimizer, likewise, as far as they can be written down.
+        settings: Of learner, optimizer and ``fit``, likewise; of functions their names.
         history: A record a meta-step.
         best: Best mean of the metric; NaN before the first validation.
         best_step: Meta-step it was taken at.
@@ -40,9 +42,10 @@ class Run:
         optimizer: torch.optim.Optimizer,
         scheduler: LRScheduler | None,
         protocol: dict[str, int],
+        more: dict[str, Any],
     ) -> None:
         self.learner, self.optimizer, self.scheduler, self.protocol = learner, optimizer, scheduler, protocol
-        self.settings = settings_of(learner, optimizer)
+        self.settings = settings_of(learner, optimizer) | more
         self.history: list[Record] = []
         self.best, self.best_step = math.nan, 0
         self.evaluations = self.skipped = self.in_a_row = 0
@@ -112,16 +115,24 @@ class Run:
 
 
 def settings_of(learner: MetaLearner, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What a step depends on, and can be written down; functions can not."""
-    adapt_only = learner.adapt_only
+    """What a step depends on, to the last bit, as far as it can be written down; of functions their names."""
+    adapt_only, execution = learner.adapt_only, learner.execution
     found: dict[str, Any] = {
         "prox": learner.prox,
         "solver": _described(learner.solver),
         "estimator": _described(learner.estimator),
         "batch_norm": learner.norm.policy,
+        "loss": qualified_name(learner.losses[Role.SUPPORT]),
+        "query_loss": qualified_name(learner.losses[Role.QUERY]),
+        "execution": execution.name,
         "optimizer": type(optimizer).__name__,
     }
-    if not callable(adapt_only):
+    for size in ("chunk_size", "microbatch"):
+        if hasattr(execution, size):
+            found[size] = getattr(execution, size)
+    if callable(adapt_only):
+        found["adapt_only"] = qualified_name(adapt_only)
+    else:
         found["adapt_only"] = [adapt_only] if isinstance(adapt_only, str) else adapt_only and list(adapt_only)
     for name, value in getattr(optimizer, "defaults", {}).items():
         if name != "lr" and (number := _numbers(value)) is not None:
@@ -129,6 +140,13 @@ def settings_of(learner: MetaLearner, optimizer: torch.optim.Optimizer) -> dict[
     # a scheduler moves "lr" and leaves the first one in "initial_lr"
     rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups if "lr" in group]
     return found | {"optimizer's lr": rates[0] if len(set(rates)) == 1 else rates}
+
+
+def qualified_name(function: Any) -> str:
+    """Of a function, as it is known in its file; of a partial call, that of its function; else of the object's type."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def _described(part: Any) -> str:

@@ -96,10 +96,11 @@ class Evaluate:
     weights: Literal["best", "last"] = "best"
     """Those that were best on the validation tasks, or the last ones."""
     partial: bool = False
-    """Evaluate what there is, where seeds that were asked for are missing or not at their last step."""
+    """Evaluate what there is, where seeds that were asked for are missing or not at their last step; the file's name
+    then ends in -partial."""
 
     def run(self, console: Console) -> int:
-        """Evaluate, print and write evaluation.json; with numbers or weights of one's own, they are in its name."""
+        """Evaluate, print and write evaluation.json; what sets it apart from the settings' own is in its name."""
         evaluate(self.target, self.tasks, self.permutations, self.weights, console, partial=self.partial)
         return 0
 

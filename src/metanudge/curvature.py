@@ -15,19 +15,28 @@ from metanudge.types import HessianProduct, LossGradients, Params, Role, Weights
 
 
 def default_displacement(params: Params) -> float:
-    """How far, relative to ``1 + ||params||``, a central difference should look: the cube root of the round-off unit.
+    """How far, relative to what is far, a central difference should look: the cube root of the round-off unit.
 
     Truncation grows as the square of the displacement and round-off as its inverse; both are then equally large.
     """
     return float(tree.round_off(params) ** (1 / 3))
 
 
-def two_gradient_product(losses: LossGradients, phi: Params, step: int, displacement: float | None) -> HessianProduct:
+def far(energy: Energy, phi: Params, value: Tensor, gradient: Params) -> Tensor:
+    """``Energy.length`` from the support loss at ``phi`` and its gradient there."""
+    norm = energy.norm(gradient)
+    reach = norm / energy.prox if energy.prox > 0 else value.abs() / tree.or_one(norm)
+    return energy.length(phi, gradient, reach, value)
+
+
+def two_gradient_product(
+    losses: LossGradients, phi: Params, step: int, length: Tensor, displacement: float | None
+) -> HessianProduct:
     r"""Products with the Hessian of the support loss, and with its mixed derivative in the shared parameters.
 
     .. math::
         H v = \frac{\nabla \hat f(\phi + \epsilon v) - \nabla \hat f(\phi - \epsilon v)}{2 \epsilon} + O(\epsilon^2),
-        \qquad \epsilon \|v\| = \text{displacement} \, (1 + \|\phi\|)
+        \qquad \epsilon \|v\| = \text{displacement} \cdot \text{length}
 
     Cost: 2 gradients a product; no graph is kept. Source: Pearlmutter, Neural Computation 6 (1994), which also tells
     why the exact product is preferable where double backward exists.
@@ -36,14 +45,14 @@ def two_gradient_product(losses: LossGradients, phi: Params, step: int, displace
         losses: Where gradients come from.
         phi: The point.
         step: Selects the random state, the same for both gradients.
-        displacement: Relative length of the difference; None for ``default_displacement``.
+        length: What is far, ``[*L]``: ``Energy.length``.
+        displacement: Of the difference, relative to that; None for ``default_displacement``.
     """
     relative = default_displacement(phi) if displacement is None else displacement
-    length = relative * (1 + losses.inner(phi, phi).sqrt())
 
     def product(vector: Params) -> Params:
         norm = losses.inner(vector, vector).sqrt()
-        epsilon = length / norm.clamp_min(1e-30)
+        epsilon = relative * length / tree.or_one(norm)
         _, ahead = losses.value_and_all_gradients(Role.SUPPORT, tree.axpy(epsilon, vector, phi), step)
         _, behind = losses.value_and_all_gradients(Role.SUPPORT, tree.axpy(-epsilon, vector, phi), step)
         return tree.scale(1 / (2 * epsilon), tree.subtract(ahead, behind))
@@ -73,10 +82,8 @@ def lipschitz_constant(energy: Energy, phi: Params, iterations: int, step: int) 
     free: Weights = {Role.SUPPORT: 1.0}
     value, gradient = cast(LossGradients, energy.losses).value_and_gradient(Role.SUPPORT, phi, step)
     # far enough that round-off is nothing, and near enough for an estimate that is only to set a step size
-    norm = energy.norm(gradient)
-    reach = norm / energy.prox if energy.prox > 0 else value.abs() / norm.clamp_min(1e-30)
-    far = energy.length(phi, gradient, reach, value)
-    length = 1e-2 * far
+    whole = far(energy, phi, value, gradient)
+    length = 1e-2 * whole
     along, across = _unit(energy, gradient), _unit(energy, _generic(gradient, length.ndim))
     across = tree.scale(torch.where(energy.losses.inner(along, across) < 0, -1.0, 1.0).to(length), across)
     direction = _unit(energy, tree.add(along, across))  # never zero: with few parameters the two may be opposite
@@ -86,12 +93,12 @@ def lipschitz_constant(energy: Energy, phi: Params, iterations: int, step: int) 
         image = tree.scale(1 / length, tree.subtract(ahead, gradient))
         constant = torch.maximum(constant, energy.norm(image))
         direction = _unit(energy, image)
-    return Curvature(constant, far)
+    return Curvature(constant, whole)
 
 
 def _unit(energy: Energy, a: Params) -> Params:
     """``a / ||a||``; zero where ``a`` is."""
-    return tree.scale(1 / energy.norm(a).clamp_min(1e-30), a)
+    return tree.scale(1 / tree.or_one(energy.norm(a)), a)
 
 
 def _generic(like: Params, lanes: int) -> Params:

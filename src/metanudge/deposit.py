@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -21,6 +20,7 @@ from metanudge.oracle.common import whole
 from metanudge.probe import Probe, needed
 from metanudge.solvers import Solver
 from metanudge.types import Need, Tasks
+from metanudge.warned import warn
 
 
 def in_order(indices: Sequence[int] | None, places: list[int], warm: bool) -> list[int]:
@@ -155,7 +155,7 @@ def not_adapted(stacks: list[Tasks], solver: Solver, prox: float) -> NonFiniteEr
 def _tell_once(told: Told, kind: type[Warning], text: str) -> None:
     if kind not in told.kinds:
         told.kinds.add(kind)
-        warnings.warn(text, kind, stacklevel=4)  # where ``backward`` was called
+        warn(text, kind)
 
 
 def add_to_grad(model: nn.Module, mean: FiniteMean) -> float:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, ones_like, stack, where
+from torch import Tensor, stack, where
 
 from metanudge import tree
 from metanudge.types import InnerGradients, LossGradients, Params, Role
@@ -95,10 +95,17 @@ class Energy:
         return self._ratio(rest, forward, self.prox * way), way
 
     def touched(self, a: Params, by: Params) -> Tensor:
-        """Norm of ``a`` in the parameters that the gradient ``by`` touches, ``[*L]``; leaf by leaf, no copy is made."""
+        """Norm of ``a`` in the parameters that the gradient ``by`` touches, ``[*L]``; leaf by leaf, no copy is made.
+
+        Far below its root mean square a gradient is round-off, as that of a bias before a BatchNorm layer, where it is
+        not zero by chance.
+        """
+        norm = self.norm(by)
+        number = sum(leaf.numel() for leaf in by.values()) / norm.numel()
+        least = tree.round_off(by) ** (2 / 3) / number**0.5 * norm
 
         def square(name: str) -> Tensor:
-            part = tree.touched({name: a[name]}, {name: by[name]})
+            part = tree.touched({name: a[name]}, {name: by[name]}, least)
             return self.losses.inner(part, part)
 
         return stack([square(name) for name in by if name in a]).sum(0).sqrt()
@@ -116,12 +123,12 @@ class Energy:
         if self.prox > 0:
             other = (2 * start_loss.abs() / self.prox).sqrt() / 10
             length = where(length > unit**0.75 * other, length, other)
-        return where(length > 0, length, ones_like(length))  # no scale whatever
+        return tree.or_one(length)  # no scale whatever
 
     def _ratio(self, rest: Tensor, pull: Tensor, push: Tensor) -> Tensor:
         if self.prox == 0:
             return rest * float("nan")
-        return rest / (pull + push).clamp_min(1e-30)
+        return rest / tree.or_one(pull + push)
 
     def norm(self, a: Params) -> Tensor:
         """Euclidean norm, ``[*L]``."""

@@ -254,7 +254,8 @@ class MetaLearner:
         """Adapt to every task's support set and measure on its query set, after every adaptation step.
 
         Args:
-            tasks: A stack of tasks, a list or a finite dataset of single ones, or an iterable (a loader) of stacks.
+            tasks: A stack of tasks, a list or a finite dataset of single ones, or an iterable of stacks: a
+                loader with ``collate_fn=mn.tasks.collate``.
             metric: ``metric(model, batch) -> scalar``, e.g. ``mn.metrics.accuracy``; None for the query loss.
             permutations: A task's score is the mean over so many permutations of its class labels, support and query
                 alike, the first being none: how a classifier's outputs are named should not count. They depend on the

@@ -49,7 +49,8 @@ def evaluate(
         permutations: Of the class labels; None for what the settings say.
         weights: Those that were best on the validation tasks (the last ones, where there were none), or the last.
         console: To print to.
-        partial: Take what there is, where seeds are missing or not at their last step.
+        partial: Take what there is, where seeds are missing or not at their last step; where some are, the file's name
+            says so.
 
     Returns:
         What was written.
@@ -88,7 +89,8 @@ def evaluate(
         "std_over_seeds": float(means.std()) if len(means) > 1 else math.nan,
         "seeds": {str(seed): _numbers(one) for seed, one in found.items()},
     }
-    path = config.out / file_name(config, number, permutations if asked_permutations else None, weights)
+    asked_for = number, permutations if asked_permutations else None, weights
+    path = config.out / file_name(config, *asked_for, partial=bool(lacking))
     write(path, json.dumps(_json(record), indent=1).encode() + b"\n")
     _show(record, whole, found, console)
     if lacking:
@@ -97,14 +99,19 @@ def evaluate(
     return record
 
 
-def file_name(config: Config, number: int | None, permutations: int | None, weights: Weights) -> str:
-    """The file of an evaluation: what was asked for beside the settings is in its name; so it replaces no other."""
+def file_name(
+    config: Config, number: int | None, permutations: int | None, weights: Weights, *, partial: bool = False
+) -> str:
+    """The file of an evaluation: what sets it apart from that of the settings is in its name; so it replaces no other.
+
+    ``partial`` says that seeds were missing or unfinished.
+    """
     name = RESULT.removesuffix(".json")
     if number not in (None, config.testing.tasks):
         name += f"-{number}-tasks"
     if permutations not in (None, config.testing.permutations):
         name += f"-{permutations}-permutations"
-    return f"{name}{'-last' if weights == 'last' else ''}.json"
+    return f"{name}{'-last' if weights == 'last' else ''}{'-partial' if partial else ''}.json"
 
 
 def _folders(out: Path) -> dict[int, Path]:

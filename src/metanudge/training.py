@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
 from metanudge import parts
-from metanudge.checkpoint import LAST, Run
+from metanudge.checkpoint import LAST, Run, qualified_name
 from metanudge.errors import NonFiniteError, SettingsError
 from metanudge.learner import MetaLearner
 from metanudge.logs import Logs, Record, check_tensorboard
@@ -109,8 +109,9 @@ def fit(
         better: Whether a smaller or a larger metric is better; "auto": larger for ``mn.metrics.accuracy``.
         every: Meta-steps between validations, and between checkpoints.
         out: Folder; None to keep nothing on disk.
-        resume: Go on from ``out/last.pt`` where it is, with the same settings of learner and optimizer; False to begin
-            anew and overwrite it.
+        resume: Go on from ``out/last.pt`` where it is, with the same settings of learner and optimizer, ``max_norm``,
+            ``tasks_at_once`` and metric (functions are told apart by their names alone); False to begin anew and
+            overwrite it.
         workers: Processes that draw tasks; the tasks do not depend on it.
         seed: Of the order of a finite set.
         tensorboard: Also write TensorBoard's files.
@@ -150,7 +151,11 @@ def fit(
     if folder is not None:
         check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-    run = Run(learner, optimizer, scheduler, {"tasks_per_step": tasks_per_step, "seed": seed})
+    protocol = {"tasks_per_step": tasks_per_step, "seed": seed}
+    more: dict[str, Any] = {"max_norm": max_norm, "tasks_at_once": tasks_at_once or tasks_per_step}
+    if held is not None:  # decides which initialisation is the best
+        more["metric"] = "query loss" if metric is None else qualified_name(metric)
+    run = Run(learner, optimizer, scheduler, protocol, more)
     if folder is not None and resume and (folder / LAST).is_file():
         run.load(folder / LAST, steps)
     device = next(learner.model.parameters()).device

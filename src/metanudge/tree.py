@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor, finfo, where, zeros_like
+from torch import Tensor, finfo, ones_like, where, zeros_like
 
 from metanudge.types import Params
 
@@ -18,6 +18,11 @@ def over(coefficient: Tensor, leaf: Tensor) -> Tensor:
     if coefficient.ndim == 0:  # which a sharded leaf takes too
         return coefficient
     return coefficient.reshape(coefficient.shape + (1,) * (leaf.ndim - coefficient.ndim))
+
+
+def or_one(divisor: Tensor) -> Tensor:
+    """``divisor``, and one where it is zero, as what it divides is too: any least value would have a unit."""
+    return where(divisor == 0, ones_like(divisor), divisor)
 
 
 def tree_map(function: Callable[..., Tensor], first: Params, *rest: Params) -> Params:
@@ -59,9 +64,9 @@ def select(mask: Tensor, a: Params, b: Params) -> Params:
     return tree_map(lambda x, y: where(over(mask, x), x, y), a, b)
 
 
-def touched(a: Params, by: Params) -> Params:
-    """``a`` where ``by`` is not zero, and zero elsewhere: what is idle has no say in what is far."""
-    return tree_map(lambda x, y: x * (y != 0), a, by)
+def touched(a: Params, by: Params, least: Tensor) -> Params:
+    """``a`` where ``by`` is above ``least``, and zero elsewhere: what is idle has no say in what is far."""
+    return tree_map(lambda x, y: x * ~(y.abs() <= over(least, y)), a, by)
 
 
 def round_off(a: Params) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from metanudge.batching import as_stacks, check_stack, is_dataset, leaves, liste
 from metanudge.errors import NonFiniteWarning, SettingsError, TasksError
 from metanudge.learner import MetaLearner
 from metanudge.types import Evaluation, LossFunction, Tasks
+from metanudge.warned import warn
 
 Better = Literal["auto", "smaller", "larger"]
 
@@ -59,12 +59,11 @@ def tell_not_finite(found: Evaluation, tasks: Tasks | Sequence[Tasks], step: int
         why = (
             f"task {wrong[0]} holds NaN or infinite numbers in its {held[wrong[0]]}: mend such tasks or leave them out"
         )
-    warnings.warn(
+    warn(
         f"the validation score at meta-step {step} is NaN, of {len(places)} of {len(found.values)} tasks (from 0: "
         f"{', '.join(map(str, places[:5]))}{', ...' if len(places) > 5 else ''}); {why}. It counts as worse than any "
         "number",
         NonFiniteWarning,
-        stacklevel=3,
     )
 
 

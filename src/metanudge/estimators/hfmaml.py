@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from metanudge.curvature import two_gradient_product
-from metanudge.energy import InnerProblem
+from metanudge.curvature import far, two_gradient_product
+from metanudge.energy import Energy, InnerProblem
 from metanudge.estimators.unrolled import leaves_per_task, unroll
 from metanudge.settings import check_positive
 from metanudge.solvers.loop import Solver
@@ -21,28 +21,35 @@ class _TwoGradientBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, losses: LossGradients, displacement: float | None, step: int, names: tuple[str, ...], *leaves: Tensor
+        ctx: Any, energy: Energy, displacement: float | None, step: int, names: tuple[str, ...], *leaves: Tensor
     ) -> tuple[Tensor, ...]:
-        gradient = losses.gradient({Role.SUPPORT: 1.0}, dict(zip(names, leaves, strict=False)), step)
-        ctx.settings = losses, displacement, step, names
+        losses, phi = cast(LossGradients, energy.losses), dict(zip(names, leaves, strict=False))
+        value, gradient = losses.value_and_gradient(Role.SUPPORT, phi, step)
+        ctx.settings = losses, far(energy, phi, value, gradient), displacement, step, names
         ctx.save_for_backward(*leaves[: len(names)])
         return tuple(gradient[name] for name in names)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        losses, displacement, step, names = ctx.settings
+        losses, length, displacement, step, names = ctx.settings
         phi: Params = dict(zip(names, ctx.saved_tensors, strict=True))
         with torch.no_grad():
-            product = two_gradient_product(losses, phi, step, displacement)
+            product = two_gradient_product(losses, phi, step, length, displacement)
             image = product(dict(zip(names, cotangents, strict=True)))
         return None, None, None, None, *(image[name] for name in (*names, *losses.shared))
 
 
 @dataclass(frozen=True)
 class TwoGradientLosses:
-    """Losses whose gradients can be differentiated without double backward."""
+    """Losses whose gradients can be differentiated without double backward.
 
-    losses: LossGradients
+    Attributes:
+        energy: The free problem, of which they are.
+        displacement: Relative displacement of a product.
+        shared: Leaves w.
+    """
+
+    energy: Energy
     displacement: float | None
     shared: Params
 
@@ -50,15 +57,15 @@ class TwoGradientLosses:
         """∇f̂: unrolled problems are never nudged."""
         names = tuple(phi)
         gradient = _TwoGradientBackward.apply(  # type: ignore[no-untyped-call]
-            self.losses, self.displacement, step, names, *phi.values(), *self.shared.values()
+            self.energy, self.displacement, step, names, *phi.values(), *self.shared.values()
         )
         return dict(zip(names, gradient, strict=True))
 
     def inner(self, a: Params, b: Params) -> Tensor:  # noqa: D102
-        return self.losses.inner(a, b)
+        return self.energy.losses.inner(a, b)
 
     def steppable(self, start: Params) -> Params:  # noqa: D102
-        return self.losses.steppable(start)
+        return self.energy.losses.steppable(start)
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class HFMAML:
     Cost per task: 3 K + 2 gradients. Memory: K parameter copies, one activation.
 
     Args:
-        displacement: Relative displacement of the difference; None for the cube root of the unit round-off.
+        displacement: Of the difference, relative to the parameters; None for the cube root of the unit round-off.
 
     Raises:
         SettingsError: A displacement that is not positive, or a solver that autograd can not follow.
@@ -105,5 +112,5 @@ class HFMAML:
     def __call__(self, problem: InnerProblem, solver: Solver) -> Estimate:
         """Unroll and pull back."""
         theta, shared = (leaves_per_task(problem, part) for part in (problem.theta, problem.losses.shared))
-        losses = TwoGradientLosses(problem.losses, self.displacement, shared)
+        losses = TwoGradientLosses(problem.energy(), self.displacement, shared)
         return unroll(problem, solver, losses, theta, shared, segments=1)

@@ -33,4 +33,5 @@ def hessian_product(
     """Products with the Hessian of the support loss at the free solution."""
     if products == "exact":
         return problem.losses.hessian_product(free.phi, free.step)
-    return two_gradient_product(problem.losses, free.phi, free.step, displacement)
+    length = problem.energy().length(free.phi, free.slope, free.way, free.start_loss)
+    return two_gradient_product(problem.losses, free.phi, free.step, length, displacement)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dis
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +21,16 @@ _MISFIT = re.compile(
 )
 _OTHERS = re.compile(r"vmap|batching rule|out of memory|in-place|inplace|changed size", re.IGNORECASE)
 """Not about the task: what vmap can not do, which others tell of, memory, and Python's own containers."""
+_OPERATORS = re.compile(
+    r"shapes? cannot be multiplied|size of (the )?tensor|sizes of tensors|tensor size|is invalid for input of size|"
+    r"size mismatch, got|expected size for|expected input|equal size, but got|input to conv\dd|shape of the mask|"
+    r"have the same dtype|expected dtype|scalar types?\b|output dtype|index tensor|(number|same number) of dimensions|"
+    r"out of bounds for dimension|dimension out of range|out of range in self|at dimension \d|inputs dimension|"
+    r"input channel",
+    re.IGNORECASE,
+)
+"""What operators say that are written in C, and so leave no frame: ``model(x) - y`` in a line of any file."""
 _TORCH = Path(str(torch.__file__)).resolve().parent
-_RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 @contextmanager
@@ -49,20 +57,9 @@ def told_of_misfits(model: nn.Module, role: Role, batch: Batch) -> Iterator[None
 
 
 def _of_torch(error: Exception) -> bool:
-    """Whether PyTorch raised it: in a file of its own, or from C++ in a line such as ``model(x) - y`` of any file.
-
-    A ``raise`` or ``assert`` outside PyTorch is somebody's own; of what else comes from C, only torch's RuntimeErrors
-    are not also Python's (a list's index is out of range as well).
-    """
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None:
-        return False
-    code = last.tb_frame.f_code
-    if _TORCH in Path(code.co_filename).resolve().parents:
-        return True
-    return isinstance(error, RuntimeError) and code.co_code[last.tb_lasti] != _RAISE
+    """Whether PyTorch raised it: in a file of its own, or an operator in a line of another's, which its words tell."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return _TORCH in Path(frame.f_code.co_filename).resolve().parents or bool(_OPERATORS.search(str(error)))
 
 
 def _described(batch: Batch) -> str:

@@ -174,7 +174,7 @@ class Nesterov:
             return self.lr
         inverse = 1.2 * secant.constant + energy.prox
         # a flat loss without proximal term has no scale of its own: take unit steps
-        return torch.where(inverse > 0, 1 / inverse.clamp_min(1e-30), torch.ones_like(inverse))
+        return torch.where(inverse > 0, 1 / tree.or_one(inverse), torch.ones_like(inverse))
 
     def _momentum(self, energy: Energy, lr: Tensor | float, index: int) -> Tensor | float:
         if not isinstance(self.momentum, str):
@@ -214,6 +214,6 @@ def _secant(energy: Energy, plan: Curvature, state: State, pull: Params) -> Seca
             return Secant(plan.constant, y, pull)
         way, change = tree.subtract(y, state.secant.y), tree.subtract(pull, state.secant.pull)
         length, constant = energy.norm(way), state.secant.constant
-        slope = energy.norm(change) / length.clamp_min(1e-30)
+        slope = energy.norm(change) / tree.or_one(length)
         told = (length > SHORTEST * plan.length) & (slope > constant)
         return Secant(torch.where(told, slope, constant), y, pull)
