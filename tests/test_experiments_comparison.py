@@ -131,7 +131,9 @@ def test_training_is_the_same_again_and_scores_are_of_its_parameters():
     assert torch.allclose(again, first.values, atol=0, rtol=0)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use of it
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)  # torch's own use of it
 def test_costs_see_what_backpropagation_through_the_solve_keeps():
     ours, maml = costs([job("fobmaml"), job("maml")], repeats=1, compiling=True)
     assert maml.peak_bytes > 2 * ours.peak_bytes
