@@ -73,8 +73,11 @@ class Energy:
 
     def gradient(self, phi: Params, step: int) -> Params:
         """∂E/∂φ = ∇f̂ + ν ∇f + λ (φ - θ)."""
-        pull = self.pull(phi, step)
-        return tree.spend(lambda force, p, t: force + self._spring(p, t), pull, phi, self.theta)
+        return self.total(self.pull(phi, step), phi)
+
+    def total(self, pull: Params, phi: Params) -> Params:
+        """∂E/∂φ from ∇f̂ + ν ∇f, which is emptied."""
+        return tree.spend(lambda force, p, t: force.add(p - t, alpha=self.prox), pull, phi, self.theta)
 
     def relative_residual(self, pull: Params, push: Params) -> Tensor:
         """How far the two forces are from balance: ||p + q|| / (||p|| + ||q||) in [0, 1]; 0 solved, 1 not begun.

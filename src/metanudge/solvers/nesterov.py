@@ -142,8 +142,8 @@ class Nesterov:
         if decision is not None:
             x, y = self._move(state, tree.axpy(-decision.lr, energy.gradient(state.y, index), state.y), decision)
             return State(x, y, decision.active, None), decision
-        pull, push = energy.forces(state.y, index)
-        gradient = tree.add(pull, push)
+        pull = energy.pull(state.y, index)
+        gradient = energy.total(dict(pull), state.y)
         secant = None if plan is None else _secant(energy, plan, state, pull)
         lr = self._lr(energy, secant)
         x = tree.axpy(-lr, gradient, state.y)
@@ -151,7 +151,7 @@ class Nesterov:
             uphill = energy.losses.inner(gradient, tree.subtract(x, state.x)) > 0
             active = torch.ones_like(uphill) if state.active is None else state.active
             if self.tol is not None:
-                active = active & (energy.relative_residual(pull, push) > self.tol)
+                active = active & (energy.relative_residual(pull, energy.push(state.y)) > self.tol)
             decision = self._decision(active, uphill & active, lr, self._momentum(energy, lr, index))
         x, y = self._move(state, x, decision)
         return State(x, y, active, secant), decision
