@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -126,7 +127,8 @@ class Vectorized:
         spacing = round_off(parts["adapted"].values())
         rest = parameters.keys() - {name for names in selection for name in names}
         frozen = {name: parameters[name].detach() for name in parameters if name in rest}
-        state = (tuple(module.training for module in self.model.modules()), spacing)
+        modules = tuple((weakref.ref(module), module.training) for module in self.model.modules())
+        state = (modules, packing.layout, tuple(map(tuple, call.names.values())))
 
         def problems(random: RandomState) -> Iterator[InnerProblem]:
             first = 0

@@ -108,7 +108,7 @@ class MetaLearner:
         check_flag(compile=compile)
         self.model = model
         self.losses = {Role.SUPPORT: loss, Role.QUERY: loss if query_loss is None else query_loss}
-        self.prox = float(prox)
+        self.prox, self.compile = float(prox), compile
         self.solver: Solver = Nesterov(steps=16) if solver is None else solver
         self.estimator: Estimator = FOBMAML() if estimator is None else estimator
         asked = ("steps", "needs", "differentiable", "plan", "init", "step", "settle", "point", "finished")
@@ -141,7 +141,12 @@ class MetaLearner:
 
     def __repr__(self) -> str:
         """Settings on one line."""
-        more = shown(adapt_only=self.adapt_only, batch_norm=self.norm.policy, warm_start=self.warm_start)
+        more = shown(
+            adapt_only=self.adapt_only,
+            batch_norm=self.norm.policy,
+            warm_start=self.warm_start,
+            compile=self.compile or None,
+        )
         return (
             f"MetaLearner({type(self.model).__name__}, prox={self.prox:g}, solver={self.solver}, "
             f"estimator={self.estimator}, execution={self.execution.name!r}{more})"
