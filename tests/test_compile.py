@@ -401,6 +401,12 @@ def test_losses_that_can_not_be_compiled(loss: Any, words: str, traced: None) ->
     refused(learner_of(network(), loss=loss), tasks_of(), words)
 
 
+def test_models_that_are_compiled_already(traced: None) -> None:
+    model = network()
+    model[0] = torch.compile(model[0], backend="eager")
+    refused(learner_of(model, execution="vectorized"), tasks_of(), "compiled by torch.compile already")
+
+
 def test_errors_of_the_user_pass(traced: None) -> None:
     refused(learner_of(network(), loss=raises), tasks_of(), "mine", KeyError)
 
@@ -485,7 +491,10 @@ def test_resuming_is_exact(tmp_path: Path, traced: None) -> None:
 
 # With torch.compile.
 
+OF_TORCH = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch._inductor imports torch.jit
 
+
+@OF_TORCH
 def test_built_programs_agree() -> None:
     model = network(nn.BatchNorm1d(4), nn.Tanh())
     model[0].requires_grad_(False)
@@ -498,6 +507,7 @@ def test_built_programs_agree() -> None:
     assert len(programs(fast)) == number
 
 
+@OF_TORCH
 def test_built_programs_do_not_write_to_tasks() -> None:
     def linear(model: nn.Module, batch: mn.Batch) -> Tensor:
         return (model.weight * batch.inputs).sum()

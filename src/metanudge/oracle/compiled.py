@@ -17,7 +17,10 @@ Program: TypeAlias = Callable[..., Sequence[Tensor]]
 
 
 class Programs:
-    """The programs of a learner, kept from step to step. What they were traced with but tensors is frozen in them."""
+    """The programs of a learner, kept from step to step. What they were traced with but tensors is frozen in them.
+
+    Tensors that are neither parameters, buffers nor tasks are held by reference.
+    """
 
     def __init__(self) -> None:
         self.known: dict[Hashable, Program] = {}
@@ -93,6 +96,11 @@ def _compiled(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tenso
     try:
         traced = make_fx(function)(*copies)
     except RuntimeError as error:
+        if "dynamo-optimized" in str(error):
+            raise LossError(
+                "with compile=True no part of the model or the loss may be compiled by torch.compile already; give it "
+                f"as it was, or leave compile out. PyTorch said: {error}"
+            ) from error
         if "tracing tensor" not in str(error):
             raise
         raise LossError(
