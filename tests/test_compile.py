@@ -503,8 +503,10 @@ def test_built_programs_agree() -> None:
     fast = agree(model, tasks_of(), **settings)
     number = len(programs(fast))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        assert distance(gradient(fast, tasks_of()), gradient(learner_of(model, False, **settings), tasks_of())) < 1e-9
+        again = gradient(fast, tasks_of())
+    assert distance(again, gradient(learner_of(model, False, **settings), tasks_of())) < 1e-9
     assert len(programs(fast)) == number
+    assert bool((gradient(learner_of(model, **settings), tasks_of()) == again).all())  # as in a process that resumes
 
 
 @OF_TORCH
