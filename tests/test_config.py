@@ -69,6 +69,12 @@ def written(folder: Path, text: str = SMALL) -> Path:
     return path
 
 
+def test_compile_is_a_setting(tmp_path: Path) -> None:
+    assert not learner_of(read_config(written(tmp_path))).compile
+    text = SMALL.replace("prox = 2\n", "prox = 2\ncompile = true\n")
+    assert learner_of(read_config(written(tmp_path, text))).compile
+
+
 def test_what_is_named_is_made(tmp_path: Path) -> None:
     config = read_config(written(tmp_path))
     learner = learner_of(config)

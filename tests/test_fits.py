@@ -181,6 +181,7 @@ def test_other_settings_do_not_go_on(settings: dict[str, Any], lr: float, told: 
         ({"adapt_only": lambda name, _: "2" in name}, {}, "adapt_only = None.*<lambda>"),
         ({"execution": "in_place"}, {}, "execution = vectorized, this one has in_place"),
         ({"chunk_size": 1}, {}, "chunk_size = None, this one has 1"),
+        ({"compile": True}, {}, "compile = False, this one has True"),
     ],
 )
 def test_whatever_changes_a_bit_does_not_go_on(

@@ -125,6 +125,7 @@ def settings_of(learner: MetaLearner, optimizer: torch.optim.Optimizer) -> dict[
         "loss": qualified_name(learner.losses[Role.SUPPORT]),
         "query_loss": qualified_name(learner.losses[Role.QUERY]),
         "execution": execution.name,
+        "compile": learner.compile,
         "optimizer": type(optimizer).__name__,
     }
     for size in ("chunk_size", "microbatch"):

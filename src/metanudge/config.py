@@ -59,6 +59,7 @@ class Learner:
         chunk_size: As of ``MetaLearner``.
         microbatch: As of ``MetaLearner``.
         batch_norm: As of ``MetaLearner``.
+        compile: As of ``MetaLearner``.
         warm_start: Whether inner solves begin at a task's last solution; give the tasks a number.
     """
 
@@ -70,6 +71,7 @@ class Learner:
     chunk_size: int | None = None
     microbatch: int | None = None
     batch_norm: Policy | None = None
+    compile: bool = False
     warm_start: bool = False
 
 

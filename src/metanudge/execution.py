@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from metanudge.estimators import Estimator
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle import BatchNorm, Call, LiveLosses, LiveModule, Programs, RandomState, StackedLosses, Tally
 from metanudge.oracle.common import round_off
+from metanudge.oracle.compiled import Bound
 from metanudge.packing import Packing
 from metanudge.selection import Selection
 from metanudge.solvers.loop import Solver
@@ -124,17 +126,12 @@ class Vectorized:
         packing, call = Packing.of(**parts), Call(self.model)
         theta, shared = (packing.pack(kind, parts[kind]) for kind in parts)
         spacing = round_off(parts["adapted"].values())
-        rest = parameters.keys() - {name for names in selection for name in names}
-        frozen = {name: parameters[name].detach() for name in parameters if name in rest}
-        state = (tuple(module.training for module in self.model.modules()), spacing)
+        bind = None if self.programs is None or not repeated else self._binding(self.programs, selection, packing, call)
 
         def problems(random: RandomState) -> Iterator[InnerProblem]:
             first = 0
             for stack in stacks:
                 for chunk, number in split(stack, self.chunk_size):
-                    compiled = None
-                    if self.programs is not None and repeated:
-                        compiled = self.programs.bind((chunk, call.own_buffers, frozen), state)
                     losses = StackedLosses(
                         call,
                         self.losses,
@@ -146,7 +143,7 @@ class Vectorized:
                         random,
                         tally,
                         self.norm,
-                        compiled=compiled,
+                        compiled=None if bind is None else bind(chunk),
                     )
                     yield InnerProblem(losses, theta, prox, number, round_off=spacing)
                     first += number
@@ -163,6 +160,16 @@ class Vectorized:
 
         with _kept(self.model, self.norm) as random:
             yield Lent(problems(random), named, rows, lanes)
+
+    def _binding(
+        self, programs: Programs, selection: Selection, packing: Packing, call: Call
+    ) -> Callable[[Tasks], Bound]:
+        """What gives the programs for a chunk, told apart by all that a gradient of it reads."""
+        moved = {name for names in selection for name in names}
+        frozen = {name: value.detach() for name, value in self.model.named_parameters() if name not in moved}
+        modules = tuple((weakref.ref(module), module.training) for module in self.model.modules())
+        state = (modules, packing.layout, tuple(map(tuple, call.names.values())))
+        return lambda chunk: programs.bind((chunk, call.own_buffers, frozen), state)
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,11 @@ class MetaLearner:
         batch_norm: What BatchNorm layers normalise by; a model that has some needs it said. "transductive": every batch
             by its own statistics, so query predictions depend on each other; "support": support batches by their own,
             query batches by those of the support set; "frozen": running statistics, which are never updated.
-        compile: Let ``torch.compile`` build the gradients of ``backward``, in the vectorised execution: several times
-            as fast where a model is small, after a minute of compiling for every new form of stack (number of tasks,
-            shapes, modes). Not for estimators that differentiate twice, nor for models that draw random numbers; Python
-            values that the model or the loss read are frozen at the first step, tensors are not.
+        compile: Let ``torch.compile`` build the gradients of ``backward``, in the vectorised execution, which takes
+            seconds a gradient for every new form of stack (number of tasks, shapes, modes) in every process. Not for
+            estimators that differentiate twice, nor for models that draw random numbers or write to their inputs.
+            Python values that the model or the loss read are frozen at the first step; parameters, buffers and tensors
+            changed in place are not.
 
     Raises:
         SettingsError: Settings that can not work, alone or together, with the reason and the cure.
@@ -108,7 +109,7 @@ class MetaLearner:
         check_flag(compile=compile)
         self.model = model
         self.losses = {Role.SUPPORT: loss, Role.QUERY: loss if query_loss is None else query_loss}
-        self.prox = float(prox)
+        self.prox, self.compile = float(prox), compile
         self.solver: Solver = Nesterov(steps=16) if solver is None else solver
         self.estimator: Estimator = FOBMAML() if estimator is None else estimator
         asked = ("steps", "needs", "differentiable", "plan", "init", "step", "settle", "point", "finished")
@@ -141,7 +142,12 @@ class MetaLearner:
 
     def __repr__(self) -> str:
         """Settings on one line."""
-        more = shown(adapt_only=self.adapt_only, batch_norm=self.norm.policy, warm_start=self.warm_start)
+        more = shown(
+            adapt_only=self.adapt_only,
+            batch_norm=self.norm.policy,
+            warm_start=self.warm_start,
+            compile=self.compile or None,
+        )
         return (
             f"MetaLearner({type(self.model).__name__}, prox={self.prox:g}, solver={self.solver}, "
             f"estimator={self.estimator}, execution={self.execution.name!r}{more})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,11 @@ class Packing:
                 )
         first = next(tensor for named in kinds.values() for tensor in named.values())
         return cls(slots, first.detach().new_empty(0))
+
+    @property
+    def layout(self) -> Hashable:
+        """What stands where."""
+        return tuple((key, slot.names, slot.shapes) for key, slot in self.slots.items())
 
     def pack(self, kind: str, named: Mapping[str, Tensor]) -> Params:
         """Copy parameters into leaves ``[1, 1, P]``."""

@@ -139,6 +139,7 @@ def learner_of(config: Config) -> MetaLearner:
         chunk_size=settings.chunk_size,
         microbatch=settings.microbatch,
         batch_norm=settings.batch_norm,
+        compile=settings.compile,
         warm_start=WarmStart() if settings.warm_start else None,
     )
 

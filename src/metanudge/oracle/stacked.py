@@ -196,7 +196,7 @@ class StackedLosses:
 
     def _differentiate(self, weights: Weights, wanted: Params, rest: Params, step: int) -> tuple[Tensor, Params]:
         self.count(len(weights) * _nodes(wanted))
-        if self.compiled is None or self.attached:
+        if self.compiled is None or self.attached or torch.is_inference_mode_enabled():  # which _derivative refuses
             return self._derivative(weights, wanted, rest, step)
         fixed: dict[Role, float | Tensor] = {
             role: weight for role, weight in weights.items() if not isinstance(weight, Tensor)

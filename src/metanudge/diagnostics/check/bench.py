@@ -60,7 +60,7 @@ class Bench:
     def make(
         self, model: nn.Module, solver: Solver, prox: float, estimator: Estimator, execution: str | None = None
     ) -> MetaLearner:
-        """The user's learner with something changed."""
+        """The user's learner with something changed; not compiled: it takes few steps, and may differentiate twice."""
         old = self.learner
         return MetaLearner(
             model,
