@@ -519,3 +519,30 @@ def test_built_programs_do_not_write_to_tasks() -> None:
     before = copy.deepcopy(tasks)
     agree(model, tasks, loss=linear, solver=mn.GradientDescent(steps=2, lr=0.1), estimator=mn.FOMAML())
     assert all(bool((a == b).all()) for x, y in zip(tasks, before, strict=True) for a, b in zip(x, y, strict=True))
+
+
+class Tempered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.temperature, self.calls = network(), 1.0, 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.body(inputs) / self.temperature
+
+
+def test_numbers_that_a_module_holds_are_not_frozen(traced: None) -> None:
+    model, tasks = Tempered(), tasks_of()
+    fast, plain = learner_of(model), learner_of(copy.deepcopy(model), compile=False)
+    before = gradient(fast, tasks)
+    model.temperature = plain.model.temperature = 3.0
+    assert distance(gradient(fast, tasks), before) > 0.1
+    assert distance(gradient(fast, tasks), gradient(plain, tasks)) < 1e-9
+
+
+def test_many_programs_are_told_of_once(traced: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "MANY", 4)
+    learner = learner_of(network(), estimator=mn.FOMAML())  # two programs a form
+    learner.backward(tasks_of(2))
+    with pytest.warns(UserWarning, match="has compiled 4 gradients by now"):
+        learner.backward(tasks_of(3))
+    learner.backward(tasks_of(4))

@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, TensorDa
 import metanudge as mn
 from metanudge.checkpoint import LAST, qualified_name
 from metanudge.files import load_state, save_state
+from metanudge.order import first_task
 from metanudge.validation import improves
 
 DATA = TensorDataset(torch.randn(60, 3, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 6)
@@ -196,6 +197,41 @@ def test_whatever_changes_a_bit_does_not_go_on(
     assert torch.equal(vector(learner), before)
     done = mn.fit(*begun(), ENDLESS, steps=4, tasks_at_once=2, **held, **COMMON)  # all at once, in other words
     assert len(done.history) == 4
+
+
+class Redrawn:
+    """Tasks that are drawn anew at every look."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> mn.Tasks:
+        return mn.Tasks(*(mn.Batch(torch.randn(4, 1), torch.randn(4, 1)) for _ in range(2)))
+
+
+def test_other_tasks_do_not_go_on(tmp_path: Path):
+    mn.fit(*begun(), ENDLESS, steps=2, out=tmp_path, **COMMON)
+    others = mn.tasks.episodes(mn.tasks.sinusoid, shots=4, queries=4, seed=9)
+    with pytest.raises(mn.SettingsError, match=r"digest of the first task = .*, this one has"):
+        mn.fit(*begun(), others, steps=4, out=tmp_path, **COMMON)
+    assert len(mn.fit(*begun(), ENDLESS, steps=4, out=tmp_path, **COMMON).history) == 4
+
+
+def test_tasks_drawn_anew_go_on_and_looking_at_them_draws_nothing(tmp_path: Path):
+    state = torch.get_rng_state()
+    assert first_task(Redrawn()) is None
+    assert torch.equal(torch.get_rng_state(), state)
+    for steps in (2, 4):
+        done = mn.fit(*begun(), Redrawn(), steps=steps, out=tmp_path, **COMMON)
+    assert len(done.history) == 4
+
+
+def test_going_on_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for steps, told in ((2, ""), (4, "going on from step 2"), (4, "was finished before")):
+        mn.fit(*begun(), ENDLESS, steps=steps, out=tmp_path, **{**COMMON, "progress": True})
+        said = capsys.readouterr().err
+        assert told in said
+        assert ("going on" in said) == (told.startswith("going on"))
 
 
 def test_functions_are_known_by_their_names():

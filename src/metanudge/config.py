@@ -189,6 +189,8 @@ def read_config(path: Path, out: Path | None = None, seeds: tuple[int, ...] = ()
         SettingsError: No such file, no TOML, an unknown name or key (with the nearest right one), a missing or wrong
             value.
     """
+    if not path.is_file():
+        raise SettingsError(f"there is no file {path}; give a settings file, such as examples/sinusoid.toml")
     try:
         text = path.read_text()
         table = tomllib.loads(text)

@@ -167,9 +167,15 @@ class Vectorized:
         """What gives the programs for a chunk, told apart by all that a gradient of it reads."""
         moved = {name for names in selection for name in names}
         frozen = {name: value.detach() for name, value in self.model.named_parameters() if name not in moved}
-        modules = tuple((weakref.ref(module), module.training) for module in self.model.modules())
+        modules = tuple((weakref.ref(module), _plain_attributes(module)) for module in self.model.modules())
         state = (modules, packing.layout, tuple(map(tuple, call.names.values())))
         return lambda chunk: programs.bind((chunk, call.own_buffers, frozen), state)
+
+
+def _plain_attributes(module: nn.Module) -> tuple[str, ...]:
+    """What Python decides by in a forward pass: the mode, and numbers and words that a module holds."""
+    held = vars(module).items()
+    return tuple(f"{name}={value}" for name, value in held if type(value) in (bool, int, float, str))
 
 
 @dataclass(frozen=True)

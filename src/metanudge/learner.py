@@ -64,8 +64,8 @@ class MetaLearner:
         compile: Let ``torch.compile`` build the gradients of ``backward``, in the vectorised execution, which takes
             seconds a gradient for every new form of stack (number of tasks, shapes, modes) in every process. Not for
             estimators that differentiate twice, nor for models that draw random numbers or write to their inputs.
-            Python values that the model or the loss read are frozen at the first step; parameters, buffers and tensors
-            changed in place are not.
+            What Python decides in the loss is frozen at the first step; parameters, buffers, numbers that modules hold
+            and tensors changed in place are not.
 
     Raises:
         SettingsError: Settings that can not work, alone or together, with the reason and the cure.
@@ -280,7 +280,7 @@ class MetaLearner:
         """
         check_steps(permutations, "permutations")
         function = self.losses[Role.QUERY] if metric is None else metric
-        check_function("metric", function, "metric(model, batch) -> scalar tensor")
+        check_function("metric", function, "metric(model, batch) -> scalar tensor, such as mn.metrics.accuracy")
         values: list[Tensor] = []
         for group in groups(tasks):
             first = sum(map(len, values))

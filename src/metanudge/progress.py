@@ -9,13 +9,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from metanudge.checkpoint import Run
 from metanudge.logs import Record
 from metanudge.types import Evaluation
 
 
 @contextmanager
-def bar(steps: int, done: int, metric: str, shown: bool) -> Iterator[Callable[[Record, Evaluation | None], None]]:
+def bar(run: Run, steps: int, metric: str, shown: bool) -> Iterator[Callable[[Record, Evaluation | None], None]]:
     """Show steps, time left, loss, residual, dropped tasks and the last validation; yields what tells it of a step."""
+    done = len(run.history)
     progress = Progress(
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
@@ -35,7 +37,11 @@ def bar(steps: int, done: int, metric: str, shown: bool) -> Iterator[Callable[[R
         progress.update(task, completed=record.step, description=told)
 
     with progress:
-        task = progress.add_task("", total=steps, completed=done)
+        if done and shown:
+            left = f"going on from step {done}" if done < steps else "was finished before; resume=False begins anew"
+            progress.console.print(left, highlight=False)
+        waiting = "the first step compiles, which can take a minute" if run.learner.compile and done < steps else ""
+        task = progress.add_task(waiting, total=steps, completed=done)
         yield tell
 
 

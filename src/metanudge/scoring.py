@@ -187,7 +187,8 @@ def _show(record: dict[str, Any], whole: Evaluation, found: dict[int, Evaluation
     console.print(told, highlight=False, soft_wrap=True)
     for what, number, enough in (("tasks", record["tasks"], FEW_TASKS), ("seeds", len(found), FEW_SEEDS)):
         if number < enough:
-            console.print(f"Only {number} of {what}: report at least {enough}.", style="yellow", highlight=False)
+            few = f"Only {number} {what if number > 1 else what.removesuffix('s')}; report at least {enough}."
+            console.print(few, style="yellow", highlight=False)
 
 
 def _steps(last: int) -> list[int]:

@@ -18,7 +18,7 @@ from metanudge.checkpoint import LAST, Run, qualified_name
 from metanudge.errors import NonFiniteError, SettingsError
 from metanudge.learner import MetaLearner
 from metanudge.logs import Logs, Record, check_tensorboard
-from metanudge.order import Order, length, moved
+from metanudge.order import Order, first_task, length, moved
 from metanudge.pretrained import write_pretrained
 from metanudge.progress import bar
 from metanudge.settings import (
@@ -110,8 +110,8 @@ def fit(
         every: Meta-steps between validations, and between checkpoints.
         out: Folder; None to keep nothing on disk.
         resume: Go on from ``out/last.pt`` where it is, with the same settings of learner and optimizer, ``max_norm``,
-            ``tasks_at_once`` and metric (functions are told apart by their names alone); False to begin anew and
-            overwrite it.
+            ``tasks_at_once``, metric and first task (functions are told apart by their names alone); False to begin
+            anew and overwrite it.
         workers: Processes that draw tasks; the tasks do not depend on it.
         seed: Of the order of a finite set.
         tensorboard: Also write TensorBoard's files.
@@ -141,7 +141,7 @@ def fit(
     check_flag(resume=resume, tensorboard=tensorboard, progress=progress)
     check_seed(seed)
     if metric is not None:
-        check_function("metric", metric, "metric(model, batch) -> scalar tensor")
+        check_function("metric", metric, "metric(model, batch) -> scalar tensor, such as mn.metrics.accuracy")
     held = fixed(validation)
     check_optimizer(optimizer, learner)
     order = Order(length(tasks), tasks_per_step, seed)
@@ -155,6 +155,8 @@ def fit(
     more: dict[str, Any] = {"max_norm": max_norm, "tasks_at_once": tasks_at_once or tasks_per_step}
     if held is not None:  # decides which initialisation is the best
         more["metric"] = "query loss" if metric is None else qualified_name(metric)
+    if folder is not None and (first := first_task(tasks)) is not None:
+        more["digest of the first task"] = first
     run = Run(learner, optimizer, scheduler, protocol, more)
     if folder is not None and resume and (folder / LAST).is_file():
         run.load(folder / LAST, steps)
@@ -163,7 +165,7 @@ def fit(
     found: Evaluation | None = None
     told = False  # of a validation that is NaN
     begun, done = time.perf_counter() - run.seconds, len(run.history)
-    with Logs(folder, run.history, tensorboard) as logs, bar(steps, done, called(metric), progress) as tell:
+    with Logs(folder, run.history, tensorboard) as logs, bar(run, steps, called(metric), progress) as tell:
         for indices, batch in order.batches(tasks, done, steps, workers, device):
             step = _step(run, batch, indices, tasks_at_once, max_norm)
             lr = float(optimizer.param_groups[0]["lr"])

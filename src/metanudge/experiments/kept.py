@@ -45,7 +45,7 @@ class Kept:
     tell: Callable[[str], object]
     taken: int = 0
 
-    def find(self, function: Callable[[Job], Outcome], jobs: Sequence[Job]) -> dict[int, Outcome]:
+    def find(self, function: Callable[[Job], Outcome], jobs: Sequence[Job], called: str) -> dict[int, Outcome]:
         """The outcomes that are there, by the place of their job; a file that can not be read is as none."""
         kind = outcome_class(function)
         found = {}
@@ -57,7 +57,7 @@ class Kept:
             if tuple(state) == kind._fields:
                 found[place] = kind(**state)
         if found:
-            self.tell(f"going on: {len(found)} of {len(jobs)} trainings were finished")
+            self.tell(f"going on: {len(found)} of {len(jobs)} {called} were finished")
         self.taken += len(found)
         return found
 

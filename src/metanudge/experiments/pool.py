@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import closing
+from contextlib import closing, contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import TypeVar
 
 from metanudge.experiments.kept import KEPT
@@ -25,6 +25,7 @@ def run_all(
     workers: int,
     advance: Advance,
     share: Callable[[int], float],
+    called: str = "trainings",
 ) -> list[Outcome]:
     """Run every job; each must be deterministic, so that how many run at a time makes no difference.
 
@@ -37,9 +38,10 @@ def run_all(
         workers: Processes at a time; 1 for none but this one.
         advance: Told of progress.
         share: From the number of jobs done to the share of the study.
+        called: What the jobs are, for a person.
     """
     kept = KEPT.get()
-    outcomes = {} if kept is None else kept.find(function, jobs)
+    outcomes = {} if kept is None else kept.find(function, jobs, called)
     if outcomes:
         advance(share(len(outcomes)))
     left = {place: job for place, job in enumerate(jobs) if place not in outcomes}
@@ -64,12 +66,25 @@ def _run(
     theirs, ours = spawn.Pipe(duplex=False)
     with theirs, ours, ProcessPoolExecutor(workers, spawn, _end_with, (theirs,)) as pool:
         try:
-            futures = {pool.submit(function, job): place for place, job in jobs.items()}
+            with _interrupts_ignored():  # by the workers from their birth on, which inherit it
+                futures = {pool.submit(function, job): place for place, job in jobs.items()}
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BaseException:
             ours.close()  # the pool would first run every job that waits
             raise
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    if current_thread() is not main_thread():  # which alone may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _end_with(parent: Connection) -> None:

@@ -12,8 +12,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metanudge.errors import LossError
 from metanudge.types import PyTree
+from metanudge.warned import warn
 
 Program: TypeAlias = Callable[..., Sequence[Tensor]]
+MANY = 16
+"""Programs of which a warning tells: a training on stacks of one form has three or four."""
 
 
 class Programs:
@@ -72,6 +75,13 @@ class Bound:
 
         program, found = _compiled(flat, [*leaves, *self._leaves])
         self._known[key] = program
+        if len(self._known) == MANY:
+            warn(
+                f"compile=True has compiled {MANY} gradients by now. Every number of tasks (a smaller last stack too), "
+                "every shape and every value of a module's numbers and modes has programs of its own: give stacks of "
+                "one form (drop_last=True), keep what changes in a buffer, or leave compile out",
+                UserWarning,
+            )
         return found
 
 

@@ -123,7 +123,9 @@ def compare(name: str, settings: ComparisonSettings, advance: Advance) -> dict[s
         for lr in benchmark.lrs
     ]
     grid = [job for job in grid if job.possible]
-    tried = run_all(train, grid, settings.workers, advance, lambda done: 0.3 * done / len(grid))
+    tried = run_all(
+        train, grid, settings.workers, advance, lambda done: 0.3 * done / len(grid), "short trainings of the grid"
+    )
     trials = [Trial(job, final_score(outcome)) for job, outcome in zip(grid, tried, strict=True)]
     best = {
         method: max(
