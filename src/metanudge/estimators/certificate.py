@@ -55,7 +55,30 @@ class Nudged(NamedTuple):
         return cls(nu, displacement, noise, u, force, tree.add(moved(middle[0]), theta), middle[1])
 
 
-def error_bound(problem: InnerProblem, free: FreeSolve, nudged: Nudged, order: int) -> Tensor:
+class Parts(NamedTuple):
+    """What the bound of :func:`measure` is made of, ``[*L]`` each.
+
+    Attributes:
+        seen: What the points have seen.
+        whole: The ball's bound, with the query gradient where it was measured.
+        change: What is to be added to ``whole`` for the query gradient's change.
+        residual: ρ, relative, at φ̄.
+        noise: Round-off.
+    """
+
+    seen: Tensor
+    whole: Tensor
+    change: Tensor
+    residual: Tensor
+    noise: Tensor
+
+    def bound(self, constant: float = 36.0) -> Tensor:
+        """The smaller of what is seen, with what unfinished solves may have missed, and of the whole."""
+        missed = constant * self.residual**2 * self.whole
+        return torch.minimum(self.seen + missed, self.whole + self.change) + self.noise
+
+
+def measure(problem: InnerProblem, free: FreeSolve, nudged: Nudged, order: int) -> Parts:
     r"""Bound on ||g - ∇F|| in the adapted parameters, ``[*L]``, where the support loss is convex; linear nudge.
 
     With g = -λ u and (H̄ + λ) u = r - ∇f(φ₀), H̄ the mean Hessian between the nudged points, and with A⁻¹ <= 1/λ,
@@ -120,7 +143,7 @@ def error_bound(problem: InnerProblem, free: FreeSolve, nudged: Nudged, order: i
         + nudged.displacement**order / 4 * slope
     )
     whole = norm(tree.axpy(problem.prox, nudged.derivative, tree.scale(0.5, free.slope))) + slope / 2
-    return torch.minimum(seen + 36 * residual**2 * whole, whole + change_of_slope) + nudged.noise
+    return Parts(seen, whole, change_of_slope, residual, nudged.noise)
 
 
 def _change_of_curvature(problem: InnerProblem, free: FreeSolve, nudged: Nudged) -> Params:
