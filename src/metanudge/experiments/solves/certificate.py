@@ -32,14 +32,17 @@ CAPTION = (
     "Certified bound against true relative error, one dot a random problem. On the line the bound is exact, between "
     "the lines within a factor 10; below it would be violated."
 )
-BREAKS_CAPTION = "The same where the bound breaks: dots below the solid line exceed it."
+BREAKS_CAPTION = (
+    "The same where the bound breaks: dots below the solid line exceed it. What is above 1e3, where estimates are near "
+    "0, or below 1e-14 is drawn there."
+)
 SUMMARY = (
     "MetaStep.error_bound against the true error, from Newton's method and dense solves, of FO-B-MAML as it comes. "
     "Moderate problems have prox 0.1 to 10, inputs of size 0.3 to 3 and 4 to 40 inner steps; hard ones prox 0.01 to "
     "10, inputs of size 0.1 to 16 (condition numbers up to 1e5) and 2 to 50 steps; steep ones softplus pieces 5 to 200 "
     "times as steep as their inputs, a linear query loss and 1 to 40 steps, so that solves miss pieces of the loss; "
     "steep_few_steps the same with 1 to 6 steps, steep_query the same with such pieces in the query loss as well. "
-    "Left out are tasks whose solve overshoots over such a piece, as the library does, and tasks whose exact solution "
+    "Left out are tasks whose solve overshoots over such a piece, as the library does, tasks whose exact solution "
     "Newton's method did not reach, and tasks without a meta-gradient, exact or estimated.\n\n"
     "Where the bound is wide the solve is far from done: 1/λ bounds the inverse of H + λ, and what is left undone lies "
     "mostly in directions where the curvature is much larger than λ. Where the solve is done to round-off, errors of "
@@ -222,8 +225,9 @@ def _judged(pairs: list[tuple[float, float]]) -> dict[str, Any]:
 def _figure(families: dict[str, list[Measured]]) -> Figure:
     made, axes = figure(columns=len(families), width=3.0, height=3.0)
     for axis, (name, found) in zip(axes, families.items(), strict=True):
-        errors = [max(one.error, 1e-14) for one in found]
-        bounds = [max(one.bound, 1e-14) for one in found]
+        errors, bounds = (
+            [min(max(getattr(one, column), 1e-14), 1e3) for one in found] for column in ("error", "bound")
+        )
         axis.plot(errors, bounds, ".", color="#0072b2", markersize=3, rasterized=True)
         ends = [1e-13, 10.0]
         axis.plot(ends, ends, color="#222222", linewidth=0.8)

@@ -254,7 +254,7 @@ def gentle_problem(
     model = logistic_model(2)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.tensor([[start, 0.0]]))
+            parameter.copy_(torch.tensor([[start, 0.0]], dtype=torch.float64))
     support = torch.tensor([[[stiff, 0, 0, 0, 0], [0, -1, weight / steepness, steepness, edge]]], dtype=torch.float64)
     query = torch.tensor([[[0.0] * 5, [0, 1, 0, 0, 0]]], dtype=torch.float64)
     eyes = torch.eye(2, dtype=torch.float64)[None]
