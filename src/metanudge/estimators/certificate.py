@@ -79,7 +79,9 @@ class Parts(NamedTuple):
 
 
 def measure(problem: InnerProblem, free: FreeSolve, nudged: Nudged, order: int) -> Parts:
-    r"""Bound on ||g - ∇F|| in the adapted parameters, ``[*L]``, where the support loss is convex; linear nudge.
+    r"""Measure the parts of a bound on ||g - ∇F|| in the adapted parameters, where the support loss is convex.
+
+    Of the linear nudge.
 
     With g = -λ u and (H̄ + λ) u = r - ∇f(φ₀), H̄ the mean Hessian between the nudged points, and with A⁻¹ <= 1/λ,
 
@@ -108,9 +110,9 @@ def measure(problem: InnerProblem, free: FreeSolve, nudged: Nudged, order: int) 
     of round-off aside, so that its own is seen.
 
     Only ||r||, the measured changes and the ball are exact. That ∇f changes on the rest of the way at most as on the
-    measured one, the terms of first order, and the constants 1/4 and 36 are assumptions that thousands of random
-    problems bore out, and others break: a query loss that is flat where the solve overshot, a piece of the loss that
-    the flat directions have yet to meet while a stiff one rules the residual (docs/theory.md).
+    measured one, the terms of first order, and the constants 1/4 and 36 are assumptions that all but a few of
+    thousands of random problems bore out, and others break: a query loss that is flat where the solve overshot, a piece
+    of the loss that the flat directions have yet to meet while a stiff one rules the residual (docs/theory.md).
     Cost: 4 gradients.
     """
     losses, energy, norm = problem.losses, problem.energy(), problem.energy().norm
