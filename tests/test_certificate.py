@@ -32,7 +32,7 @@ def step_on(made: Problem, solver: object, task: int | None = None, **settings: 
 
 
 def test_the_bound_holds_on_random_convex_problems() -> None:
-    """The study ``solves`` runs 200; here are 40 others, with as many steps as they happen to have."""
+    """The study ``solves`` runs 600; here are 40 others, with as many steps as they happen to have."""
     ratios = []
     for problem in random_problems(40, seed=7):
         error, size, bound = problem.measure(mn.FOBMAML())

@@ -159,9 +159,9 @@ class MetaStep(NamedTuple):
         support_loss: Mean support loss after adaptation.
         residual: Mean relative inner residual in [0, 1]: 0 solved, 1 not begun; NaN where prox is 0.
         error_bound: A task's error ||g - ∇F|| relative to ||g||, means over tasks of both, in the adapted parameters:
-            0.1 is 10 %. A bound where the support loss is convex (tested, not proved: none of 2,706 random problems
-            exceeded it, steep ones included); elsewhere, as on networks, an estimate, seen up to a factor 1.6 too
-            small. Wide where the solves are not done (docs/theory.md). From 1 on the error may be any multiple of
+            0.1 is 10 %. A bound where the support loss is convex (tested on random problems, steep ones included,
+            not proved: results/solves, *certificate*); elsewhere, as on networks, an estimate, seen up to a factor 1.6
+            too small. Wide where the solves are not done (docs/theory.md). From 1 on the error may be any multiple of
             ∇F (18 was seen at 3.5, shared parameters included, with curvature -.49 near ``prox`` .5, and no alarm):
             ``mn.check`` finds that. NaN for all but FO-B-MAML with its linear nudge.
         amplified_tasks: Tasks whose meta-gradient is longer than their query gradient. Where the inner problem is

@@ -55,8 +55,33 @@ class Nudged(NamedTuple):
         return cls(nu, displacement, noise, u, force, tree.add(moved(middle[0]), theta), middle[1])
 
 
-def error_bound(problem: InnerProblem, free: FreeSolve, nudged: Nudged, order: int) -> Tensor:
-    r"""Bound on ||g - ∇F|| in the adapted parameters, ``[*L]``, where the support loss is convex; linear nudge.
+class Parts(NamedTuple):
+    """What the bound of :func:`measure` is made of, ``[*L]`` each.
+
+    Attributes:
+        seen: What the points have seen.
+        whole: The ball's bound, with the query gradient where it was measured.
+        change: What is to be added to ``whole`` for the query gradient's change.
+        residual: ρ, relative, at φ̄.
+        noise: Round-off.
+    """
+
+    seen: Tensor
+    whole: Tensor
+    change: Tensor
+    residual: Tensor
+    noise: Tensor
+
+    def bound(self, constant: float = 36.0) -> Tensor:
+        """The smaller of what is seen, with what unfinished solves may have missed, and of the whole."""
+        missed = constant * self.residual**2 * self.whole
+        return torch.minimum(self.seen + missed, self.whole + self.change) + self.noise
+
+
+def measure(problem: InnerProblem, free: FreeSolve, nudged: Nudged, order: int) -> Parts:
+    r"""Measure the parts of a bound on ||g - ∇F|| in the adapted parameters, where the support loss is convex.
+
+    Of the linear nudge.
 
     With g = -λ u and (H̄ + λ) u = r - ∇f(φ₀), H̄ the mean Hessian between the nudged points, and with A⁻¹ <= 1/λ,
 
@@ -85,9 +110,9 @@ def error_bound(problem: InnerProblem, free: FreeSolve, nudged: Nudged, order: i
     of round-off aside, so that its own is seen.
 
     Only ||r||, the measured changes and the ball are exact. That ∇f changes on the rest of the way at most as on the
-    measured one, the terms of first order, and the constants 1/4 and 36 are assumptions that thousands of random
-    problems bore out, and others break: a query loss that is flat where the solve overshot, a piece of the loss that
-    the flat directions have yet to meet while a stiff one rules the residual (docs/theory.md).
+    measured one, the terms of first order, and the constants 1/4 and 36 are assumptions that all but a few of
+    thousands of random problems bore out, and others break: a query loss that is flat where the solve overshot, a piece
+    of the loss that the flat directions have yet to meet while a stiff one rules the residual (docs/theory.md).
     Cost: 4 gradients.
     """
     losses, energy, norm = problem.losses, problem.energy(), problem.energy().norm
@@ -120,7 +145,7 @@ def error_bound(problem: InnerProblem, free: FreeSolve, nudged: Nudged, order: i
         + nudged.displacement**order / 4 * slope
     )
     whole = norm(tree.axpy(problem.prox, nudged.derivative, tree.scale(0.5, free.slope))) + slope / 2
-    return torch.minimum(seen + 36 * residual**2 * whole, whole + change_of_slope) + nudged.noise
+    return Parts(seen, whole, change_of_slope, residual, nudged.noise)
 
 
 def _change_of_curvature(problem: InnerProblem, free: FreeSolve, nudged: Nudged) -> Params:

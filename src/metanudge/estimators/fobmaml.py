@@ -12,7 +12,7 @@ from metanudge import tree
 from metanudge.energy import Energy, InnerProblem
 from metanudge.errors import SettingsError
 from metanudge.estimators.base import FreeSolve, solve_free
-from metanudge.estimators.certificate import Nudged, error_bound
+from metanudge.estimators.certificate import Nudged, Parts, measure
 from metanudge.estimators.stencil import STENCILS, Stencil
 from metanudge.settings import check_flag, check_positive, check_steps
 from metanudge.solvers.loop import Solver, replay
@@ -152,11 +152,15 @@ class FOBMAML:
         if certified:
             middle = sums[1]
             nudged = Nudged.of(problem, nu, displacement, noise, derivative, middle)
-            error = error_bound(problem, free, nudged, stencil.order)
+            error = self.certificate(problem, free, nudged).bound()
         gradient = tree.spend(lambda leaf: tree.over(1 / nu, leaf) * leaf, derivative[0])
         if self.nudge == "linear":
             gradient |= {name: gradient[name] + leaf for name, leaf in free.direct(problem).items()}
         return free.estimate(problem, gradient, nu, error, noise)
+
+    def certificate(self, problem: InnerProblem, free: FreeSolve, nudged: Nudged) -> Parts:
+        """Measure the parts of the bound."""
+        return measure(problem, free, nudged, self.stencil.order)
 
     def _steps(self, solver: Solver) -> int:
         if self.steps is not None:
