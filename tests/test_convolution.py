@@ -196,10 +196,18 @@ def test_what_pytorch_refuses_is_refused_in_its_words() -> None:
 
 
 class Viewed(nn.Module):
-    """Flattens as most models do, which needs a contiguous tensor."""
+    """Flattens by ``view``, which needs a contiguous tensor, and may write to the view, which is the tensor itself."""
+
+    def __init__(self, writes: bool = False) -> None:
+        super().__init__()
+        self.writes = writes
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return inputs.view(inputs.size(0), -1)
+        view = inputs.view(inputs.size(0), -1)
+        if self.writes:
+            view[:, 0] = 0.0
+            view.mul_(2.0)
+        return inputs.flatten(1) if self.writes else view
 
 
 def network(between: nn.Module | None = None) -> nn.Module:
@@ -210,7 +218,7 @@ def network(between: nn.Module | None = None) -> nn.Module:
             between or nn.Tanh(),
             nn.Conv1d(4, 4, 3, stride=2, padding=1, bias=False),
             nn.Tanh(),
-            Viewed(),
+            nn.Flatten(),
             nn.Linear(16, 3),
         ).to(DTYPE)
 
@@ -287,6 +295,23 @@ def test_meta_gradients_of_networks(layer: str) -> None:
         assert (ran, distance(stacked, maml_by_hand(model())) < 1e-10) == (0, True)
         checkpointed, _ = meta_gradient(model(), mn.MAML(checkpoint=True), "vectorized")
         assert distance(checkpointed, stacked) < 1e-12
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_views_are_views(writes: bool) -> None:
+    """What a model writes to a view of a convolution is not lost: such a model is left to PyTorch, a copy is none."""
+
+    def model() -> nn.Module:
+        layers = network()
+        layers[3] = nn.Identity()
+        layers[4] = Viewed(writes)
+        return layers
+
+    stacked, ran = meta_gradient(model(), mn.FOBMAML(nu=0.1), "vectorized")
+    live, _ = meta_gradient(model(), mn.FOBMAML(nu=0.1), "in_place")
+    assert (ran > 0, distance(stacked, live) < 1e-10) == (True, True)
+    with MatrixConvolutions(), pytest.raises(RuntimeError, match="invalid for input of size"):
+        torch.zeros(3).view(2, 2)
 
 
 def test_draws_and_nodes_of_one_task(monkeypatch: pytest.MonkeyPatch) -> None:

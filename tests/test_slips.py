@@ -75,10 +75,16 @@ def test_other_errors_pass_as_they_are(error: Exception, execution: str) -> None
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize(
-    "error", [ValueError("target network is stale"), RuntimeError("size is wrong"), IndexError("out of range")]
+    "error",
+    [
+        ValueError("target network is stale"),
+        RuntimeError("size is wrong"),
+        IndexError("out of range"),
+        ValueError("expected input of shape [4, 3]"),
+    ],
 )
 def test_what_ones_own_code_raises_passes_as_it_is(error: Exception, execution: str) -> None:
-    """Though it speaks of targets and sizes: PyTorch did not say it."""
+    """Though it speaks of targets and sizes, or in PyTorch's very words: PyTorch did not say it."""
     _passes(error, execution)
 
 

@@ -5,11 +5,14 @@ Factors are powers of two, so that floating point numbers scale exactly.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import metanudge as mn
+from metanudge.energy import Energy
 from metanudge.tasks import logistic, logistic_loss
 
 TASKS = logistic(3, features=4, shots=12, queries=12)
@@ -261,3 +264,43 @@ def test_a_solved_problem_is_certified_in_float32() -> None:
     nn.init.constant_(model.weight, 0.3)
     step = mn.MetaLearner(model, logistic_loss, prox=0.5, solver=mn.Nesterov(40)).backward(tasks)
     assert step.error_bound < 1e-3
+
+
+@pytest.mark.parametrize(
+    "estimator", [mn.HFMAML(), mn.IMAML(products="two_gradient"), mn.Tangent(products="two_gradient")], ids=str
+)
+def test_two_gradients_of_bfloat16_added_up_in_float32(estimator: object) -> None:
+    """In place a solution is held in float32, but the model looks at it in bfloat16: that sets the displacement."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = (torch.randn(2, 24, size, generator=generator).bfloat16() for size in (4, 1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        narrow = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).bfloat16()
+    exact = copy.deepcopy(narrow).double()
+    found = []
+    for model, kind in ((narrow, torch.bfloat16), (exact, torch.float64)):
+        support, query = (mn.Batch(inputs[i : i + 1].to(kind), targets[i : i + 1].to(kind)) for i in range(2))
+        learner = mn.MetaLearner(
+            model,
+            lambda model, batch: nn.functional.mse_loss(model(batch.inputs), batch.targets),
+            prox=1.0,
+            solver=mn.Nesterov(20),
+            estimator=estimator,
+            execution="in_place",
+        )
+        learner.backward(mn.Tasks(support, query))
+        found.append(torch.cat([parameter.grad.double().flatten() for parameter in model.parameters()]))
+    assert float((found[0] - found[1]).norm()) < 0.05 * float(found[1].norm())
+
+
+def test_a_gradient_of_round_off_in_bfloat16_touches_nothing() -> None:
+    """Though it was added up in float32."""
+
+    class Losses:
+        def inner(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+            return torch.stack([(a[name].float() * b[name].float()).sum() for name in a]).sum()
+
+    theta = {"weight": torch.ones(100).bfloat16(), "bias": torch.full((10,), 100.0).bfloat16()}
+    gradient = {"weight": torch.ones(100), "bias": torch.full((10,), 1e-3)}
+    energy = Energy(Losses(), theta, 1.0)
+    assert float(energy.touched({name: leaf.float() for name, leaf in theta.items()}, gradient)) == 10.0

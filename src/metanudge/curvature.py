@@ -14,12 +14,12 @@ from metanudge.oracle.common import sharded_like
 from metanudge.types import HessianProduct, LossGradients, Params, Role, Weights
 
 
-def default_displacement(params: Params) -> float:
-    """How far, relative to what is far, a central difference should look: the cube root of the round-off unit.
+def default_displacement(unit: float) -> float:
+    """How far, relative to what is far, a central difference should look: the cube root of the round-off ``unit``.
 
     Truncation grows as the square of the displacement and round-off as its inverse; both are then equally large.
     """
-    return float(tree.round_off(params) ** (1 / 3))
+    return float(unit ** (1 / 3))
 
 
 def far(energy: Energy, phi: Params, value: Tensor, gradient: Params) -> Tensor:
@@ -30,7 +30,7 @@ def far(energy: Energy, phi: Params, value: Tensor, gradient: Params) -> Tensor:
 
 
 def two_gradient_product(
-    losses: LossGradients, phi: Params, step: int, length: Tensor, displacement: float | None
+    losses: LossGradients, phi: Params, step: int, length: Tensor, displacement: float
 ) -> HessianProduct:
     r"""Products with the Hessian of the support loss, and with its mixed derivative in the shared parameters.
 
@@ -46,13 +46,12 @@ def two_gradient_product(
         phi: The point.
         step: Selects the random state, the same for both gradients.
         length: What is far, ``[*L]``: ``Energy.length``.
-        displacement: Of the difference, relative to that; None for ``default_displacement``.
+        displacement: Of the difference, relative to that.
     """
-    relative = default_displacement(phi) if displacement is None else displacement
 
     def product(vector: Params) -> Params:
         norm = losses.inner(vector, vector).sqrt()
-        epsilon = relative * length / tree.or_one(norm)
+        epsilon = displacement * length / tree.or_one(norm)
         _, ahead = losses.value_and_all_gradients(Role.SUPPORT, tree.axpy(epsilon, vector, phi), step)
         _, behind = losses.value_and_all_gradients(Role.SUPPORT, tree.axpy(-epsilon, vector, phi), step)
         return tree.scale(1 / (2 * epsilon), tree.subtract(ahead, behind))

@@ -101,11 +101,11 @@ class Energy:
         """Norm of ``a`` in the parameters that the gradient ``by`` touches, ``[*L]``; leaf by leaf, no copy is made.
 
         Far below its root mean square a gradient is round-off, as that of a bias before a BatchNorm layer, where it is
-        not zero by chance.
+        not zero by chance. (That of θ: what is computed in narrow precision may be added up in a wider one.)
         """
         norm = self.norm(by)
         number = sum(leaf.numel() for leaf in by.values()) / norm.numel()
-        least = tree.round_off(by) ** (2 / 3) / number**0.5 * norm
+        least = tree.round_off(self.theta) ** (2 / 3) / number**0.5 * norm
 
         def square(name: str) -> Tensor:
             part = tree.touched({name: a[name]}, {name: by[name]}, least)
@@ -121,7 +121,7 @@ class Energy:
         stationary φ = 0, the loss ``start_loss``, f̂(θ), has to give it: a tenth of \sqrt{2 |f̂(θ)| / λ}, as far as
         a solution can lie from θ where f̂ >= 0.
         """
-        unit = tree.round_off(phi)
+        unit = tree.round_off(self.theta)
         length = self.touched(phi, gradient).maximum(unit**0.25 * reach)
         if self.prox > 0:
             other = (2 * start_loss.abs() / self.prox).sqrt() / 10

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from metanudge.curvature import far, two_gradient_product
+from metanudge.curvature import default_displacement, far, two_gradient_product
 from metanudge.energy import Energy, InnerProblem
 from metanudge.estimators.unrolled import leaves_per_task, unroll
 from metanudge.settings import check_positive
@@ -21,7 +21,7 @@ class _TwoGradientBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, energy: Energy, displacement: float | None, step: int, names: tuple[str, ...], *leaves: Tensor
+        ctx: Any, energy: Energy, displacement: float, step: int, names: tuple[str, ...], *leaves: Tensor
     ) -> tuple[Tensor, ...]:
         losses, phi = cast(LossGradients, energy.losses), dict(zip(names, leaves, strict=False))
         value, gradient = losses.value_and_gradient(Role.SUPPORT, phi, step)
@@ -50,7 +50,7 @@ class TwoGradientLosses:
     """
 
     energy: Energy
-    displacement: float | None
+    displacement: float
     shared: Params
 
     def gradient(self, weights: Weights, phi: Params, step: int) -> Params:
@@ -112,5 +112,8 @@ class HFMAML:
     def __call__(self, problem: InnerProblem, solver: Solver) -> Estimate:
         """Unroll and pull back."""
         theta, shared = (leaves_per_task(problem, part) for part in (problem.theta, problem.losses.shared))
-        losses = TwoGradientLosses(problem.energy(), self.displacement, shared)
+        displacement = self.displacement
+        if displacement is None:
+            displacement = default_displacement(problem.unit(problem.theta))
+        losses = TwoGradientLosses(problem.energy(), displacement, shared)
         return unroll(problem, solver, losses, theta, shared, segments=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from metanudge.curvature import two_gradient_product
+from metanudge.curvature import default_displacement, two_gradient_product
 from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError
 from metanudge.estimators.base import FreeSolve
@@ -33,5 +33,7 @@ def hessian_product(
     """Products with the Hessian of the support loss at the free solution."""
     if products == "exact":
         return problem.losses.hessian_product(free.phi, free.step)
+    if displacement is None:
+        displacement = default_displacement(problem.unit(problem.theta))
     length = problem.energy().length(free.phi, free.slope, free.way, free.start_loss)
     return two_gradient_product(problem.losses, free.phi, free.step, length, displacement)

@@ -29,6 +29,7 @@ kernels of Conv4, on 28 x 28 down to 3 x 3 pixels. They are left to vmap.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -45,13 +46,31 @@ WINDOWS = 2**20
 """The most numbers in the windows of all lanes together (4 MB in float32): the largest that was measured to win."""
 
 
+_LAYOUTS = re.compile(r"\bview\b|strides?\b|contiguous")
+"""In what PyTorch says where a function can not take a tensor as it lies in memory."""
+
+
+class LayoutError(Exception):
+    """The model takes a view that only a contiguous convolution has: it is PyTorch's to run.
+
+    A copy in the place of the view would lose what the model writes to it. No RuntimeError, which a model may catch.
+    """
+
+
 class MatrixConvolutions(TorchFunctionMode):
     """While it is active, a convolution that gains by it is a matrix product; every other function is what it was.
 
     What is rewritten: ``conv1d`` on the CPU in float32 or float64, without groups or autocast, where every lane of a
     vmap has weights of its own and the windows are within ``OVERLAP`` and ``WINDOWS``; not what torch.compile traces,
-    which makes code of its own. And as the result is not contiguous, ``view`` is ``reshape``, a view where it can be.
+    which makes code of its own.
+
+    Raises:
+        LayoutError: A function of the model can not take the result, which is not contiguous.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._used = False
 
     def __torch_function__(
         self,
@@ -63,10 +82,15 @@ class MatrixConvolutions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.conv1d and not torch.compiler.is_compiling():
             found = _as_product(*args, **kwargs)
-            return func(*args, **kwargs) if found is None else found
-        if func is torch.Tensor.view and not kwargs and not isinstance(args[1], torch.dtype):
-            return torch.Tensor.reshape(*args)
-        return func(*args, **kwargs)
+            if found is not None:
+                self._used = True
+                return found
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            if self._used and _LAYOUTS.search(str(error)):
+                raise LayoutError(str(error)) from error
+            raise
 
 
 def convolutions_of(model: nn.Module) -> Callable[[], AbstractContextManager[object]]:

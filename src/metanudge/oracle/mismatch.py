@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dis
 import re
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +30,7 @@ _OPERATORS = re.compile(
     re.IGNORECASE,
 )
 """What operators say that are written in C, and so leave no frame: ``model(x) - y`` in a line of any file."""
+_RAISE = dis.opmap["RAISE_VARARGS"]  # an assert is one too
 _TORCH = Path(str(torch.__file__)).resolve().parent
 
 
@@ -57,9 +58,18 @@ def told_of_misfits(model: nn.Module, role: Role, batch: Batch) -> Iterator[None
 
 
 def _of_torch(error: Exception) -> bool:
-    """Whether PyTorch raised it: in a file of its own, or an operator in a line of another's, which its words tell."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return _TORCH in Path(frame.f_code.co_filename).resolve().parents or bool(_OPERATORS.search(str(error)))
+    """Whether PyTorch raised it: in a file of its own, or an operator in a line of another's, which its words tell.
+
+    A ``raise`` in that line is its author's, with whatever words.
+    """
+    last = error.__traceback__
+    assert last is not None
+    while last.tb_next is not None:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    if _TORCH in Path(code.co_filename).resolve().parents:
+        return True
+    return code.co_code[last.tb_lasti] != _RAISE and bool(_OPERATORS.search(str(error)))
 
 
 def _described(batch: Batch) -> str:
