@@ -1,76 +1,49 @@
-r"""Strided one-dimensional convolutions of stacked tasks as matrix products, on the CPU.
+r"""One-dimensional convolutions of stacked tasks as matrix products, in compiled programs on the CPU.
 
-Under vmap with weights of their own the tasks' convolutions become one grouped convolution, which is slow there.
-Written channels last, for one task and with the stride s, padding and dilation d of the layer,
+Under vmap with weights of their own the tasks' convolutions become one grouped convolution, which is slow there and
+which torch.compile leaves as it is. Written channels last, for one task and with the stride s, padding and dilation d
+of the layer,
 
     y[n, l, o] = b[o] + Σ_{j < k, c} x[n, s l + d j, c] w[o, c, j],
 
 it is one product of the ``[N L', k C]`` matrix of all windows with the ``[k C, O]`` weights, which vmap makes a batched
-product of all tasks. The windows are k shifted slices side by side: differentiable as often as wanted, and k / s times
-the memory of the input. The result ``[N, O, L']`` stays channels last in memory, as the next one takes it.
+product of all tasks, and the compiler writes the windows in one go with what comes before.
 
-vmap's convolution over this, in time, of networks of three convolutions and a linear layer, 5 to 50 tasks (float32, one
-core, noise of a tenth), for the gradient of a stack and for a gradient of that gradient:
+Milliseconds of a stacked gradient of 10 tasks of 25 examples of length 40, three convolutions (the last: two) and a
+linear layer, float32, one core: as it is, compiled, compiled with matrix products.
 
-    25 channels, length 40, kernels 5, 3, 3 or 3, 3, 3, stride 2 (MNIST-1D)   1.3 to 1.4    1.5 to 1.9
-    the same, 4 tasks of 5 examples; or 8 channels                            1.1           1.5
-    64 channels                                                               1.0 to 1.1    1.2 to 1.5
-    25 channels, length 160                                                   .9 to 1.2     1.3 to 1.4
-    25 channels, length 40, kernels of 1, stride 1                            1.1           1.3
-    25 channels, length 40, kernels of 3, stride 1                            1.1 to 1.2    .9 to 1.4
-    8 or 64 channels, length 40, kernels of 3, stride 1                       .7 to .9      .7 to .9
+    25 channels, kernels 5, 3, 3, stride 2 (MNIST-1D)     5.1    3.3    1.0
+    64 channels, kernels of 3, stride 2                   8.2    6.6    2.9
+    25 channels, kernels of 3, stride 1                  10.8   11.5    4.3
+    64 channels, kernels of 3, stride 1                  22.4   18.7   16.0
+    25 channels, kernels of 7, stride 2                   4.3    3.4    1.3
 
-The windows are kept for the backward pass: a meta-step of that first network peaks at 1.5 to 1.7 times the live bytes
-(10 tasks; MAML over 16 steps 54 MB for 37, FO-B-MAML 10 for 6), which ``WINDOWS`` bounds a layer and evaluation.
-
-Two-dimensional ones lose, as their windows are k² times the input: .2 to .6 in the gradient of a layer with the 3 x 3
-kernels of Conv4, on 28 x 28 down to 3 x 3 pixels. They are left to vmap.
+The windows are k / s times the input and are kept for the backward pass, which ``WINDOWS`` bounds. Not compiled, the
+gain was 1.3 at best and the memory 1.6 times as much; in two dimensions windows are k² times the input, and lost (.2 to
+.6 on the 3 x 3 kernels of Conv4): both are left to PyTorch.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch.overrides import TorchFunctionMode
 
-OVERLAP = 2.5
-"""The largest k / s for which windows are written out: above it the copies cost what the product saves."""
-WINDOWS = 2**20
-"""The most numbers in the windows of all lanes together (4 MB in float32): the largest that was measured to win."""
-
-
-_LAYOUTS = re.compile(r"\bview\b|strides?\b|contiguous")
-"""In what PyTorch says where a function can not take a tensor as it lies in memory."""
-
-
-class LayoutError(Exception):
-    """The model takes a view that only a contiguous convolution has: it is PyTorch's to run.
-
-    A copy in the place of the view would lose what the model writes to it. No RuntimeError, which a model may catch.
-    """
+WINDOWS = 2**21
+"""The most numbers in the windows of all lanes together: 8 MB in float32."""
 
 
 class MatrixConvolutions(TorchFunctionMode):
     """While it is active, a convolution that gains by it is a matrix product; every other function is what it was.
 
-    What is rewritten: ``conv1d`` on the CPU in float32 or float64, without groups or autocast, where every lane of a
-    vmap has weights of its own and the windows are within ``OVERLAP`` and ``WINDOWS``; not what torch.compile traces,
-    which makes code of its own.
-
-    Raises:
-        LayoutError: A function of the model can not take the result, which is not contiguous.
+    What is rewritten: ``conv1d`` on the CPU in float32 or float64, without groups, where every lane of a vmap has
+    weights of its own and the windows are within ``WINDOWS``.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._used = False
 
     def __torch_function__(
         self,
@@ -80,29 +53,8 @@ class MatrixConvolutions(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.conv1d and not torch.compiler.is_compiling():
-            found = _as_product(*args, **kwargs)
-            if found is not None:
-                self._used = True
-                return found
-        try:
-            return func(*args, **kwargs)
-        except RuntimeError as error:
-            if self._used and _LAYOUTS.search(str(error)):
-                raise LayoutError(str(error)) from error
-            raise
-
-
-def convolutions_of(model: nn.Module) -> Callable[[], AbstractContextManager[object]]:
-    """Makes the context to call a stack's model in.
-
-    It does nothing where the model has no such layer; nor where a module is compiled, as torch.compile would compile
-    the mode as well, once for every function that the model calls.
-    """
-    modules = list(model.modules())
-    compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules)
-    layers = any(isinstance(module, nn.Conv1d) for module in modules)
-    return MatrixConvolutions if layers and not compiled else nullcontext
+        found = _as_product(*args, **kwargs) if func is torch.conv1d else None
+        return func(*args, **kwargs) if found is None else found
 
 
 def _as_product(
@@ -120,7 +72,7 @@ def _as_product(
     if weight.ndim != 3 or input.ndim not in (2, 3) or input.shape[-2] != weight.shape[1]:
         return None
     kernel, step, spread = weight.shape[-1], _one(stride), _one(dilation)
-    if not 1 <= kernel <= OVERLAP * step or spread < 1 or (padding == "same" and step != 1):
+    if kernel < 1 or step < 1 or spread < 1 or (padding == "same" and step != 1):
         return None
     reach = spread * (kernel - 1)
     if isinstance(padding, str):
@@ -145,7 +97,7 @@ def _as_product(
     windows = (slices[0] if kernel == 1 else torch.cat(slices, -1)).flatten(0, 1)
     matrix = weight.transpose(1, 2).reshape(outputs, -1).t()
     product = windows @ matrix if bias is None else torch.addmm(bias, windows, matrix)
-    result = product.reshape(rows, length, outputs).transpose(1, 2)
+    result = product.reshape(rows, length, outputs).transpose(1, 2).contiguous()  # as a convolution's is
     return result if input.ndim == 3 else result.squeeze(0)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -30,7 +30,7 @@ from metanudge.oracle.common import (
     sum_of,
 )
 from metanudge.oracle.compiled import Bound
-from metanudge.oracle.convolution import LayoutError, convolutions_of
+from metanudge.oracle.convolution import MatrixConvolutions
 from metanudge.oracle.mismatch import told_of_misfits
 from metanudge.packing import Packing
 from metanudge.types import Batch, HessianProduct, LossFunction, Params, PyTree, Role, Tasks, Weights
@@ -48,7 +48,6 @@ class Call(nn.Module):
         draws: Whether a forward pass has been seen to draw random numbers.
         steady: Whether it may not: a compiled one would not draw the same for every node.
         frozen: Tensors in the place of parameters that are neither adapted nor shared; none to take the model's.
-        convolutions: Makes the context to call the model in (convolution.py).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -56,7 +55,6 @@ class Call(nn.Module):
         self.model = model
         self.draws = self.steady = False
         self.frozen: dict[str, Tensor] = {}
-        self.convolutions = convolutions_of(model)
         self.own_buffers = dict(model.named_buffers())
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         first: dict[int, str] = {}
@@ -79,6 +77,10 @@ class Call(nn.Module):
             for module, name in self.unset:
                 module._buffers[name] = None
         return value
+
+    def convolutions(self) -> AbstractContextManager[object]:
+        """To call the model in: where it is compiled, convolutions of stacks are matrix products."""
+        return MatrixConvolutions() if self.steady else nullcontext()
 
     def holding(self, buffers: dict[str, Tensor], frozen: dict[str, Tensor]) -> Call:
         """The same with other tensors, drawing nothing."""
@@ -260,25 +262,21 @@ class StackedLosses:
             return {role: of(role) for role in functions}
 
         buffers = self._buffers(functions, nodes)
-        try:
-            with _explained(), self.call.convolutions():
-                if nodes == 1 or not self.call.draws:
-                    repeated = data if nodes == 1 else tree_map(lambda leaf: leaf.repeat_interleave(nodes, 0), data)
-                    chance = "different" if nodes == 1 and not self.call.steady else "error"
-                    try:
-                        values = vmap(one, randomness=chance)(_one_axis(lanes), _one_axis(buffers), repeated)
-                        return {role: value.reshape(self.number, nodes) for role, value in values.items()}
-                    except RuntimeError as error:
-                        if "randomness" not in str(error) or (nodes == 1 and not self.call.steady):
-                            raise
-                        if self.call.steady:
-                            raise LossError(_DRAWS) from error
-                        self.call.draws = True
-                over_nodes = vmap(one, in_dims=(0, 0, None), randomness="same")
-                return vmap(over_nodes, randomness="different")(lanes, buffers, data)
-        except LayoutError:
-            self.call.convolutions = nullcontext
-            return self._evaluate(functions, packed, step)
+        with _explained(), self.call.convolutions():
+            if nodes == 1 or not self.call.draws:
+                repeated = data if nodes == 1 else tree_map(lambda leaf: leaf.repeat_interleave(nodes, 0), data)
+                chance = "different" if nodes == 1 and not self.call.steady else "error"
+                try:
+                    values = vmap(one, randomness=chance)(_one_axis(lanes), _one_axis(buffers), repeated)
+                    return {role: value.reshape(self.number, nodes) for role, value in values.items()}
+                except RuntimeError as error:
+                    if "randomness" not in str(error) or (nodes == 1 and not self.call.steady):
+                        raise
+                    if self.call.steady:
+                        raise LossError(_DRAWS) from error
+                    self.call.draws = True
+            over_nodes = vmap(one, in_dims=(0, 0, None), randomness="same")
+            return vmap(over_nodes, randomness="different")(lanes, buffers, data)
 
     def _buffers(self, roles: Iterable[Role], nodes: int) -> dict[Role, dict[str, Tensor]]:
         """A copy of every buffer a lane, so that what a forward pass writes there is its own and is thrown away."""
