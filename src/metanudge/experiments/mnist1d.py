@@ -8,7 +8,7 @@ protocol with GELU in the place of ReLU: the same network, smooth.
 
 from __future__ import annotations
 
-from metanudge.experiments.comparison.claims import CLOCKS, at_equal_steps, time_to_reach
+from metanudge.experiments.comparison.claims import at_equal_steps, in_time, time_to_reach
 from metanudge.experiments.comparison.figures import adaptation, curves
 from metanudge.experiments.comparison.study import ComparisonSettings, MNIST1DSettings, compare, metrics_of
 from metanudge.experiments.study import Advance, Entry, Experiment, Study
@@ -29,7 +29,7 @@ def run(name: str, key: str, title: str, settings: ComparisonSettings, advance: 
         f"{name}_curves": (curves(name, found), "Mean over seeds of the accuracy on the first test tasks."),
         f"{name}_adaptation": (adaptation(name, found), "Accuracy after every adaptation step, meta-training done."),
     }
-    claims = [at_equal_steps(found, name, 0.005), *(time_to_reach(found, name, clock) for clock in CLOCKS)]
+    claims = [at_equal_steps(found, name, 0.005), *in_time(time_to_reach, found, name)]
     return Study(key, title, SUMMARY, claims, metrics_of(found), figures)
 
 

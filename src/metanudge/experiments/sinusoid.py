@@ -7,7 +7,7 @@ trained from three seeds; the error is that of 1,000 tasks never seen.
 
 from __future__ import annotations
 
-from metanudge.experiments.comparison.claims import CLOCKS, at_equal_seconds, at_equal_steps
+from metanudge.experiments.comparison.claims import at_equal_seconds, at_equal_steps, in_time
 from metanudge.experiments.comparison.figures import adaptation, curves, functions
 from metanudge.experiments.comparison.study import ComparisonSettings, compare, metrics_of
 from metanudge.experiments.study import Advance, Entry, Experiment, Study
@@ -32,7 +32,7 @@ def run(name: str, network: str, key: str, settings: ComparisonSettings, advance
             "Networks adapted to the ten points of two test tasks, and before (grey).",
         ),
     }
-    claims = [at_equal_steps(found, name, 0.0), *(at_equal_seconds(found, name, clock) for clock in CLOCKS)]
+    claims = [at_equal_steps(found, name, 0.0), *in_time(at_equal_seconds, found, name)]
     return Study(
         key, f"Sinusoids, {network} network", SUMMARY.format(network=network), claims, metrics_of(found), figures
     )

@@ -99,11 +99,11 @@ def mnist1d(protocol: Protocol, activation: str) -> Benchmark:
         test=lambda number: draw("test", HELD_OUT + 1, 0, number),
         inners=(
             Inner(mn.GradientDescent(5, lr=0.1), 0.0),
-            Inner(mn.GradientDescent(5, lr=0.1), 1.0),
-            Inner(mn.Nesterov(16), 0.3),
             Inner(mn.Nesterov(16), 1.0),
+            Inner(mn.Nesterov(16), 3.0),
+            Inner(mn.Nesterov(32), 3.0),
         ),
-        lrs=(1e-3, 3e-3),
+        lrs=(3e-3, 1e-2),
         unit="test accuracy",
     )
 

@@ -41,6 +41,8 @@ class Job:
         every: Meta-steps between evaluations on the first ``curve_tasks`` of the judging tasks.
         judged_by: "validation" or "test": which tasks.
         final_tasks: How many judge the end.
+        clip: Largest norm of a meta-gradient.
+        compile: Whether to train compiled, where the estimator allows it: the same to round-off, and sooner.
     """
 
     benchmark: str
@@ -55,6 +57,7 @@ class Job:
     curve_tasks: int
     final_tasks: int
     clip: float = 10.0
+    compile: bool = False
 
     def learner(self, compile: bool = False) -> mn.MetaLearner:
         """At its start.
@@ -111,7 +114,7 @@ def train(job: Job) -> Outcome:
     """Meta-train and judge."""
     torch.set_num_threads(1)
     torch.manual_seed(job.seed)
-    benchmark, learner = BENCHMARKS[job.benchmark](), job.learner()
+    benchmark, learner = BENCHMARKS[job.benchmark](), job.learner(job.compile and first_derivatives_only(job))
     optimizer = torch.optim.Adam(learner.model.parameters(), job.lr)
     judging = getattr(benchmark, job.judged_by)
     curve_tasks = judging(job.curve_tasks)
@@ -194,6 +197,8 @@ def costs(jobs: Sequence[Job], repeats: int, compiling: bool) -> list[Cost]:
         warnings.simplefilter("ignore", mn.UnsolvedWarning)
         warnings.simplefilter("ignore", mn.NonFiniteWarning)
         peaks = [run.peak_bytes() for run in plain]
+        if compiled:
+            torch.compile(torch.neg)(torch.zeros(1))  # loads the compiler, for which the first should not pay
         building = {place: run.wall_seconds() for place, run in compiled.items()}
         for _ in range(repeats):
             for run in (*plain, *compiled.values()):
