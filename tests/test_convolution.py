@@ -1,4 +1,4 @@
-"""One-dimensional convolutions of stacks as matrix products in compiled programs, against PyTorch's own, task by task."""
+"""Convolutions of stacks as matrix products, in compiled programs, against PyTorch's own convolution task by task."""
 
 from __future__ import annotations
 
