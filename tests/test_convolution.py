@@ -164,7 +164,6 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
     "relu_in_place": lambda: nn.ReLU(inplace=True),
     "group_norm": lambda: nn.GroupNorm(2, 4),
-    "max_pool": lambda: nn.Sequential(nn.MaxPool1d(2), nn.Upsample(scale_factor=2)),
     "writes_to_a_view": lambda: Written(lambda inputs: inputs.view(inputs.size(0), -1)),
     "writes_to_flattened": lambda: Written(lambda inputs: inputs.flatten(1)),
 }
