@@ -89,10 +89,13 @@ def _as_product(
     lanes = get_unwrapped(weight).numel() // max(weight.numel(), 1)
     if lanes * rows * length * kernel * channels > WINDOWS:
         return None
-    padded = F.pad(batch.transpose(1, 2), (0, 0, left, right))
+    padded = batch.transpose(1, 2)
+    if left or right:
+        padded = F.pad(padded, (0, 0, left, right))
     span = step * (length - 1) + 1
     slices = [padded[:, start : start + span : step] for start in range(0, reach + 1, spread)]
-    windows = torch.cat(slices, -1).flatten(0, 1)
+    # of one slice, torch.cat has strides when it is compiled that it had not when it was traced
+    windows = (slices[0] if kernel == 1 else torch.cat(slices, -1)).flatten(0, 1)
     matrix = weight.transpose(1, 2).flatten(1).t()
     product = windows @ matrix if bias is None else torch.addmm(bias, windows, matrix)
     result = product.reshape(rows, length, outputs).transpose(1, 2).contiguous()  # as a convolution's is
