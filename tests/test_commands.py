@@ -268,6 +268,12 @@ def test_more_steps_go_on_and_other_settings_are_refused(
         assert key in capsys.readouterr().err.replace("\n", " ")
     assert same(kept, state(Path("runs/small/seed-0")))
     assert "prox = 2.0" in Path("runs/small/config.toml").read_text()
+    smaller = {"prox = 2.0": "prox = 2.0\nchunk_size = 1", "tasks_at_once = 3": "", "steps = 12": "steps = 15"}
+    with pytest.warns(
+        UserWarning, match="goes on with chunk_size = 1 where it had None, tasks_at_once = 4 where it had 3"
+    ):
+        assert main(["train", written(tmp_path, **seed, **smaller), "--quiet"]) == 0
+    assert len(state(Path("runs/small/seed-0"))["history"]) == 15
     assert main(["train", written(tmp_path, **seed, **{"prox = 2.0": "prox = 3.0"}), "--quiet", "--fresh"]) == 0
     assert len(state(Path("runs/small/seed-0"))["history"]) == 12
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import Pipe
+from multiprocessing import Pipe, get_context
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from metanudge.experiments.memory import EXPERIMENT, channels, lora, steps, tran
 from metanudge.experiments.memory.candidates import CANDIDATES, SECOND_ORDER, Inner
 from metanudge.experiments.memory.claims import memory_claim, time_claim
 from metanudge.experiments.memory.measuring import Job, Measuring, live, resident_peak, seconds
-from metanudge.experiments.memory.processes import RETURNING, forked, nursery, tell
+from metanudge.experiments.memory.processes import RETURNING, end_with_parent, forked, nursery, tell
 from metanudge.experiments.runner import reproduce
 
 MIB = 2**20
@@ -58,6 +58,20 @@ def test_the_peak_of_a_process_is_what_it_holds_at_once_and_not_what_others_held
     assert large == pytest.approx(60 * MIB, abs=2 * MIB)
     assert less == pytest.approx(15 * MIB, abs=2 * MIB)
     assert os.environ.get("OMP_NUM_THREADS") == kept
+
+
+def orphaned() -> None:
+    os.getppid = lambda: 1
+    end_with_parent()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells processes of their parent's end")
+@pytest.mark.parametrize(("function", "code"), [(end_with_parent, 0), (orphaned, 1)])
+def test_a_process_whose_parent_has_gone_already_ends(function, code):
+    child = get_context("fork").Process(target=function)
+    child.start()
+    child.join(60)
+    assert child.exitcode == code
 
 
 def test_an_error_ends_what_is_being_measured():

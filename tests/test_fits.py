@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, TensorDa
 import metanudge as mn
 from metanudge.checkpoint import LAST, qualified_name
 from metanudge.files import load_state, save_state
+from metanudge.oracle import compiled
 from metanudge.order import first_task
 from metanudge.validation import improves
 
@@ -175,17 +176,13 @@ def test_other_settings_do_not_go_on(settings: dict[str, Any], lr: float, told: 
     ("settings", "given", "told"),
     [
         ({}, {"max_norm": 1.0}, "max_norm = None, this one has 1.0"),
-        ({}, {"tasks_at_once": 1}, "tasks_at_once = 2, this one has 1"),
         ({}, {"metric": loss}, "metric = query loss, this one has loss"),
         ({"loss": loss}, {}, "loss = squared_error, this one has loss"),
         ({"query_loss": lambda model, batch: loss(model, batch)}, {}, "query_loss = squared_error.*<lambda>"),
         ({"adapt_only": lambda name, _: "2" in name}, {}, "adapt_only = None.*<lambda>"),
-        ({"execution": "in_place"}, {}, "execution = vectorized, this one has in_place"),
-        ({"chunk_size": 1}, {}, "chunk_size = None, this one has 1"),
-        ({"compile": True}, {}, "compile = False, this one has True"),
     ],
 )
-def test_whatever_changes_a_bit_does_not_go_on(
+def test_whatever_changes_the_mathematics_does_not_go_on(
     settings: dict[str, Any], given: dict[str, Any], told: str, tmp_path: Path
 ):
     held = {"validation": ENDLESS.take(2), "out": tmp_path}
@@ -197,6 +194,34 @@ def test_whatever_changes_a_bit_does_not_go_on(
     assert torch.equal(vector(learner), before)
     done = mn.fit(*begun(), ENDLESS, steps=4, tasks_at_once=2, **held, **COMMON)  # all at once, in other words
     assert len(done.history) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "told"),
+    [
+        ({"chunk_size": 1}, {}, "chunk_size = 1 where it had None"),
+        ({}, {"tasks_at_once": 1}, "tasks_at_once = 1 where it had 2"),
+        ({"execution": "in_place", "microbatch": 2}, {}, "execution = in_place where it had vectorized"),
+        (
+            {"compile": True},
+            {"tasks_at_once": 1},
+            "compile = True where it had False, tasks_at_once = 1 where it had 2",
+        ),
+    ],
+)
+def test_what_changes_round_off_alone_goes_on_with_a_warning(
+    settings: dict[str, Any], given: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(compiled, "build", lambda graph: graph)
+    with_settings, without = begun(**settings), begun()
+    mn.fit(*without, ENDLESS, steps=4, **COMMON)
+    mn.fit(*begun(), ENDLESS, steps=2, out=tmp_path, **COMMON)
+    with pytest.warns(UserWarning, match=f"goes on with {told}: the same mathematics, but not bit for bit") as warned:
+        done = mn.fit(*with_settings, ENDLESS, steps=4, out=tmp_path, **given, **COMMON)
+    assert [Path(one.filename) for one in warned] == [Path(__file__)]
+    assert len(done.history) == 4
+    torch.testing.assert_close(vector(with_settings[0]), vector(without[0]), rtol=1e-4, atol=1e-5)
+    mn.fit(*begun(**settings), ENDLESS, steps=5, out=tmp_path, **given, **COMMON)  # nothing is told of the same again
 
 
 class Redrawn:

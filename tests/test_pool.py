@@ -123,7 +123,7 @@ def test_the_outcomes_before_a_failure_are_kept(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no such file", None])
 def test_a_file_that_can_not_be_read_is_run_again(tmp_path, content):
     run(kept_in(tmp_path), jobs(tmp_path, 2))
-    path = sorted((tmp_path / UNFINISHED).iterdir())[0]
+    path = sorted((tmp_path / UNFINISHED).glob("*/*"))[0]
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)
     found = run(kept_in(tmp_path), jobs(tmp_path, 2))
     assert sorted(calls(tmp_path)) == [1, 2]
@@ -222,9 +222,10 @@ class Settings:
         return cls()
 
 
-def study(folder: Path, name: str) -> Entry:
+def study(folder: Path, name: str, thing: object = None) -> Entry:
     def run(settings: Settings, advance) -> Study:
-        found = run_all(work, jobs(folder), 1, advance, lambda done: done / 4)
+        given = [replace(job, thing=thing) for job in jobs(folder)]
+        found = run_all(work, given, 1, advance, lambda done: done / 4)
         metrics = {"numbers": [one.number for one in found]}
         return Study(name, "A toy", "Text.", [Claim("one", "1", "1", True)], metrics, {})
 
@@ -251,6 +252,26 @@ def test_a_reproduction_that_is_stopped_goes_on(tmp_path):
     reproduce(toy, out, False, 0, (), console)
     assert calls(tmp_path) == [2, 2, 2, 2]
     assert "finished_before" not in json.loads((out / "metrics.json").read_text())["run"]["toy"]
+
+
+def test_a_study_that_ends_leaves_what_others_kept(tmp_path):
+    out, console = tmp_path / "out", Console(width=80, record=True, force_terminal=False)
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+    toys = Experiment("toys", "Toys", {"one": study(one, "one"), "other": study(other, "other", "another")})
+    (out / UNFINISHED / "0123456789ab").mkdir(parents=True)
+    (out / UNFINISHED / "0123456789ab" / "old.pt").touch()
+    (other / "fail_3").touch()
+    with pytest.raises(mn.NonFiniteError):
+        reproduce(toys, out, False, 0, ("other",), console)
+    reproduce(toys, out, False, 0, ("one",), console)
+    assert [path.name for path in (out / UNFINISHED).iterdir()] == [source_digest()[:12]]
+    assert len(list((out / UNFINISHED).glob("*/*"))) == 3
+    (other / "fail_3").unlink()
+    reproduce(toys, out, False, 0, ("other",), console)
+    assert calls(other) == [1, 1, 1, 1]
+    assert not (out / UNFINISHED).exists()
 
 
 SLEEPERS = """

@@ -16,8 +16,11 @@ from metanudge.files import load_state, save_state
 from metanudge.learner import MetaLearner
 from metanudge.logs import Record
 from metanudge.types import Role
+from metanudge.warned import warn
 
 LAST = "last.pt"
+ROUNDED = ("execution", "compile", "chunk_size", "microbatch", "tasks_at_once")
+"""Settings that change a step by round-off alone: a training that ran out of memory may go on with others."""
 NUMBERS = ("best", "best_step", "evaluations", "skipped", "in_a_row", "seconds")
 
 
@@ -80,7 +83,8 @@ class Run:
                     f"{path} is of a training with {state['protocol']}, this one has {self.protocol}; give the same, "
                     "another folder, or resume=False"
                 )
-            check_settings(path, state.get("settings", {}), self.settings)  # of older versions there are none
+            settings = state.get("settings", {})  # of older versions there are none
+            check_settings(path, settings, self.settings)
             check_done(path, len(state["history"]), steps, "resume=False")
             for name, part in parts.items():
                 if (state[name] is None) != (part is None):
@@ -91,6 +95,7 @@ class Run:
                 name: value.shape for name, value in state["model"].items()
             }:
                 raise SettingsError(f"{path} is of a training of another model; give another folder, or resume=False")
+            tell_rounded(path, settings, self.settings)
             before = self.optimizer.state_dict()
             self.optimizer.load_state_dict(state["optimizer"])
             try:  # what may refuse comes before what does not
@@ -169,13 +174,27 @@ def _numbers(value: Any) -> float | list[float] | None:
 
 
 def check_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise a SettingsError where a setting is known of both and not the same."""
+    """Raise a SettingsError where a setting that decides what is computed is known of both and not the same."""
     for name, value in before.items():
-        if name in now and now[name] != value:
+        if name not in ROUNDED and name in now and now[name] != value:
             raise SettingsError(
                 f"{path} is of a training with {name} = {value}, this one has {now[name]}; give the same, another "
                 "folder, or resume=False to begin anew"
             )
+
+
+def tell_rounded(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Warn of settings known of both that are not the same, where it changes round-off alone."""
+    if found := [
+        f"{name} = {now[name]} where it had {before[name]}"
+        for name in ROUNDED
+        if name in before and name in now and now[name] != before[name]
+    ]:
+        warn(
+            f"the training of {path} goes on with {', '.join(found)}: the same mathematics, but not bit for bit what "
+            "it would have been",
+            UserWarning,
+        )
 
 
 def check_done(path: Path, done: int, steps: int, anew: str) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, Subset
 
-from metanudge.checkpoint import LAST, check_done, steps_done
+from metanudge.checkpoint import LAST, ROUNDED, check_done, steps_done
 from metanudge.config import Config
 from metanudge.errors import SettingsError
 from metanudge.families import draw
@@ -30,8 +30,9 @@ from metanudge.warm_start import WarmStart
 CONFIG = "config.toml"
 SEEDS = "seeds.json"
 """Which seeds were asked for: those of the settings file, or of the command line."""
-FREE = ("steps", "every", "workers", "tensorboard")
-"""Of ``[training]``: what a training may go on with other values of, as no step depends on them."""
+FREE = ("steps", "every", "workers", "tensorboard", *ROUNDED)
+"""Of ``[training]`` and ``[learner]``: what a training may go on with other values of, as no step depends on them but
+for round-off, of which ``fit`` warns."""
 FIXED = ("device", "dtype", "tasks", "model", "learner", "solver", "estimator", "optimizer", "scheduler", "training")
 
 
@@ -191,7 +192,7 @@ def _settled(table: dict[str, Any]) -> dict[str, Any]:
     for name in FIXED:
         part = table.get(name)
         if isinstance(part, dict):
-            kept = {key: value for key, value in part.items() if name != "training" or key not in FREE}
+            kept = {key: value for key, value in part.items() if name not in ("training", "learner") or key not in FREE}
             found.update({f"{name}.{key}": value for key, value in kept.items()})
         elif part is not None:
             found[name] = part

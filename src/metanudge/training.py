@@ -110,8 +110,9 @@ def fit(
         every: Meta-steps between validations, and between checkpoints.
         out: Folder; None to keep nothing on disk.
         resume: Go on from ``out/last.pt`` where it is, with the same settings of learner and optimizer, ``max_norm``,
-            ``tasks_at_once``, metric and first task (functions are told apart by their names alone); False to begin
-            anew and overwrite it.
+            metric and first task (functions are told apart by their names alone). With another ``execution``,
+            ``compile``, ``chunk_size``, ``microbatch`` or ``tasks_at_once``, after running out of memory, say, it
+            warns and goes on, the same but for round-off. False to begin anew and overwrite it.
         workers: Processes that draw tasks; the tasks do not depend on it.
         seed: Of the order of a finite set.
         tensorboard: Also write TensorBoard's files.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -33,29 +33,35 @@ class Kept:
     A job's function is annotated to return a NamedTuple of numbers, strings, tensors, and plain lists, tuples and
     dictionaries of them: its fields are what is written, so that reading a file never runs code from it.
 
+    Outcomes lie in a folder within it, named by the first digits of the source.
+
     Attributes:
         folder: Made with the first outcome.
         source: ``source_digest()`` of the code that runs.
         tell: Told in a line how many of the jobs were finished already.
         taken: How many outcomes were found in the folder, in all.
+        used: The files that were found or written.
     """
 
     folder: Path
     source: str
     tell: Callable[[str], object]
     taken: int = 0
+    used: set[Path] = field(default_factory=set)
 
     def find(self, function: Callable[[Job], Outcome], jobs: Sequence[Job], called: str) -> dict[int, Outcome]:
         """The outcomes that are there, by the place of their job; a file that can not be read is as none."""
         kind = outcome_class(function)
         found = {}
         for place, job in enumerate(jobs):
+            path = self._path(function, job)
             try:
-                state = load_state(self._path(function, job))
+                state = load_state(path)
             except SettingsError:
                 continue
             if tuple(state) == kind._fields:
                 found[place] = kind(**state)
+                self.used.add(path)
         if found:
             self.tell(f"going on: {len(found)} of {len(jobs)} {called} were finished")
         self.taken += len(found)
@@ -75,19 +81,33 @@ class Kept:
             )
         if source_digest() != self.source:
             return  # someone edits the package: a process begun later has run other code than the name would say
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_state(self._path(function, job), fields)
+        path = self._path(function, job)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_state(path, fields)
+        self.used.add(path)
 
     def remove(self) -> None:
-        """Forget everything."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Forget what was found and kept, and all of other sources; what other studies kept that were stopped stays."""
+        for path in self.used:
+            path.unlink(missing_ok=True)
+            path.with_name(f".{path.name}.part").unlink(missing_ok=True)  # of a run that was killed while it wrote
+        for path in self.folder.glob("*"):
+            if path.is_dir() and path != self._own:
+                shutil.rmtree(path, ignore_errors=True)
+        for folder in (self._own, self.folder):
+            with suppress(OSError):  # something is in it, or it was never made
+                folder.rmdir()
+
+    @property
+    def _own(self) -> Path:
+        return self.folder / self.source[:12]
 
     def _path(self, function: Callable[[Job], Outcome], job: Job) -> Path:
         told = repr(job)
         if " at 0x" in told:  # an address: says nothing of the object, and another may come to lie there
             raise TypeError(f"a job that is kept must be told whole by its repr, got {told}")
         name = (function.__module__, function.__qualname__, told, self.source, torch.__version__, np.__version__)
-        return self.folder / f"{hashlib.sha256(repr(name).encode()).hexdigest()}.pt"
+        return self._own / f"{hashlib.sha256(repr(name).encode()).hexdigest()}.pt"
 
 
 KEPT: ContextVar[Kept | None] = ContextVar("KEPT", default=None)

@@ -71,31 +71,32 @@ def _as_product(
         return None
     if weight.ndim != 3 or input.ndim not in (2, 3) or input.shape[-2] != weight.shape[1]:
         return None
-    kernel, step, spread = weight.shape[-1], _one(stride), _one(dilation)
-    if kernel < 1 or step < 1 or spread < 1 or (padding == "same" and step != 1):
+    outputs, channels, kernel = weight.shape
+    step, spread = _one(stride), _one(dilation)
+    if min(kernel, step, spread) < 1 or (padding == "same" and step != 1):
         return None
     reach = spread * (kernel - 1)
     if isinstance(padding, str):
-        if padding not in ("same", "valid"):
-            return None
-        left, right = (reach // 2, reach - reach // 2) if padding == "same" else (0, 0)
+        left = {"valid": 0, "same": reach // 2}.get(padding, -1)
+        right = reach - left if padding == "same" else left
     else:
         left = right = _one(padding)
     last = input.shape[-1] + left + right - reach - 1  # where the last window may begin
-    if left < 0 or last < 0 or input.numel() == 0:
+    if left < 0 or last < 0:
         return None
-    length = last // step + 1
     batch = input if input.ndim == 3 else input.unsqueeze(0)
-    rows, outputs = len(batch), weight.shape[0]
-    if _lanes(weight) * rows * length * kernel * weight.shape[1] > WINDOWS:
+    rows, length = len(batch), last // step + 1
+    lanes = get_unwrapped(weight).numel() // max(weight.numel(), 1)
+    if lanes * rows * length * kernel * channels > WINDOWS:
         return None
     padded = batch.transpose(1, 2)
     if left or right:
         padded = F.pad(padded, (0, 0, left, right))
     span = step * (length - 1) + 1
     slices = [padded[:, start : start + span : step] for start in range(0, reach + 1, spread)]
+    # of one slice, torch.cat has strides when it is compiled that it had not when it was traced
     windows = (slices[0] if kernel == 1 else torch.cat(slices, -1)).flatten(0, 1)
-    matrix = weight.transpose(1, 2).reshape(outputs, -1).t()
+    matrix = weight.transpose(1, 2).flatten(1).t()
     product = windows @ matrix if bias is None else torch.addmm(bias, windows, matrix)
     result = product.reshape(rows, length, outputs).transpose(1, 2).contiguous()  # as a convolution's is
     return result if input.ndim == 3 else result.squeeze(0)
@@ -115,11 +116,3 @@ def _plain(*tensors: Tensor | None) -> bool:
 
 def _one(size: int | tuple[int, ...]) -> int:
     return size if isinstance(size, int) else size[0]
-
-
-def _lanes(weight: Tensor) -> int:
-    """How many weights there are, over all levels of vmap."""
-    whole = weight
-    while is_batchedtensor(whole):
-        whole = get_unwrapped(whole)
-    return whole.numel() // max(weight.numel(), 1)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
@@ -112,6 +112,9 @@ def end_with_parent() -> None:
     c = ctypes.CDLL(None)
     if hasattr(c, "prctl"):
         c.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        parent = parent_process()
+        if parent is not None and os.getppid() != parent.pid:
+            os._exit(1)  # it had gone before this was asked for
 
 
 def set_allocator(parameters: Mapping[int, int]) -> None:
