@@ -128,8 +128,8 @@ def _compiled(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tenso
         return program, _run(program, tensors)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise LossError(
-            "with compile=True torch.compile builds the gradient, and failed; leave compile out. On the CPU it needs a C++ "
-            f"compiler, on a GPU Triton. PyTorch said: {error}"
+            "with compile=True torch.compile builds the gradient, and failed; leave compile out. On the CPU it needs a "
+            f"C++ compiler, on a GPU Triton. PyTorch said: {error}"
         ) from error
 
 
