@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import gc
 import pickle
+import re
 import warnings
 import weakref
 from collections.abc import Callable
@@ -128,7 +129,7 @@ def test_every_solver_agrees(solver: str, traced: None) -> None:
         {"query_loss": absolute, "adapt_only": "0", "estimator": mn.FOBMAML("fourth_order", nudge="full")},
         {"warm_start": mn.WarmStart()},
     ],
-    ids=str,
+    ids=lambda given: re.sub(" at 0x[0-9a-f]+", "", str(given)),  # the same in every process
 )
 def test_every_setting_agrees(settings: dict[str, Any], traced: None) -> None:
     if "warm_start" in settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -189,7 +190,12 @@ SOLVES = [
 ]
 
 
-@pytest.mark.parametrize("given", [*GRID[:: len(GRID) // 6], *SOLVES], ids=str)
+def named(given: object) -> str:
+    """Without addresses: the same in every process."""
+    return re.sub(" at 0x[0-9a-f]+", "", str(given))
+
+
+@pytest.mark.parametrize("given", [*GRID[:: len(GRID) // 6], *SOLVES], ids=named)
 def test_the_trainings_of_the_studies_are_told_whole(given):
     names = {**vars(mn), **vars(mn.estimators), "Inner": Inner, "Job": type(given)}
     assert eval(repr(given), names) == given
@@ -201,7 +207,7 @@ def test_the_trainings_of_the_studies_are_told_whole(given):
         (comparison.train, comparison_job("fobmaml", Inner(mn.Nesterov(3), 2.0))),
         *((solves.train, job) for job in SOLVES),
     ],
-    ids=str,
+    ids=named,
 )
 def test_the_trainings_of_the_studies_are_kept(tmp_path, function, given):
     (first,) = run(kept_in(tmp_path), [given], function)
