@@ -146,7 +146,7 @@ def test_train_and_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     told = capsys.readouterr().out
     record = json.loads((out / "evaluation.json").read_text())
     assert "seed 2" in told
-    assert "Only 8 of tasks: report at least 600" in told
+    assert "Only 8 tasks; report at least 600" in told
     assert list(record["seeds"]) == ["0", "1", "2"]
     assert record["tasks"] == 8
     assert len(record["curve"]) == 4

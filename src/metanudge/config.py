@@ -190,7 +190,7 @@ def read_config(path: Path, out: Path | None = None, seeds: tuple[int, ...] = ()
             value.
     """
     if not path.is_file():
-        raise SettingsError(f"there is no file {path}; give a settings file, such as examples/sinusoid.toml")
+        raise SettingsError(f"{path} can not be read: there is no such file")
     try:
         text = path.read_text()
         table = tomllib.loads(text)
