@@ -79,8 +79,16 @@ class Job:
     @property
     def possible(self) -> bool:
         """Whether the estimator can take the inner problem."""
+        return self._makes(compile=False)
+
+    @property
+    def compilable(self) -> bool:
+        """Whether it can be compiled as well."""
+        return self._makes(compile=True)
+
+    def _makes(self, compile: bool) -> bool:
         try:
-            self.learner()
+            self.learner(compile)
         except SettingsError:
             return False
         return True
@@ -114,7 +122,7 @@ def train(job: Job) -> Outcome:
     """Meta-train and judge."""
     torch.set_num_threads(1)
     torch.manual_seed(job.seed)
-    benchmark, learner = BENCHMARKS[job.benchmark](), job.learner(job.compile and first_derivatives_only(job))
+    benchmark, learner = BENCHMARKS[job.benchmark](), job.learner(job.compile and job.compilable)
     optimizer = torch.optim.Adam(learner.model.parameters(), job.lr)
     judging = getattr(benchmark, job.judged_by)
     curve_tasks = judging(job.curve_tasks)
@@ -189,9 +197,7 @@ def costs(jobs: Sequence[Job], repeats: int, compiling: bool) -> list[Cost]:
     """
     torch.set_num_threads(1)
     plain = [_Run(job) for job in jobs]
-    compiled = {
-        place: _Run(job, compile=True) for place, job in enumerate(jobs) if compiling and first_derivatives_only(job)
-    }
+    compiled = {place: _Run(job, compile=True) for place, job in enumerate(jobs) if compiling and job.compilable}
     with warnings.catch_warnings(), compiler_config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
         warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
         warnings.simplefilter("ignore", mn.UnsolvedWarning)
@@ -208,15 +214,6 @@ def costs(jobs: Sequence[Job], repeats: int, compiling: bool) -> list[Cost]:
         built = Compiled(compiled[place].median, building[place]) if place in compiled else None
         found.append(Cost(run.median, peak, built))
     return found
-
-
-def first_derivatives_only(job: Job) -> bool:
-    """Whether the estimator can be compiled."""
-    try:
-        job.learner(compile=True)
-    except SettingsError:
-        return False
-    return True
 
 
 class _Run:
