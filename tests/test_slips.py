@@ -416,3 +416,79 @@ def test_the_seeds_that_were_asked_for_are_those_that_count(here: Path, capsys: 
     assert "seed 0 is missing, seed 1 is missing" in capsys.readouterr().err
     assert main(["train", "small.toml", "--quiet", "--seeds", "5", "--fresh"]) == 0
     assert json.loads((out / "seeds.json").read_text()) == [5]
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda predictions, targets: (predictions - targets).square().mean(),
+        lambda predictions, targets: F.mse_loss(predictions, targets),
+        lambda predictions, targets: F.cross_entropy(predictions, targets),
+        lambda model, batch: F.mse_loss(model(batch), batch.targets),
+        lambda model, batch: (batch - model(batch.inputs)).mean(),
+    ],
+    ids=["operator", "mse_loss", "cross_entropy", "the batch for inputs", "the batch for targets"],
+)
+def test_a_loss_of_predictions_and_targets_is_told_how_it_is_called(loss: object, execution: str) -> None:
+    learner = mn.MetaLearner(nn.Linear(3, 1), loss, solver=SOLVER, execution=execution)
+    for use in (learner.backward, learner.evaluate):
+        with pytest.raises(mn.LossError, match=r"loss\(model, batch\).*model\(batch\.inputs\)") as told:
+            use(both(X))
+        assert isinstance(told.value.__cause__, AttributeError | TypeError)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize(
+    ("loss", "kind"),
+    [
+        (lambda model, batch: model.encode(batch.inputs), AttributeError),
+        (lambda model, batch: model(batch.inputs) - batch.target, AttributeError),
+        (lambda model, batch: model(*batch), TypeError),
+        (lambda model, batch: batch.inputs + "one", TypeError),
+    ],
+    ids=["no such method", "no such field", "too many arguments", "another type"],
+)
+def test_other_slips_in_a_loss_pass_as_they_are(loss: object, kind: type[Exception], execution: str) -> None:
+    learner = mn.MetaLearner(nn.Linear(3, 1), loss, solver=SOLVER, execution=execution)
+    with pytest.raises(kind):
+        learner.backward(both(X))
+
+
+@pytest.mark.parametrize("given", [lambda batch: 0.0, lambda predictions, targets, weights: 0.0])
+def test_functions_of_another_number_of_arguments_are_refused(given: object) -> None:
+    model = nn.Linear(3, 1)
+    for argument in ({"loss": given}, {"loss": mn.metrics.squared_error, "query_loss": given}):
+        with pytest.raises(mn.SettingsError, match=rf"{list(argument)[-1]} must be a function loss\(model, batch\)"):
+            mn.MetaLearner(model, **argument)
+    with pytest.raises(mn.SettingsError, match="metric must be a function"):
+        mn.MetaLearner(model, mn.metrics.squared_error, solver=SOLVER).evaluate(both(X), given)
+
+
+def test_optional_arguments_of_a_loss_are_no_reason_to_refuse_it() -> None:
+    def loss(model: nn.Module, batch: mn.Batch, scale: float = 2.0) -> Tensor:
+        return scale * mn.metrics.squared_error(model, batch)
+
+    assert mn.MetaLearner(nn.Linear(3, 1), loss, solver=SOLVER).backward(both(X)).dropped_tasks == 0
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_one_task_of_labels_without_its_axis_is_not_taken_for_a_stack(execution: str) -> None:
+    """Five examples of a class each would be five tasks of one label, on which a cross entropy runs all the same."""
+    learner = mn.MetaLearner(nn.Linear(3, 4), cross_entropy, solver=SOLVER, execution=execution)
+    one = both(X[0], LABELS[0])
+    for use in (learner.backward, learner.evaluate):
+        with pytest.raises(mn.TasksError, match=r"shape \(5,\).*\[mn\.Tasks\(\.\.\.\)\]"):
+            use(one)
+    assert len(learner.evaluate([one]).values) == 1
+    stack = both(X[:1], LABELS[:1])
+    assert torch.equal(learner.evaluate([one]).values, learner.evaluate(stack).values)
+
+
+def test_a_training_without_validation_shows_no_best() -> None:
+    model = nn.Linear(3, 1)
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, solver=SOLVER)
+    optimizer, tasks = torch.optim.SGD(model.parameters(), lr=0.1), [mn.Tasks(*(mn.Batch(X[0], Y[0]),) * 2)]
+    given = {"steps": 1, "tasks_per_step": 1, "progress": False}
+    assert repr(mn.fit(learner, optimizer, tasks, **given)) == "Fit(steps=1, skipped=0)"
+    assert "best=" in repr(mn.fit(learner, optimizer, tasks, validation=both(X), **given))

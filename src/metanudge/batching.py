@@ -73,6 +73,18 @@ def check_stack(tasks: Tasks, device: torch.device) -> int:
     return number
 
 
+def _check_axes(stack: Tasks) -> None:
+    """Raise a TasksError where every task would be a single class index, which has no axis of examples."""
+    for part, batch in zip(Tasks._fields, stack, strict=True):
+        targets = batch.targets
+        if isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point():
+            raise TasksError(
+                f"the targets of the {part} batch have the shape {tuple(targets.shape)}: class indices of a stack of "
+                "tasks are [tasks, examples]. If these are the examples of one task, give it as a list, "
+                "[mn.Tasks(...)], or every tensor a leading axis, .unsqueeze(0)"
+            )
+
+
 def check_device(tensors: list[Tensor], device: torch.device) -> None:
     """Raise a TasksError where a tensor is not on ``device``."""
     for tensor in tensors:
@@ -91,7 +103,9 @@ def as_stacks(tasks: Tasks | Sequence[Tasks], device: torch.device) -> tuple[lis
         TasksError: Nothing given, or something that is no stack of tasks.
     """
     if isinstance(tasks, Tasks):
-        return [tasks], list(range(check_stack(tasks, device)))
+        number = check_stack(tasks, device)
+        _check_axes(tasks)
+        return [tasks], list(range(number))
     if isinstance(tasks, Batch) or not isinstance(tasks, list | tuple):
         if isinstance(tasks, DataLoader):
             _check_loader(tasks)

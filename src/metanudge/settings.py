@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import os
 from collections.abc import Iterable
@@ -92,6 +93,16 @@ def check_function(argument: str, given: object, form: str) -> None:
     if not callable(given) or isinstance(given, type | nn.modules.loss._Loss) or of_torch:
         hint = "; write one that calls the model and then the loss" if callable(given) else ""
         raise SettingsError(f"{argument} must be a function {form}, got {given!r}{hint}")
+    try:
+        signature = inspect.signature(given)
+    except (TypeError, ValueError):  # written in C
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise SettingsError(
+            f"{argument} must be a function {form}, called with those two, got one of {signature}"
+        ) from error
 
 
 def check_part(argument: str, given: object, attributes: tuple[str, ...], example: str) -> None:

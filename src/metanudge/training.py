@@ -58,7 +58,8 @@ class Fit(NamedTuple):
 
     def __repr__(self) -> str:
         """On one line."""
-        return f"Fit(steps={len(self.history)}, best={self.best:.4g} at {self.best_step}, skipped={self.skipped_steps})"
+        best = "" if self.validation is None else f", best={self.best:.4g} at {self.best_step}"
+        return f"Fit(steps={len(self.history)}{best}, skipped={self.skipped_steps})"
 
 
 def fit(

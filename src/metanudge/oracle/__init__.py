@@ -5,11 +5,12 @@
 """
 
 from metanudge.oracle.batch_norm import BatchNorm, Policy
+from metanudge.oracle.call import Call
 from metanudge.oracle.common import RandomState, Tally
 from metanudge.oracle.compiled import Programs
 from metanudge.oracle.live import LiveLosses
 from metanudge.oracle.module import LiveModule
-from metanudge.oracle.stacked import Call, StackedLosses
+from metanudge.oracle.stacked import StackedLosses
 
 __all__ = [
     "BatchNorm",

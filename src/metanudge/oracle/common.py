@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -76,9 +77,18 @@ def scalar_loss(function: LossFunction, model: nn.Module, batch: Batch) -> Tenso
     """Evaluate a user's loss or metric.
 
     Raises:
-        LossError: It did not return a floating-point scalar tensor.
+        LossError: It did not return a floating-point scalar tensor, or took the model or the batch for a tensor.
     """
-    loss: object = function(model, batch)
+    try:
+        loss: object = function(model, batch)
+    except (AttributeError, TypeError) as error:
+        if not _took_for_tensors(str(error), model):
+            raise
+        raise LossError(
+            "the loss (or metric) is called as loss(model, batch), with a module and mn.Batch(inputs, targets), and "
+            "takes one of them for a tensor: begin it with model(batch.inputs), and compare that with batch.targets. "
+            f"Python said: {error}"
+        ) from error
     if not isinstance(loss, Tensor):
         hint = "; leave out .item()" if isinstance(loss, int | float) else ""
         raise LossError(f"the loss (or metric) must return a scalar tensor, but returned {type(loss).__name__}{hint}")
@@ -90,6 +100,14 @@ def scalar_loss(function: LossFunction, model: nn.Module, batch: Batch) -> Tenso
     if not loss.is_floating_point():
         raise LossError(f"the loss (or metric) must be a floating-point number, but has dtype {loss.dtype}")
     return loss
+
+
+def _took_for_tensors(said: str, model: nn.Module) -> bool:
+    """Whether these are the words for the model or its batch in the place of a tensor."""
+    kind = rf"'?\b({re.escape(type(model).__name__)}|Batch)\b'?"
+    if (lacking := re.search(rf"{kind} object has no attribute '(\w+)'", said)) is not None:
+        return hasattr(Tensor, lacking[2])
+    return bool(re.search(rf"(unsupported operand|must be Tensor).*{kind}", said))
 
 
 def require_graph(loss: Tensor) -> None:

@@ -1,0 +1,104 @@
+"""A user's function of the model, called with other tensors, and what is told where vmap can not run it."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metanudge.errors import LossError
+from metanudge.oracle.common import scalar_loss
+from metanudge.oracle.convolution import MatrixConvolutions
+from metanudge.types import Batch, LossFunction
+
+
+class Call(nn.Module):
+    """``function(model, batch)`` as a module, so that functional_call can swap what the model holds.
+
+    Attributes:
+        model: The user's model.
+        own_buffers: Its buffers, shared ones once.
+        unset: Its buffers that are None, and have to be so again.
+        names: Of a parameter or buffer, all its names within this module: more than one where it is tied. (Left to
+            functional_call, finding them costs more than a small model's forward pass.)
+        draws: Whether a forward pass has been seen to draw random numbers.
+        steady: Whether it may not: a compiled one would not draw the same for every node.
+        frozen: Tensors in the place of parameters that are neither adapted nor shared; none to take the model's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.draws = self.steady = False
+        self.frozen: dict[str, Tensor] = {}
+        self.own_buffers = dict(model.named_buffers())
+        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        first: dict[int, str] = {}
+        self.names: dict[str, list[str]] = {}
+        for name, tensor in tensors:
+            self.names.setdefault(first.setdefault(id(tensor), name), []).append(f"model.{name}")
+        self.unset = [(module, name) for module in model.modules() for name, b in module._buffers.items() if b is None]
+
+    def forward(self, function: LossFunction, batch: Batch) -> Tensor:
+        """Evaluate."""
+        return scalar_loss(function, self.model, batch)
+
+    def at(self, tensors: Mapping[str, Tensor], function: LossFunction, batch: Batch) -> Tensor:
+        """Evaluate with ``tensors`` in the place of the model's own."""
+        held = self.frozen | dict(tensors)
+        everywhere = {name: tensor for key, tensor in held.items() for name in self.names[key]}
+        try:
+            value: Tensor = functional_call(self, everywhere, (function, batch), tie_weights=False)
+        finally:
+            for module, name in self.unset:
+                module._buffers[name] = None
+        return value
+
+    def convolutions(self) -> AbstractContextManager[object]:
+        """To call the model in: where it is compiled, convolutions of stacks are matrix products."""
+        return MatrixConvolutions() if self.steady else nullcontext()
+
+    def holding(self, buffers: dict[str, Tensor], frozen: dict[str, Tensor]) -> Call:
+        """The same with other tensors, drawing nothing."""
+        other = copy.copy(self)
+        other.own_buffers, other.frozen, other.draws, other.steady = buffers, frozen, False, True
+        return other
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Tell what to do where vmap can not run a model or a loss."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(r"vmap|batching rule|data pointer of Tensor", str(error), re.IGNORECASE):
+            raise
+        raise LossError(f"the model, the loss or the metric {_does(str(error))}. PyTorch said: {error}") from error
+
+
+_NUMBER = (
+    "out of a tensor, which torch.func.vmap can not do for many tasks at once. A loss or metric has to return the "
+    "tensor itself: through a number no gradient reaches the parameters, in either execution. Leave it out, or where "
+    'its value is only looked at (a print, a branch, a constant), give the MetaLearner execution="in_place"'
+)
+
+
+def _does(said: str) -> str:
+    """What vmap can not run, and what to do about it; nothing that would be refused in place again."""
+    if "item()" in said:
+        return f"calls .item(), float(), int() or .tolist() to take a number {_NUMBER}"
+    if "data pointer" in said:
+        return f"calls .numpy() to take an array {_NUMBER}, and .detach() before .numpy()"
+    if "control flow" in said:
+        return (
+            "branches on the value of a tensor (if, while), which differs between the tasks that torch.func.vmap runs "
+            'at once. Choose by torch.where, or give the MetaLearner execution="in_place", for one task at a time'
+        )
+    return (
+        "uses an operation that torch.func.vmap can not run for many tasks at once (one without a batching rule, such "
+        'as nn.GRU, nn.LSTM and nn.RNN). Give the MetaLearner execution="in_place", which runs any model'
+    )
