@@ -36,13 +36,24 @@ TINY = ComparisonSettings(
 
 def job(method: str = "fobmaml", place: int = -1) -> Job:
     inner = BENCHMARKS["sinusoid_tanh"]().inners[place]
-    return Job("sinusoid_tanh", method, inner, 1e-3, 0, 3, 2, 1, "test", 3, 4)
+    return Job("sinusoid_tanh", method, inner, 1e-3, 0, 3, 2, 1, validation_tasks=3, curve_tasks=3, test_tasks=4)
 
 
 def method(name: str, scores: list[list[float]], seconds: float) -> Method:
     """A method whose seeds' curves are ``scores`` and whose final tasks agree with the last point."""
     outcomes = [
-        Outcome([10, 20, 30], curve, torch.full((4, 2), curve[-1], dtype=torch.float64), 0, 0, 5.0, 0.1, {})
+        Outcome(
+            [10, 20, 30],
+            curve,
+            curve,
+            [0, 1, 2],
+            torch.full((4, 2), curve[-1], dtype=torch.float64),
+            0,
+            0,
+            5.0,
+            0.1,
+            {},
+        )
         for curve in scores
     ]
     best = replace(job(name), meta_steps=30)

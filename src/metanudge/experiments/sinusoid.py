@@ -2,7 +2,8 @@
 
 Protocol: network 1-40-40-1, 25 tasks a meta-step, Adam with the meta-gradient clipped at 10. Every estimator is tuned
 on the same grid (inner solver, proximal weight, step size of Adam) by the validation error of short runs, and then
-trained from three seeds; the error is that of 1,000 tasks never seen.
+trained from three seeds. Of every training the parameters are kept that are best on the validation tasks, among twenty
+looks at them; the error is that of 1,000 tasks never seen.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from metanudge.experiments.study import Advance, Entry, Experiment, Study
 
 SUMMARY = (
     "Every estimator on the same {network} network, tasks and meta-steps, each with the inner solver, proximal weight "
-    "and step size of Adam that the shared grid's validation tasks chose for it. Seconds are processor time of one "
+    "and step size of Adam that the shared grid's validation tasks chose for it, and of every training the parameters "
+    "that they were best with. Seconds are processor time of one "
     "thread, the median of meta-steps of all estimators taken turn by turn, times their number; with compile=True too, "
     "where an estimator takes first derivatives only, and then with the time that compiling takes. What each chose, "
     "the whole grid and every curve are in metrics.json."
@@ -25,7 +27,10 @@ def run(name: str, network: str, key: str, settings: ComparisonSettings, advance
     """Compare on one network."""
     found = compare(name, settings, advance)
     figures = {
-        f"{name}_curves": (curves(name, found), "Mean over seeds of the error on the first test tasks."),
+        f"{name}_curves": (
+            curves(name, found),
+            "Mean over seeds of the error on the first test tasks; thin: without keeping the best.",
+        ),
         f"{name}_adaptation": (adaptation(name, found), "Test error after every adaptation step, meta-training done."),
         f"{name}_functions": (
             functions(found),

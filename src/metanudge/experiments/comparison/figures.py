@@ -36,7 +36,7 @@ LABELS = {
 
 
 def curves(name: str, found: Mapping[str, Method]) -> Figure:
-    """The metric against meta-steps, processor time and gradient evaluations."""
+    """The metric against meta-steps, processor time and gradient evaluations: kept parameters, and thin the latest."""
     benchmark = BENCHMARKS[name]()
     made, axes = figure(columns=3, width=3.9)
     for method, one in found.items():
@@ -44,6 +44,7 @@ def curves(name: str, found: Mapping[str, Method]) -> Figure:
         spent = [step * gradients for step in steps]
         for axis, x in zip(axes, ([float(step) for step in steps], one.seconds, spent), strict=True):
             axis.plot(x, one.scores, color=COLOURS[method], label=LABELS[method])
+            axis.plot(x, one.latest, color=COLOURS[method], linewidth=0.6, alpha=0.6)
     for axis, label in zip(axes, ("meta-steps", "seconds of meta-training", "gradient evaluations"), strict=True):
         axis.set(xlabel=label)
         if not benchmark.higher:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from metanudge.experiments.comparison.benchmark import BENCHMARKS, Benchmark
+from metanudge.experiments.comparison.benchmark import BENCHMARKS
 from metanudge.experiments.comparison.training import METHODS, Cost, Job, Outcome, costs, train
 from metanudge.experiments.pool import run_all
 from metanudge.experiments.study import Advance
@@ -25,7 +25,7 @@ class ComparisonSettings:
     tasks: int = 25  # a meta-step
     seeds: int = 3  # of the network's start and the training tasks
     tuning_steps: int = 200  # meta-steps of a run on the grid, with the first seed
-    validation_tasks: int = 200  # which the settings are chosen by
+    validation_tasks: int = 200  # which settings, and the parameters that are kept of a training, are chosen by
     test_tasks: int = 1000
     curve_tasks: int = 200  # of the test tasks, for the curves
     points: int = 20  # of a curve
@@ -46,7 +46,8 @@ class MNIST1DSettings(ComparisonSettings):
 
     meta_steps: int = 400
     tasks: int = 10
-    tuning_steps: int = 120  # fewer choose inner problems that are soon no longer solved
+    tuning_steps: int = 400  # fewer choose what is ahead at first and falls back
+    validation_tasks: int = 100
     points: int = 10
 
     @classmethod
@@ -79,7 +80,12 @@ class Method(NamedTuple):
 
     @property
     def scores(self) -> list[float]:
-        """The mean curve over seeds."""
+        """The mean curve over seeds, of the parameters kept so far."""
+        return [statistics.fmean(same) for same in zip(*(one.kept_scores for one in self.outcomes), strict=True)]
+
+    @property
+    def latest(self) -> list[float]:
+        """The same of the parameters at every look, whatever the validation tasks say of them."""
         return [statistics.fmean(same) for same in zip(*(one.scores for one in self.outcomes), strict=True)]
 
     @property
@@ -113,10 +119,10 @@ def compare(name: str, settings: ComparisonSettings, advance: Advance) -> dict[s
             settings.seed,
             settings.tuning_steps,
             settings.tasks,
-            settings.tuning_steps + 1,
-            "validation",
+            max(settings.tuning_steps // settings.points, 1),
             settings.validation_tasks,
-            settings.validation_tasks,
+            curve_tasks=0,
+            test_tasks=0,
             compile=settings.compiled,
         )
         for method in METHODS
@@ -125,12 +131,12 @@ def compare(name: str, settings: ComparisonSettings, advance: Advance) -> dict[s
     ]
     grid = [job for job in grid if job.possible]
     tried = run_all(
-        train, grid, settings.workers, advance, lambda done: 0.3 * done / len(grid), "short trainings of the grid"
+        train, grid, settings.workers, advance, lambda done: 0.3 * done / len(grid), "trainings of the grid"
     )
-    trials = [Trial(job, final_score(outcome)) for job, outcome in zip(grid, tried, strict=True)]
+    trials = [Trial(job, outcome.best_validation) for job, outcome in zip(grid, tried, strict=True)]
     best = {
         method: max(
-            (trial for trial in trials if trial.job.method == method), key=lambda trial: rank(trial.score, benchmark)
+            (trial for trial in trials if trial.job.method == method), key=lambda trial: benchmark.rank(trial.score)
         ).job
         for method in METHODS
     }
@@ -139,9 +145,8 @@ def compare(name: str, settings: ComparisonSettings, advance: Advance) -> dict[s
         grid[0],
         meta_steps=settings.meta_steps,
         every=every,
-        judged_by="test",
         curve_tasks=settings.curve_tasks,
-        final_tasks=settings.test_tasks,
+        test_tasks=settings.test_tasks,
     )
     jobs = [
         replace(full, method=method, inner=job.inner, lr=job.lr, seed=settings.seed + index)
@@ -164,15 +169,8 @@ def compare(name: str, settings: ComparisonSettings, advance: Advance) -> dict[s
 
 
 def final_score(outcome: Outcome) -> float:
-    """Mean over the final tasks."""
+    """Mean over the test tasks."""
     return float(outcome.values[:, -1].mean())
-
-
-def rank(score: float, benchmark: Benchmark) -> float:
-    """More is better; nothing is worse than no number."""
-    if math.isnan(score):
-        return -math.inf
-    return score if benchmark.higher else -score
 
 
 def metrics_of(found: Mapping[str, Method]) -> dict[str, Any]:
@@ -186,6 +184,7 @@ def metrics_of(found: Mapping[str, Method]) -> dict[str, Any]:
             "ci95": float(1.96 * final.std() / len(final) ** 0.5),
             "median": float(final.median()),
             "seeds": [final_score(one) for one in method.outcomes],
+            "kept_from": [one.steps[one.kept[-1]] for one in method.outcomes],
             "seconds": method.cost.seconds * method.best.meta_steps,
             "seconds_per_meta_step": method.cost.seconds,
             "gradient_evaluations": statistics.fmean(one.gradients for one in method.outcomes) * method.best.meta_steps,
@@ -199,6 +198,7 @@ def metrics_of(found: Mapping[str, Method]) -> dict[str, Any]:
             "curve": {
                 "meta_steps": last.steps,
                 "mean": method.scores,
+                "latest": method.latest,
                 "seconds": method.seconds,
                 "compiled_seconds": method.compiled_seconds,
             },

@@ -38,9 +38,10 @@ class Job:
         seed: Of the network's start and of the training tasks.
         meta_steps: How many.
         tasks: A meta-step.
-        every: Meta-steps between evaluations on the first ``curve_tasks`` of the judging tasks.
-        judged_by: "validation" or "test": which tasks.
-        final_tasks: How many judge the end.
+        every: Meta-steps between looks at the validation tasks, and at the first test tasks.
+        validation_tasks: By which the parameters to keep are chosen, those of the best look.
+        curve_tasks: Of the test tasks, at every look; 0 for none.
+        test_tasks: Which judge what was kept; 0 for none.
         clip: Largest norm of a meta-gradient.
         compile: Whether to train compiled, where the estimator allows it: the same to round-off, and sooner.
     """
@@ -53,9 +54,9 @@ class Job:
     meta_steps: int
     tasks: int
     every: int
-    judged_by: str
+    validation_tasks: int
     curve_tasks: int
-    final_tasks: int
+    test_tasks: int
     clip: float = 10.0
     compile: bool = False
 
@@ -98,18 +99,22 @@ class Outcome(NamedTuple):
     """What a job found.
 
     Attributes:
-        steps: Meta-steps at which the score was taken.
-        scores: Mean over the curve's tasks after adaptation.
-        values: Of every final task after every adaptation step, ``[T, K + 1]``.
+        steps: Meta-steps at which it looked.
+        validation: Mean over the validation tasks after adaptation.
+        scores: The same over the curve's tasks.
+        kept: At every look, which one so far was best on the validation tasks.
+        values: Of every test task after every adaptation step, ``[T, K + 1]``, with the parameters that were kept.
         dropped: Training tasks left out, in all.
         failed: Meta-steps with no finite task, which were skipped.
         gradients: Gradient evaluations of a meta-step, mean.
         residual: Mean relative residual over the last tenth.
-        parameters: At the end.
+        parameters: That were kept.
     """
 
     steps: list[int]
+    validation: list[float]
     scores: list[float]
+    kept: list[int]
     values: Tensor
     dropped: int
     failed: int
@@ -117,18 +122,27 @@ class Outcome(NamedTuple):
     residual: float
     parameters: dict[str, Tensor]
 
+    @property
+    def best_validation(self) -> float:
+        """Of what was kept."""
+        return self.validation[self.kept[-1]]
+
+    @property
+    def kept_scores(self) -> list[float]:
+        """What the curve's tasks say of the parameters kept so far."""
+        return [self.scores[place] for place in self.kept]
+
 
 def train(job: Job) -> Outcome:
-    """Meta-train and judge."""
+    """Meta-train, keep the parameters that are best on the validation tasks, and judge those."""
     torch.set_num_threads(1)
     torch.manual_seed(job.seed)
     benchmark, learner = BENCHMARKS[job.benchmark](), job.learner(job.compile and job.compilable)
     optimizer = torch.optim.Adam(learner.model.parameters(), job.lr)
-    judging = getattr(benchmark, job.judged_by)
-    curve_tasks = judging(job.curve_tasks)
-    steps, scores, residuals = [], [], []
-    dropped = failed = 0
-    gradients = 0
+    validation, curve = benchmark.validation(job.validation_tasks), benchmark.test(max(job.curve_tasks, 1))
+    steps, validated, scores, kept, residuals = list[int](), list[float](), list[float](), list[int](), list[float]()
+    parameters: dict[str, Tensor] = {}
+    dropped = failed = gradients = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", mn.UnsolvedWarning)
         warnings.simplefilter("ignore", mn.NonFiniteWarning)
@@ -139,15 +153,23 @@ def train(job: Job) -> Outcome:
                 residuals.append(step.residual)
             except mn.NonFiniteError:
                 failed += 1
-            if (index + 1) % job.every == 0:
+            if (index + 1) % job.every == 0 or index + 1 == job.meta_steps:
                 steps.append(index + 1)
-                scores.append(learner.evaluate(curve_tasks, benchmark.metric).mean)
-        final = learner.evaluate(judging(job.final_tasks), benchmark.metric).values
+                validated.append(learner.evaluate(validation, benchmark.metric).mean)
+                if job.curve_tasks:
+                    scores.append(learner.evaluate(curve, benchmark.metric).mean)
+                best = max(range(len(validated)), key=lambda place: benchmark.rank(validated[place]))
+                kept.append(best)
+                if best == len(validated) - 1:
+                    parameters = {name: leaf.detach().clone() for name, leaf in learner.model.named_parameters()}
+        learner.model.load_state_dict(parameters, strict=False)
+        values = torch.empty(0, 1)
+        if job.test_tasks:
+            values = learner.evaluate(benchmark.test(job.test_tasks), benchmark.metric).values
     last = residuals[-max(job.meta_steps // 10, 1) :]
-    parameters = {name: leaf.detach().clone() for name, leaf in learner.model.named_parameters()}
     done = max(job.meta_steps - failed, 1)
     residual = statistics.fmean(last) if last else float("nan")
-    return Outcome(steps, scores, final, dropped, failed, gradients / done, residual, parameters)
+    return Outcome(steps, validated, scores, kept, values, dropped, failed, gradients / done, residual, parameters)
 
 
 def meta_step(
