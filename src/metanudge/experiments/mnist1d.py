@@ -17,9 +17,9 @@ from metanudge.experiments.study import Advance, Entry, Experiment, Study
 SUMMARY = (
     "Every estimator on the same network, tasks and meta-steps, each with the inner solver, proximal weight and step "
     "size of Adam that the shared grid's validation tasks chose for it, and of every training the parameters that they "
-    "were best with. Seconds are processor time of one thread, the median of meta-steps of all estimators taken turn by turn, times their number; with compile=True too, where an "
-    "estimator takes first derivatives only, and then with the time that compiling takes. What each chose, the whole "
-    "grid and every curve are in metrics.json."
+    "were best with. Seconds are processor time of one thread, the median of meta-steps of all estimators taken turn "
+    "by turn, times their number; with compile=True too, where an estimator takes first derivatives only, and then "
+    "with the time that compiling takes. What each chose, the whole grid and every curve are in metrics.json."
 )
 
 

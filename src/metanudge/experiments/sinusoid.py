@@ -2,8 +2,8 @@
 
 Protocol: network 1-40-40-1, 25 tasks a meta-step, Adam with the meta-gradient clipped at 10. Every estimator is tuned
 on the same grid (inner solver, proximal weight, step size of Adam) by the validation error of short runs, and then
-trained from three seeds. Of every training the parameters are kept that are best on the validation tasks, among twenty
-looks at them; the error is that of 1,000 tasks never seen.
+trained from three seeds. Of every training those parameters are kept that are best on the validation tasks, among
+twenty looks; the error is that of 1,000 tasks never seen.
 """
 
 from __future__ import annotations
