@@ -44,7 +44,7 @@ SLOW = ["maml", "maml_checkpointed", "imaml", "tangent"]
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs are the traced gradients themselves."""
-    monkeypatch.setattr(compiled, "build", lambda graph: graph)
+    monkeypatch.setattr(compiled, "build", lambda graph, tensors: graph)
 
 
 def squared(model: nn.Module, batch: mn.Batch) -> Tensor:
@@ -76,8 +76,8 @@ def learner_of(model: nn.Module, compile: bool = True, loss: Any = squared, **se
 
 
 def programs(learner: mn.MetaLearner) -> dict[Any, Any]:
-    known: dict[Any, Any] = learner.execution.programs.known
-    return known
+    known = learner.execution.programs.known
+    return {(stack, name): built for stack, those in known.items() for name, built in those.items()}
 
 
 def gradient(learner: mn.MetaLearner, tasks: Any) -> Tensor:
@@ -429,7 +429,7 @@ def test_inference_mode_is_refused_even_where_programs_are_known(traced: None) -
 
 
 def test_a_compiler_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(graph: nn.Module) -> Any:
+    def broken(graph: nn.Module, tensors: list[Tensor]) -> Any:
         def fail(*tensors: Tensor) -> None:
             raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no compiler"), None)
 
@@ -439,7 +439,7 @@ def test_a_compiler_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patched:
         patched.setattr(compiled, "build", broken)
         refused(learner, tasks_of(), "failed; leave compile out.*compiler")
-    monkeypatch.setattr(compiled, "build", lambda graph: graph)
+    monkeypatch.setattr(compiled, "build", lambda graph, tensors: graph)
     gradient(learner, tasks_of())
 
 

@@ -212,7 +212,7 @@ def test_whatever_changes_the_mathematics_does_not_go_on(
 def test_what_changes_round_off_alone_goes_on_with_a_warning(
     settings: dict[str, Any], given: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(compiled, "build", lambda graph: graph)
+    monkeypatch.setattr(compiled, "build", lambda graph, tensors: graph)
     with_settings, without = begun(**settings), begun()
     mn.fit(*without, ENDLESS, steps=4, **COMMON)
     mn.fit(*begun(), ENDLESS, steps=2, out=tmp_path, **COMMON)

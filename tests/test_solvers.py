@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,9 @@ class Plain:
 
     def inner(self, a: Params, b: Params) -> Tensor:
         return (a["phi"] * b["phi"]).sum(-1)
+
+    def fused(self, name: object, function: Callable[..., Any], given: object) -> Any:
+        return function(self, given)
 
     def steppable(self, start: Params) -> Params:
         return {"phi": nn.Parameter(start["phi"].clone())}

@@ -19,12 +19,14 @@ Source: Chayti & Jaggi, arXiv:2409.03682; linear nudge: Domke, AISTATS 2010 (the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, stack, where
 
 from metanudge import tree
-from metanudge.types import InnerGradients, LossGradients, Params, Role
+from metanudge.types import InnerGradients, LossGradients, Params, PyTree, Role
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,22 @@ class Energy:
     prox: float
     nu: Tensor | None = None
     slope: Params | None = None
+
+    def fused(self, name: Hashable, function: Callable[..., Any], *given: PyTree) -> Any:
+        """``function(energy, *given)``, as one program where gradients are compiled (``InnerGradients.fused``)."""
+
+        def at(losses: InnerGradients, tensors: PyTree) -> PyTree:
+            (theta, nu, slope), own = tensors
+            return function(replace(self, losses=losses, theta=theta, nu=nu, slope=slope), *own)
+
+        return self.losses.fused((name, self.prox), at, ((self.theta, self.nu, self.slope), given))
+
+    def lanes(self, phi: Params) -> Params:
+        """``phi`` with a copy for every node of the nudge."""
+        nu = self.nu
+        if nu is None or nu.ndim == 0:
+            return phi
+        return tree.tree_map(lambda leaf: leaf.expand(*nu.shape, *leaf.shape[nu.ndim :]), phi)
 
     def pull(self, phi: Params, step: int) -> Params:
         """∇f̂ + ν ∇f."""

@@ -7,7 +7,7 @@ in-place execution solves one problem at a time and has no lane axes. Below, ``[
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from enum import Enum
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -227,6 +227,16 @@ class InnerGradients(Protocol):
 
     def inner(self, a: Params, b: Params) -> Tensor:
         """Inner product over parameters, one number a lane: ``[*L]``."""
+        ...
+
+    def fused(self, name: Hashable, function: Callable[[InnerGradients, PyTree], PyTree], given: PyTree) -> PyTree:
+        """``function(self, given)``, all of it one program where gradients are compiled.
+
+        Args:
+            name: Of the function, and of all that it reads but tensors: equal names are equal functions.
+            function: Pure, of trees of tensors (and constants); it draws no random numbers of its own.
+            given: What it is of.
+        """
         ...
 
     def steppable(self, start: Params) -> Params:

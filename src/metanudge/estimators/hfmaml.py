@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -13,7 +14,7 @@ from metanudge.energy import Energy, InnerProblem
 from metanudge.estimators.unrolled import leaves_per_task, unroll
 from metanudge.settings import check_positive
 from metanudge.solvers.loop import Solver
-from metanudge.types import Estimate, LossGradients, Need, Params, Role, Weights
+from metanudge.types import Estimate, InnerGradients, LossGradients, Need, Params, PyTree, Role, Weights
 
 
 class _TwoGradientBackward(torch.autograd.Function):
@@ -63,6 +64,10 @@ class TwoGradientLosses:
 
     def inner(self, a: Params, b: Params) -> Tensor:  # noqa: D102
         return self.energy.losses.inner(a, b)
+
+    def fused(self, name: Hashable, function: Callable[[InnerGradients, PyTree], PyTree], given: PyTree) -> PyTree:
+        """As it is."""
+        return function(self, given)
 
     def steppable(self, start: Params) -> Params:  # noqa: D102
         return self.energy.losses.steppable(start)

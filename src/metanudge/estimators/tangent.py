@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from metanudge.energy import Energy, InnerProblem
 from metanudge.estimators.base import solve_free
 from metanudge.estimators.products import Products, check_products, hessian_product, needs_of
 from metanudge.solvers.loop import Solver, replay
-from metanudge.types import Estimate, HessianProduct, LossGradients, Need, Params, Weights
+from metanudge.types import Estimate, HessianProduct, InnerGradients, LossGradients, Need, Params, PyTree, Weights
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Linearized:
 
     def inner(self, a: Params, b: Params) -> Tensor:  # noqa: D102
         return self.losses.inner(a, b)
+
+    def fused(self, name: Hashable, function: Callable[[InnerGradients, PyTree], PyTree], given: PyTree) -> PyTree:
+        """As it is."""
+        return function(self, given)
 
     def steppable(self, start: Params) -> Params:  # noqa: D102
         return {name: torch.nn.Parameter(leaf.detach().clone()) for name, leaf in start.items()}

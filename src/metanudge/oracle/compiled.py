@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import TypeAlias, cast
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -15,8 +16,55 @@ from metanudge.types import PyTree
 from metanudge.warned import warn
 
 Program: TypeAlias = Callable[..., Sequence[Tensor]]
+
+
+class Form(NamedTuple):
+    """Of a tree of dicts and tuples, told again in every call: ``torch.utils._pytree`` takes longer than a program.
+
+    Attributes:
+        kind: Of a dict or a tuple; None for a tensor.
+        keys: Of a dict.
+        children: Forms; what is neither a dict, a tuple nor a tensor stands for itself.
+    """
+
+    kind: type | None
+    keys: tuple[Hashable, ...] = ()
+    children: tuple[Hashable, ...] = ()
+
+
+def taken_apart(given: PyTree, leaves: list[Tensor]) -> Any:
+    """The form of a tree, whose tensors are added to ``leaves``."""
+    if isinstance(given, Tensor):
+        leaves.append(given)
+        return Form(None)
+    if isinstance(given, dict):
+        return Form(dict, tuple(given), tuple([taken_apart(part, leaves) for part in given.values()]))
+    if isinstance(given, tuple):
+        return Form(type(given), (), tuple([taken_apart(part, leaves) for part in given]))
+    return given
+
+
+def put_together(form: Any, leaves: Iterator[Tensor]) -> PyTree:
+    """The tree of that form."""
+    if not isinstance(form, Form):
+        return form
+    if form.kind is None:
+        return next(leaves)
+    children = [put_together(child, leaves) for child in form.children]
+    if form.kind is dict:
+        return dict(zip(form.keys, children, strict=True))
+    return form.kind(children) if form.kind is tuple else form.kind(*children)
+
+
+class Built(NamedTuple):
+    """A program, and the form of what it gives."""
+
+    program: Program
+    form: Hashable
+
+
 MANY = 16
-"""Programs of which a warning tells: a training on stacks of one form has three or four."""
+"""Programs of which a warning tells: a training on stacks of one form has some five."""
 
 
 class Programs:
@@ -26,7 +74,11 @@ class Programs:
     """
 
     def __init__(self) -> None:
-        self.known: dict[Hashable, Program] = {}
+        self.known: dict[Hashable, dict[Hashable, Built]] = {}
+
+    def __len__(self) -> int:
+        """How many they are."""
+        return sum(map(len, self.known.values()))
 
     def __reduce__(self) -> tuple[type[Programs], tuple[()]]:
         """Copies begin empty: they are of another model."""
@@ -39,60 +91,68 @@ class Programs:
             fixed: Tensors that all of them read.
             state: Whatever else a program depends on.
         """
-        return Bound(self.known, fixed, state)
+        return Bound(self, fixed, state)
 
 
 class Bound:
     """Programs with what is the same in every gradient of a stack."""
 
-    def __init__(self, known: dict[Hashable, Program], fixed: PyTree, state: Hashable) -> None:
-        self._known = known
+    def __init__(self, programs: Programs, fixed: PyTree, state: Hashable) -> None:
+        self._programs = programs
         leaves, self._structure = tree_flatten(fixed)
         self._leaves = _plain(leaves)
         self._key = (state, _autocast(self._leaves), str(self._structure), _forms(self._leaves))
+        self._known = programs.known.get(self._key, {})
 
-    def __call__(
-        self, name: Hashable, function: Callable[[Sequence[Tensor], PyTree], Sequence[Tensor]], given: Sequence[Tensor]
-    ) -> Sequence[Tensor]:
+    def __call__(self, name: Hashable, function: Callable[[PyTree, PyTree], PyTree], given: PyTree) -> PyTree:
         """``function(given, fixed)``, by its program.
 
         Args:
-            name: Of the function; what has equal names, and tensors of equal form, is the same program.
-            function: A pure function of its tensors.
-            given: Its tensors.
+            name: Of the function; what has equal names, and trees of equal form, is the same program.
+            function: A pure function of the tensors in its trees.
+            given: A tree; what is no tensor in it is frozen in the program.
 
         Raises:
             LossError: It can not be traced, or not compiled.
         """
-        leaves = _plain(given)
-        key, number = (name, _forms(leaves), self._key), len(leaves)
-        program = self._known.get(key)
-        if program is not None:
-            return _run(program, [*leaves, *self._leaves])
+        leaves: list[Tensor] = []
+        form = taken_apart(given, leaves)
+        leaves = _plain(leaves)
+        key, number = (name, form, _forms(leaves)), len(leaves)
+        built = self._known.get(key)
+        if built is not None:
+            return put_together(built.form, iter(_run(built.program, [*leaves, *self._leaves])))
+        forms: list[Hashable] = []
 
         def flat(*tensors: Tensor) -> Sequence[Tensor]:
-            return function(tensors[:number], tree_unflatten(tensors[number:], self._structure))
+            inside = put_together(form, iter(tensors[:number]))
+            gives: list[Tensor] = []
+            found = function(inside, tree_unflatten(tensors[number:], self._structure))
+            forms[:] = [taken_apart(found, gives)]
+            return gives
 
-        program, found = _compiled(flat, [*leaves, *self._leaves])
-        self._known[key] = program
-        if len(self._known) == MANY:
+        program, tensors = _compiled(flat, [*leaves, *self._leaves])
+        built = Built(program, forms[0])
+        self._known[key] = built
+        self._programs.known[self._key] = self._known
+        if len(self._programs) == MANY:
             warn(
                 f"compile=True has compiled {MANY} gradients by now. Every number of tasks (a smaller last stack too), "
                 "every shape and every value of a module's numbers and modes has programs of its own: give stacks of "
                 "one form (drop_last=True), keep what changes in a buffer, or leave compile out",
                 UserWarning,
             )
-        return found
+        return put_together(built.form, iter(tensors))
 
 
-def build(traced: nn.Module) -> Program:
-    """Make a traced function fast."""
-    return cast(Program, torch.compile(traced, dynamic=False, fullgraph=True))
+def build(traced: GraphModule, tensors: list[Tensor]) -> Program:
+    """Make a traced function fast: TorchInductor alone, as nothing is left for Dynamo to capture, or to guard."""
+    return cast(Program, torch._inductor.compile(traced, [*tensors]))
 
 
-def _plain(leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Each a tensor of its own, without graph and strides of its own, for which a program would be compiled again."""
-    return [leaf.detach().reshape(-1).view(leaf.shape) for leaf in leaves]
+def _plain(leaves: list[Tensor]) -> list[Tensor]:
+    """Each without graph, and without strides of its own, for which a program is not made."""
+    return [leaf.detach().contiguous() for leaf in leaves]
 
 
 def _forms(leaves: Sequence[Tensor]) -> tuple[Hashable, ...]:
@@ -123,8 +183,8 @@ def _compiled(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tenso
             "(x += 1, nn.ReLU(inplace=True) on the inputs); write to a copy, or leave compile out"
         )
     del copies
-    program = build(traced)
     try:
+        program = build(traced, [tensor.clone() for tensor in tensors])
         return program, _run(program, tensors)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise LossError(

@@ -5,7 +5,7 @@ The derivative is taken outside the vmap by ordinary autograd, which runs no fun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -29,7 +29,7 @@ from metanudge.oracle.common import (
 from metanudge.oracle.compiled import Bound
 from metanudge.oracle.mismatch import told_of_misfits
 from metanudge.packing import Packing
-from metanudge.types import Batch, HessianProduct, LossFunction, Params, PyTree, Role, Tasks, Weights
+from metanudge.types import Batch, HessianProduct, InnerGradients, LossFunction, Params, PyTree, Role, Tasks, Weights
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,32 @@ class StackedLosses:
 
         return [tuple(tree.tree_map(partial(weighted, like.new_tensor(row)), one) for one in terms) for row in rows]
 
+    def fused(  # noqa: D102
+        self, name: Hashable, function: Callable[[InnerGradients, PyTree], PyTree], given: PyTree
+    ) -> PyTree:
+        if not self._as_programs:
+            return function(self, given)
+
+        def with_losses(tensors: PyTree, own: PyTree) -> tuple[PyTree, int]:
+            inside, shared = tensors
+            lone = self._inside(own, shared)
+            return function(lone, inside), lone.tally.gradients
+
+        assert self.compiled is not None
+        found, gradients = self.compiled(name, with_losses, (given, self.shared))
+        self.tally.gradients += gradients
+        return found
+
+    @property
+    def _as_programs(self) -> bool:
+        # inference mode is refused by _derivative
+        return self.compiled is not None and not self.attached and not torch.is_inference_mode_enabled()
+
+    def _inside(self, own: PyTree, shared: Params) -> StackedLosses:
+        """The same losses while they are traced, of the tensors there."""
+        tasks, *held = own
+        return replace(self, tasks=tasks, call=self.call.holding(*held), shared=shared, tally=Tally(), compiled=None)
+
     def steppable(self, start: Params) -> Params:  # noqa: D102
         raise NotImplementedError("a torch optimizer steps one task, not a stack of them")
 
@@ -141,25 +167,20 @@ class StackedLosses:
 
     def _differentiate(self, weights: Weights, wanted: Params, rest: Params, step: int) -> tuple[Tensor, Params]:
         self.count(len(weights) * _nodes(wanted))
-        if self.compiled is None or self.attached or torch.is_inference_mode_enabled():  # which _derivative refuses
+        if not self._as_programs:
             return self._derivative(weights, wanted, rest, step)
-        fixed: dict[Role, float | Tensor] = {
-            role: weight for role, weight in weights.items() if not isinstance(weight, Tensor)
-        }
+        fixed = {role: weight for role, weight in weights.items() if not isinstance(weight, Tensor)}
         moving = {role: weight for role, weight in weights.items() if isinstance(weight, Tensor)}
 
-        def derivative(tensors: Sequence[Tensor], own: PyTree) -> list[Tensor]:
-            first, second = len(moving), len(moving) + len(wanted)
-            given = dict(zip(moving, tensors[:first], strict=True))
-            packed = dict(zip(wanted, tensors[first:second], strict=True))
-            others = dict(zip(rest, tensors[second:], strict=True))
-            lone = replace(self, tasks=own[0], call=self.call.holding(*own[1:]), compiled=None)
-            weighted, found = lone._derivative({**fixed, **given}, lone._leaves(packed), others, step)
-            return [weighted, *found.values()]
+        def derivative(tensors: PyTree, own: PyTree) -> tuple[Tensor, Params]:
+            given, packed, others = tensors
+            lone = self._inside(own, self.shared)
+            return lone._derivative({**fixed, **given}, lone._leaves(packed), others, step)
 
-        name = (tuple(weights), *fixed.items(), *wanted, None, *rest)
-        weighted, *found = self.compiled(name, derivative, [*moving.values(), *wanted.values(), *rest.values()])
-        return weighted, dict(zip(wanted, found, strict=True))
+        assert self.compiled is not None
+        name = ("gradient", tuple(weights), *fixed.items())
+        found: tuple[Tensor, Params] = self.compiled(name, derivative, (moving, wanted, rest))
+        return found
 
     def _derivative(self, weights: Weights, wanted: Params, rest: Params, step: int) -> tuple[Tensor, Params]:
         with torch.enable_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 from metanudge import tree
@@ -12,7 +13,7 @@ from metanudge.types import Need, Params, Schedule
 
 
 class State(NamedTuple):
-    """Iterate and velocity, None before the first step and without momentum."""
+    """Iterate and velocity, None without momentum."""
 
     phi: Params
     velocity: Params | None
@@ -59,15 +60,19 @@ class GradientDescent:
 
     def init(self, energy: Energy, start: Params, plan: None) -> State:
         """Begin at rest."""
-        return State(start, None)
+        start = energy.lanes(start)
+        return State(start, tree.zeros(start) if self.momentum else None)
 
     def step(self, energy: Energy, plan: None, state: State, index: int, decision: None) -> tuple[State, None]:
         """Follow the velocity."""
+        return energy.fused(self, partial(self._moved, index), state), None
+
+    def _moved(self, index: int, energy: Energy, state: State) -> State:
         velocity = energy.gradient(state.phi, index)
         if state.velocity is not None:
             velocity = tree.axpy(self.momentum, state.velocity, velocity)
         kept = dict(velocity) if self.momentum else None
-        return State(tree.spend(lambda v, p: p.add(v, alpha=-self.lr), velocity, state.phi), kept), None
+        return State(tree.spend(lambda v, p: p.add(v, alpha=-self.lr), velocity, state.phi), kept)
 
     def settle(self, schedule: Schedule, steps: int) -> Schedule:
         """The same steps everywhere."""

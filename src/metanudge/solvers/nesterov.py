@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from metanudge.curvature import Curvature, lipschitz_constant
 from metanudge.energy import Energy
 from metanudge.errors import SettingsError
 from metanudge.settings import check_flag, check_fraction, check_positive, check_steps
-from metanudge.types import Need, Params, Schedule
+from metanudge.types import Need, Params, PyTree, Schedule
 
 SHORTEST = float(torch.finfo(torch.float32).eps ** 0.5)
 """Length, relative to what is far, below which a secant is not believed: it is round-off in float32, and across a kink
@@ -52,7 +53,7 @@ class Secant:
 
 
 class State(NamedTuple):
-    """Iterate x, extrapolated point y, the lanes still at work (None before the first step), and the last secant."""
+    """Iterate x, extrapolated point y, the lanes still at work (None for all), and the last secant."""
 
     x: Params
     y: Params
@@ -133,46 +134,78 @@ class Nesterov:
 
     def init(self, energy: Energy, start: Params, plan: Curvature | None) -> State:
         """Begin at rest."""
-        return State(start, start, None, None)
+        start = energy.lanes(start)
+        # a secant of no length, so that the first step is like the others
+        return State(start, start, None, None if plan is None else Secant(plan.constant, start, tree.zeros(start)))
 
     def step(
         self, energy: Energy, plan: Curvature | None, state: State, index: int, decision: Decision | None
     ) -> tuple[State, Decision]:
         """One accelerated step."""
         if decision is not None:
-            x, y = self._move(state, tree.axpy(-decision.lr, energy.gradient(state.y, index), state.y), decision)
+            x, y = self._fused(energy, partial(self._replay, index), state.x, state.y, decision)
             return State(x, y, decision.active, None), decision
-        pull = energy.pull(state.y, index)
-        gradient = energy.total(dict(pull), state.y)
-        secant = None if plan is None else _secant(energy, plan, state, pull)
-        lr = self._lr(energy, secant)
-        x = tree.axpy(-lr, gradient, state.y)
+        last = None if state.secant is None else (state.secant.constant, state.secant.y, state.secant.pull)
+        decide = partial(self._decide, index)
+        x, y, told, decision = self._fused(energy, decide, plan, state.x, state.y, state.active, last)
+        secant = None if told is None else Secant(told[0], state.y, told[1])
+        return State(x, y, decision.active if self.tol is not None else None, secant), decision
+
+    def _fused(self, energy: Energy, function: partial[Any], *given: PyTree) -> Any:
+        # without a proximal term β depends on the step's number, which a program would freeze
+        if energy.prox == 0 and isinstance(self.momentum, str):
+            return function(energy, *given)
+        return energy.fused((self, function.func.__name__), function, *given)
+
+    def _replay(self, index: int, energy: Energy, x: Params, y: Params, decision: Decision) -> tuple[Params, Params]:
+        """The next x and y."""
+        ahead = tree.axpy(-decision.lr, energy.gradient(y, index), y)
+        return self._move(x, y, ahead, decision)
+
+    def _decide(
+        self,
+        index: int,
+        energy: Energy,
+        plan: Curvature | None,
+        x: Params,
+        y: Params,
+        active: Tensor | None,
+        last: tuple[Tensor, Params, Params] | None,
+    ) -> tuple[Params, Params, tuple[Tensor, Params] | None, Decision]:
+        """The next x and y, L and ∇f̂(y), and what was decided."""
+        pull = energy.pull(y, index)
+        gradient = energy.total(dict(pull), y)
+        constant = None if plan is None else plan.constant
+        if plan is not None and last is not None:
+            constant = _raised(energy, plan, Secant(*last), y, pull)
+        lr = self._lr(energy, constant)
+        ahead = tree.axpy(-lr, gradient, y)
         with torch.no_grad():
-            uphill = energy.losses.inner(gradient, tree.subtract(x, state.x)) > 0
-            active = torch.ones_like(uphill) if state.active is None else state.active
+            uphill = energy.losses.inner(gradient, tree.subtract(ahead, x)) > 0
+            active = torch.ones_like(uphill) if active is None else active
             if self.tol is not None:
-                active = active & (energy.relative_residual(pull, energy.push(state.y)) > self.tol)
+                active = active & (energy.relative_residual(pull, energy.push(y)) > self.tol)
             decision = self._decision(active, uphill & active, lr, self._momentum(energy, lr, index))
-        x, y = self._move(state, x, decision)
-        return State(x, y, active, secant), decision
+        told = None if constant is None else (constant, tree.detach(pull))
+        return *self._move(x, y, ahead, decision), told, decision
 
     def _decision(self, active: Tensor, uphill: Tensor, lr: Tensor | float, momentum: Tensor | float) -> Decision:
         restart = uphill if self.restart else torch.zeros_like(uphill)
         return Decision(active, restart, lr, momentum)
 
-    def _move(self, state: State, x: Params, decision: Decision) -> tuple[Params, Params]:
-        """The next x and y."""
+    def _move(self, x: Params, y: Params, ahead: Params, decision: Decision) -> tuple[Params, Params]:
+        """To ``ahead``, and beyond it by the momentum; lanes that have stopped stay."""
         keep = (~decision.restart).to(next(iter(x.values())).dtype)
-        y = tree.axpy(decision.momentum * keep, tree.subtract(x, state.x), x)
+        beyond = tree.axpy(decision.momentum * keep, tree.subtract(ahead, x), ahead)
         if self.tol is not None:
-            x, y = tree.select(decision.active, x, state.x), tree.select(decision.active, y, state.y)
-        return x, y
+            return tree.select(decision.active, ahead, x), tree.select(decision.active, beyond, y)
+        return ahead, beyond
 
-    def _lr(self, energy: Energy, secant: Secant | None) -> Tensor | float:
-        if secant is None:
+    def _lr(self, energy: Energy, constant: Tensor | None) -> Tensor | float:
+        if constant is None:
             assert not isinstance(self.lr, str)
             return self.lr
-        inverse = 1.2 * secant.constant + energy.prox
+        inverse = 1.2 * constant + energy.prox
         # a flat loss without proximal term has no scale of its own: take unit steps
         return torch.where(inverse > 0, 1 / tree.or_one(inverse), torch.ones_like(inverse))
 
@@ -206,14 +239,12 @@ class Nesterov:
         return self.tol is not None and state.active is not None and not bool(state.active.any())
 
 
-def _secant(energy: Energy, plan: Curvature, state: State, pull: Params) -> Secant:
-    """Raise L to the slope of ∇f̂ between the last point and this one."""
+def _raised(energy: Energy, plan: Curvature, last: Secant, y: Params, pull: Params) -> Tensor:
+    """L, raised to the slope of ∇f̂ between the last point and this one."""
     with torch.no_grad():
-        y, pull = tree.detach(state.y), tree.detach(pull)
-        if state.secant is None:
-            return Secant(plan.constant, y, pull)
-        way, change = tree.subtract(y, state.secant.y), tree.subtract(pull, state.secant.pull)
-        length, constant = energy.norm(way), state.secant.constant
+        y, pull = tree.detach(y), tree.detach(pull)
+        way, change = tree.subtract(y, last.y), tree.subtract(pull, last.pull)
+        length = energy.norm(way)
         slope = energy.norm(change) / tree.or_one(length)
-        told = (length > SHORTEST * plan.length) & (slope > constant)
-        return Secant(torch.where(told, slope, constant), y, pull)
+        told = (length > SHORTEST * plan.length) & (slope > last.constant)
+        return torch.where(told, slope, last.constant)
