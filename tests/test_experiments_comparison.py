@@ -84,9 +84,10 @@ def test_training_validation_and_test_tasks_differ():
                 assert not torch.equal(inputs[a], inputs[b])
 
 
-def test_curves_are_read_between_their_points():
+def test_curves_are_read_at_their_points():
     one = method("maml", [[4.0, 2.0, 1.0], [2.0, 2.0, 0.0]], 0.5)  # mean 3, 2, .5 at 5, 10, 15 seconds
-    assert score_at(one.seconds, one.scores, 7.5) == pytest.approx(2.5)
+    assert score_at(one.seconds, one.scores, 7.5) == pytest.approx(3.0)  # what was kept by then, not what was to come
+    assert score_at(one.seconds, one.scores, 10) == pytest.approx(2.0)
     assert score_at(one.seconds, one.scores, 15) == score_at(one.seconds, one.scores, 100) == pytest.approx(0.5)
     assert math.isnan(score_at(one.seconds, one.scores, 1))
     assert seconds_to(one.seconds, one.scores, 2.0, higher=False) == pytest.approx(10.0)
@@ -107,7 +108,7 @@ def test_claims_can_fail_and_hold():
     worse = method("maml", [[4.0, 2.0, 0.5]], 0.5)
     found = {"fobmaml": better, "fobmaml_light": better, "maml": worse, "fomaml": worse, "reptile": worse}
     assert at_equal_steps(found, "sinusoid_tanh", 0.0).holds
-    # in MAML's 15 seconds, ours stands half way between its first two points
+    # in MAML's 15 seconds, ours has looked once
     assert not at_equal_seconds(found, "sinusoid_tanh", "fobmaml", "plain").holds
     assert not time_to_reach(found, "sinusoid_tanh", "fobmaml", "plain").holds
     faster = better._replace(cost=Cost(1.0, 100, Compiled(seconds=0.25, building=4.0)))
@@ -138,6 +139,35 @@ def test_training_is_the_same_again_and_scores_are_of_its_parameters():
     learner.model.load_state_dict(first.parameters)
     again = learner.evaluate(BENCHMARKS["sinusoid_tanh"]().test(4)).values
     assert torch.allclose(again, first.values, atol=0, rtol=0)
+
+
+def test_the_parameters_that_are_best_on_the_validation_tasks_are_kept(monkeypatch):
+    """Steps of the wrong sign make a network worse and worse: what is kept is from the first look."""
+    right = mn.MetaLearner.backward
+
+    def wrong(self, tasks):
+        step = right(self, tasks)
+        for parameter in self.model.parameters():
+            parameter.grad.neg_()
+        return step
+
+    monkeypatch.setattr(mn.MetaLearner, "backward", wrong)
+    found = train(replace(job(), meta_steps=4, lr=0.02, tasks=20, validation_tasks=50))
+    assert found.validation == sorted(found.validation)
+    assert found.kept == [0, 0, 0, 0]
+    assert found.kept_scores == [found.scores[0]] * 4
+    assert found.best_validation == found.validation[0]
+    learner = job().learner()
+    learner.model.load_state_dict(found.parameters)
+    assert learner.evaluate(BENCHMARKS["sinusoid_tanh"]().validation(50)).mean == found.validation[0]
+    assert torch.equal(learner.evaluate(BENCHMARKS["sinusoid_tanh"]().test(4)).values, found.values)
+
+
+def test_a_training_that_improves_keeps_its_end():
+    found = train(replace(job(), meta_steps=6, lr=0.01, tasks=20, validation_tasks=50, every=3))
+    assert found.validation[1] < found.validation[0]
+    assert found.kept == [0, 1]
+    assert found.kept_scores == found.scores
 
 
 @pytest.mark.filterwarnings(

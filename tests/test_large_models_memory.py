@@ -87,6 +87,14 @@ def test_the_lean_form_with_one_task_a_step(solver: object) -> None:
     assert copies(LEAN, solver, tasks=1) <= most + 4 / LAYERS
 
 
+@pytest.mark.parametrize(("solver", "more"), [(mn.GradientDescent(3, lr=0.1, momentum=0.5), 2), (mn.Nesterov(3), 6)])
+def test_what_solvers_keep_beside_what_gradient_descent_does(solver: object, more: int) -> None:
+    """As their docstrings say; the state that a solve begins with is let go after its first step."""
+    for estimator in (mn.FOMAML(), LEAN, mn.FOBMAML(certify=False)):
+        plain = copies(estimator, mn.GradientDescent(3, lr=0.1), tasks=2)
+        assert copies(estimator, solver, tasks=2) <= plain + more + 4 / LAYERS
+
+
 def test_memory_does_not_grow_with_tasks_or_steps() -> None:
     few, many = copies(LEAN, sgd(2), tasks=2), copies(LEAN, sgd(8), tasks=4)
     assert few == pytest.approx(many, abs=0.01)  # the tasks themselves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -438,6 +439,13 @@ def test_a_loss_of_predictions_and_targets_is_told_how_it_is_called(loss: object
         assert isinstance(told.value.__cause__, AttributeError | TypeError)
 
 
+class Lacking(nn.Linear):
+    """A model whose own code misses something that tensors have."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs) / self.std
+
+
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize(
     ("loss", "kind"),
@@ -446,12 +454,20 @@ def test_a_loss_of_predictions_and_targets_is_told_how_it_is_called(loss: object
         (lambda model, batch: model(batch.inputs) - batch.target, AttributeError),
         (lambda model, batch: model(*batch), TypeError),
         (lambda model, batch: batch.inputs + "one", TypeError),
+        (lambda model, batch: model(batch.inputs.to(model.device)).mean(), AttributeError),
     ],
-    ids=["no such method", "no such field", "too many arguments", "another type"],
+    ids=["no such method", "no such field", "too many arguments", "another type", "device"],
 )
 def test_other_slips_in_a_loss_pass_as_they_are(loss: object, kind: type[Exception], execution: str) -> None:
     learner = mn.MetaLearner(nn.Linear(3, 1), loss, solver=SOLVER, execution=execution)
     with pytest.raises(kind):
+        learner.backward(both(X))
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_what_a_model_itself_lacks_passes_as_it_is(execution: str) -> None:
+    learner = mn.MetaLearner(Lacking(3, 1), mn.metrics.squared_error, solver=SOLVER, execution=execution)
+    with pytest.raises(AttributeError, match="std"):
         learner.backward(both(X))
 
 
@@ -465,11 +481,33 @@ def test_functions_of_another_number_of_arguments_are_refused(given: object) -> 
         mn.MetaLearner(model, mn.metrics.squared_error, solver=SOLVER).evaluate(both(X), given)
 
 
-def test_optional_arguments_of_a_loss_are_no_reason_to_refuse_it() -> None:
-    def loss(model: nn.Module, batch: mn.Batch, scale: float = 2.0) -> Tensor:
-        return scale * mn.metrics.squared_error(model, batch)
+def scaled(model: nn.Module, batch: mn.Batch, scale: float = 2.0) -> Tensor:
+    return scale * mn.metrics.squared_error(model, batch)
 
+
+def three(model: nn.Module, batch: mn.Batch, scale: float) -> Tensor:
+    return scaled(model, batch, scale)
+
+
+@functools.wraps(three)
+def wrapped(model: nn.Module, batch: mn.Batch) -> Tensor:
+    return three(model, batch, 2.0)
+
+
+@pytest.mark.parametrize("loss", [scaled, wrapped, functools.partial(three, scale=2.0), lambda *given: scaled(*given)])
+def test_whatever_can_be_called_with_the_two_is_a_loss(loss: object) -> None:
     assert mn.MetaLearner(nn.Linear(3, 1), loss, solver=SOLVER).backward(both(X)).dropped_tasks == 0
+
+
+def test_a_number_a_task_is_no_class_label() -> None:
+    """Of tasks whose examples have their axis, targets may be one integer each: which row of a table, say."""
+
+    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
+        return (model(batch.inputs) - torch.arange(4.0)[batch.targets]).square().mean()
+
+    learner, tasks = mn.MetaLearner(nn.Linear(3, 1), loss, solver=SOLVER), both(X, torch.tensor([1, 3]))
+    assert learner.backward(tasks).dropped_tasks == 0
+    assert isinstance(learner.adapt(mn.Batch(X[0], tasks.support.targets[0])), nn.Linear)
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from metanudge.batching import as_stacks, leaves
+from metanudge.batching import as_stacks, check_stack, leaves
 from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError, TasksError
 from metanudge.execution import is_sharded
@@ -60,7 +60,9 @@ def alone(support: Batch, device: torch.device, seen: set[Shapes]) -> list[Tasks
         )
     _refuse_stack(support, seen)
     stack = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, support)
-    return as_stacks(Tasks(stack, stack), device)[0]
+    one = Tasks(stack, stack)
+    check_stack(one, device)
+    return [one]
 
 
 ONE = (

@@ -74,10 +74,12 @@ def check_stack(tasks: Tasks, device: torch.device) -> int:
 
 
 def _check_axes(stack: Tasks) -> None:
-    """Raise a TasksError where every task would be a single class index, which has no axis of examples."""
+    """Raise a TasksError where every task would be one vector and one class index, neither with an axis of examples."""
     for part, batch in zip(Tasks._fields, stack, strict=True):
-        targets = batch.targets
-        if isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point():
+        inputs, targets = batch
+        if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor) or targets.is_floating_point():
+            continue
+        if inputs.ndim <= 2 and targets.ndim == 1:
             raise TasksError(
                 f"the targets of the {part} batch have the shape {tuple(targets.shape)}: class indices of a stack of "
                 "tasks are [tasks, examples]. If these are the examples of one task, give it as a list, "

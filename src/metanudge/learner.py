@@ -61,9 +61,10 @@ class MetaLearner:
         batch_norm: What BatchNorm layers normalise by; a model that has some needs it said. "transductive": every batch
             by its own statistics, so query predictions depend on each other; "support": support batches by their own,
             query batches by those of the support set; "frozen": running statistics, which are never updated.
-        compile: Let ``torch.compile`` build the gradients of ``backward``, in the vectorised execution, which takes
-            seconds a gradient for every new form of stack (number of tasks, shapes, modes) in every process. Not for
-            estimators that differentiate twice, nor for models that draw random numbers or write to their inputs.
+        compile: Let TorchInductor, the compiler of ``torch.compile``, build the gradients of ``backward`` in the
+            vectorised execution, and the steps of Nesterov and GradientDescent around them: some five programs, seconds
+            each, for every new form of stack (number of tasks, shapes, modes) in every process. Not for estimators
+            that differentiate twice, nor for models that draw random numbers or write to their inputs.
             What Python decides in the loss is frozen at the first step; parameters, buffers, numbers that modules hold
             and tensors changed in place are not.
 

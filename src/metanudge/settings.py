@@ -94,8 +94,8 @@ def check_function(argument: str, given: object, form: str) -> None:
         hint = "; write one that calls the model and then the loss" if callable(given) else ""
         raise SettingsError(f"{argument} must be a function {form}, got {given!r}{hint}")
     try:
-        signature = inspect.signature(given)
-    except (TypeError, ValueError):  # written in C
+        signature = inspect.signature(given, follow_wrapped=False)
+    except Exception:  # written in C, or annotated by what is not there: it can not be told
         return
     try:
         signature.bind(None, None)

@@ -17,9 +17,11 @@ from metanudge.experiments.study import Advance, Entry, Experiment, Study
 SUMMARY = (
     "Every estimator on the same network, tasks and meta-steps, each with the inner solver, proximal weight and step "
     "size of Adam that the shared grid's validation tasks chose for it, and of every training the parameters that they "
-    "were best with. Seconds are processor time of one thread, the median of meta-steps of all estimators taken turn "
-    "by turn, times their number; with compile=True too, where an estimator takes first derivatives only, and then "
-    "with the time that compiling takes. What each chose, the whole grid and every curve are in metrics.json."
+    "were best with, among {looks} looks. (An inner problem without proximal term is not for estimators that rest on "
+    "one; they have so many points less.) Seconds are processor time of one thread, the median of meta-steps of all "
+    "estimators taken turn by turn, times their number, without the looks; with compile=True too, where an estimator "
+    "takes first derivatives only, and then with the time that compiling takes. What each chose, the whole grid and "
+    "every curve are in metrics.json."
 )
 
 
@@ -34,7 +36,7 @@ def run(name: str, key: str, title: str, settings: ComparisonSettings, advance: 
         f"{name}_adaptation": (adaptation(name, found), "Accuracy after every adaptation step, meta-training done."),
     }
     claims = [at_equal_steps(found, name, 0.005), *in_time(time_to_reach, found, name)]
-    return Study(key, title, SUMMARY, claims, metrics_of(found), figures)
+    return Study(key, title, SUMMARY.format(looks=settings.points), claims, metrics_of(found), figures)
 
 
 EXPERIMENT = Experiment(

@@ -1,7 +1,7 @@
 """``metanudge reproduce sinusoid``: every estimator on Finn's sinusoids, 10 shots, smooth and kinked network.
 
 Protocol: network 1-40-40-1, 25 tasks a meta-step, Adam with the meta-gradient clipped at 10. Every estimator is tuned
-on the same grid (inner solver, proximal weight, step size of Adam) by the validation error of short runs, and then
+on the same grid (inner solver, proximal weight, step size of Adam) by the validation error of shorter runs, and then
 trained from three seeds. Of every training those parameters are kept that are best on the validation tasks, among
 twenty looks; the error is that of 1,000 tasks never seen.
 """
@@ -16,10 +16,11 @@ from metanudge.experiments.study import Advance, Entry, Experiment, Study
 SUMMARY = (
     "Every estimator on the same {network} network, tasks and meta-steps, each with the inner solver, proximal weight "
     "and step size of Adam that the shared grid's validation tasks chose for it, and of every training the parameters "
-    "that they were best with. Seconds are processor time of one "
-    "thread, the median of meta-steps of all estimators taken turn by turn, times their number; with compile=True too, "
-    "where an estimator takes first derivatives only, and then with the time that compiling takes. What each chose, "
-    "the whole grid and every curve are in metrics.json."
+    "that they were best with, among {looks} looks. (An inner problem without proximal term is not for estimators that "
+    "rest on one; they have so many points less.) Seconds are processor time of one thread, the median of meta-steps "
+    "of all estimators taken turn by turn, times their number, without the looks; with compile=True too, where an "
+    "estimator takes first derivatives only, and then with the time that compiling takes. What each chose, the whole "
+    "grid and every curve are in metrics.json."
 )
 
 
@@ -38,9 +39,8 @@ def run(name: str, network: str, key: str, settings: ComparisonSettings, advance
         ),
     }
     claims = [at_equal_steps(found, name, 0.0), *in_time(at_equal_seconds, found, name)]
-    return Study(
-        key, f"Sinusoids, {network} network", SUMMARY.format(network=network), claims, metrics_of(found), figures
-    )
+    summary = SUMMARY.format(network=network, looks=settings.points)
+    return Study(key, f"Sinusoids, {network} network", summary, claims, metrics_of(found), figures)
 
 
 EXPERIMENT = Experiment(

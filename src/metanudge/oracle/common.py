@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def scalar_loss(function: LossFunction, model: nn.Module, batch: Batch) -> Tenso
     try:
         loss: object = function(model, batch)
     except (AttributeError, TypeError) as error:
-        if not _took_for_tensors(str(error), model):
+        if not _took_for_tensors(error, model):
             raise
         raise LossError(
             "the loss (or metric) is called as loss(model, batch), with a module and mn.Batch(inputs, targets), and "
@@ -102,11 +103,15 @@ def scalar_loss(function: LossFunction, model: nn.Module, batch: Batch) -> Tenso
     return loss
 
 
-def _took_for_tensors(said: str, model: nn.Module) -> bool:
-    """Whether these are the words for the model or its batch in the place of a tensor."""
-    kind = rf"'?\b({re.escape(type(model).__name__)}|Batch)\b'?"
+def _took_for_tensors(error: Exception, model: nn.Module) -> bool:
+    """Whether the loss itself treated the model or its batch as a tensor.
+
+    An attribute may be missing within the model as well, and modules are asked for a device or a dtype by mistake.
+    """
+    said, kind = str(error), rf"'?\b({re.escape(type(model).__name__)}|Batch)\b'?"
     if (lacking := re.search(rf"{kind} object has no attribute '(\w+)'", said)) is not None:
-        return hasattr(Tensor, lacking[2])
+        within = any(frame.name == "_call_impl" for frame in traceback.extract_tb(error.__traceback__))
+        return hasattr(Tensor, lacking[2]) and lacking[2] not in ("device", "dtype") and not within
     return bool(re.search(rf"(unsupported operand|must be Tensor).*{kind}", said))
 
 

@@ -1,4 +1,4 @@
-"""Gradients of stacks as compiled programs: traced once a form of their inputs, run without Python or autograd."""
+"""Gradients of stacks, and solver steps, as programs: traced once a form of their inputs, run without autograd."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ class Bound:
         self._programs = programs
         leaves, self._structure = tree_flatten(fixed)
         self._leaves = _plain(leaves)
-        self._key = (state, _autocast(self._leaves), str(self._structure), _forms(self._leaves))
+        switches = (_autocast(self._leaves), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+        self._key = (state, switches, str(self._structure), _forms(self._leaves))
         self._known = programs.known.get(self._key, {})
 
     def __call__(self, name: Hashable, function: Callable[[PyTree, PyTree], PyTree], given: PyTree) -> PyTree:
@@ -133,13 +134,14 @@ class Bound:
 
         program, tensors = _compiled(flat, [*leaves, *self._leaves])
         built = Built(program, forms[0])
+        self._known = self._programs.known.setdefault(self._key, self._known)
         self._known[key] = built
-        self._programs.known[self._key] = self._known
         if len(self._programs) == MANY:
             warn(
                 f"compile=True has compiled {MANY} gradients by now. Every number of tasks (a smaller last stack too), "
-                "every shape and every value of a module's numbers and modes has programs of its own: give stacks of "
-                "one form (drop_last=True), keep what changes in a buffer, or leave compile out",
+                "every shape, every value of a module's numbers and modes, every prox and setting of the solver has "
+                "programs of its own: give stacks of one form (drop_last=True), keep what changes in a buffer, or "
+                "leave compile out",
                 UserWarning,
             )
         return put_together(built.form, iter(tensors))
@@ -185,12 +187,12 @@ def _compiled(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tenso
     del copies
     try:
         program = build(traced, [tensor.clone() for tensor in tensors])
-        return program, _run(program, tensors)
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except Exception as error:
         raise LossError(
-            "with compile=True torch.compile builds the gradient, and failed; leave compile out. On the CPU it needs a "
+            "with compile=True TorchInductor builds the gradient, and failed; leave compile out. On the CPU it needs a "
             f"C++ compiler, on a GPU Triton. PyTorch said: {error}"
         ) from error
+    return program, _run(program, tensors)
 
 
 def _run(program: Program, tensors: Sequence[Tensor]) -> Sequence[Tensor]:

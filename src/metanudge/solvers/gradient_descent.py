@@ -60,14 +60,16 @@ class GradientDescent:
 
     def init(self, energy: Energy, start: Params, plan: None) -> State:
         """Begin at rest."""
-        start = energy.lanes(start)
         return State(start, tree.zeros(start) if self.momentum else None)
 
     def step(self, energy: Energy, plan: None, state: State, index: int, decision: None) -> tuple[State, None]:
         """Follow the velocity."""
-        return energy.fused(self, partial(self._moved, index), state), None
+        move = partial(self._move, index)
+        if type(self) is not GradientDescent:  # which may read more than a program should freeze
+            return move(energy, state), None
+        return energy.fused((GradientDescent, self.lr, self.momentum), move, state), None
 
-    def _moved(self, index: int, energy: Energy, state: State) -> State:
+    def _move(self, index: int, energy: Energy, state: State) -> State:
         velocity = energy.gradient(state.phi, index)
         if state.velocity is not None:
             velocity = tree.axpy(self.momentum, state.velocity, velocity)

@@ -81,10 +81,10 @@ def advance(
 def solve(solver: Solver, energy: Energy, start: Params, observe: Observer | None = None) -> Solution:
     """Solve the free problem from ``start``; ``observe(k, phi_k)`` is called at k = 0, 1, ..., K."""
     schedule = Schedule(solver.plan(energy, start), [])
-    state = solver.init(energy, start, schedule.plan)
     if observe is not None:
         observe(0, start)
-    state = advance(solver, energy, schedule, state, range(solver.steps), observe)
+    begun = [solver.init(energy, start, schedule.plan)]
+    state = advance(solver, energy, schedule, begun.pop(), range(solver.steps), observe)
     return Solution(solver.point(state), schedule)
 
 
@@ -97,6 +97,6 @@ def replay(solver: Solver, energy: Energy, start: Params, schedule: Schedule) ->
         start: Where to begin.
         schedule: What the free solve left, or that settled.
     """
-    state = solver.init(energy, start, schedule.plan)
-    state = advance(solver, energy, schedule, state, range(len(schedule.decisions)))
+    begun = [solver.init(energy, energy.lanes(start), schedule.plan)]
+    state = advance(solver, energy, schedule, begun.pop(), range(len(schedule.decisions)))
     return solver.point(state)

@@ -76,7 +76,7 @@ class Nesterov:
     stops of the free solve; those from its solution its restarts, with its last step size, and take all ``steps``.
 
     Cost: one gradient of the energy a step, and ``power_iterations + 1`` support gradients for L.
-    Memory: phi and five copies.
+    Memory: phi and seven copies.
 
     Args:
         steps: Number of steps K >= 1 (at most, with ``tol``).
@@ -134,9 +134,8 @@ class Nesterov:
 
     def init(self, energy: Energy, start: Params, plan: Curvature | None) -> State:
         """Begin at rest."""
-        start = energy.lanes(start)
-        # a secant of no length, so that the first step is like the others
-        return State(start, start, None, None if plan is None else Secant(plan.constant, start, tree.zeros(start)))
+        # a secant of no length, which tells nothing: the first step has the form of the others
+        return State(start, start, None, None if plan is None else Secant(plan.constant, start, start))
 
     def step(
         self, energy: Energy, plan: Curvature | None, state: State, index: int, decision: Decision | None
@@ -152,10 +151,11 @@ class Nesterov:
         return State(x, y, decision.active if self.tol is not None else None, secant), decision
 
     def _fused(self, energy: Energy, function: partial[Any], *given: PyTree) -> Any:
-        # without a proximal term β depends on the step's number, which a program would freeze
-        if energy.prox == 0 and isinstance(self.momentum, str):
+        # a program would freeze the step's number, on which β depends without a proximal term; a subclass may read more
+        if (energy.prox == 0 and isinstance(self.momentum, str)) or type(self) is not Nesterov:
             return function(energy, *given)
-        return energy.fused((self, function.func.__name__), function, *given)
+        read = (self.tol, self.lr, self.momentum, self.restart)
+        return energy.fused((function.func, *read), function, *given)
 
     def _replay(self, index: int, energy: Energy, x: Params, y: Params, decision: Decision) -> tuple[Params, Params]:
         """The next x and y."""

@@ -211,14 +211,9 @@ def metrics_of(found: Mapping[str, Method]) -> dict[str, Any]:
 
 
 def score_at(times: Sequence[float], scores: Sequence[float], seconds: float) -> float:
-    """A curve's value after ``seconds`` of meta-training, between its points linear; before the first, no number."""
-    if seconds < times[0]:
-        return math.nan
-    if seconds >= times[-1]:
-        return scores[-1]
-    later = next(place for place, point in enumerate(times) if point > seconds)
-    share = (seconds - times[later - 1]) / (times[later] - times[later - 1])
-    return scores[later - 1] + share * (scores[later] - scores[later - 1])
+    """A curve's value at the last of its points within ``seconds`` of meta-training; before the first, no number."""
+    within = [score for time, score in zip(times, scores, strict=True) if time <= seconds]
+    return within[-1] if within else math.nan
 
 
 def seconds_to(times: Sequence[float], scores: Sequence[float], score: float, higher: bool) -> float:
