@@ -175,7 +175,7 @@ def test_traced_programs_have_products_and_give_the_same(layer: str, monkeypatch
     """Whatever follows a convolution takes its layout, and what it writes to a view is not lost."""
     graphs: list[Any] = []
 
-    def build(graph: Any) -> Any:
+    def build(graph: Any, tensors: list[torch.Tensor]) -> Any:
         graphs.append(graph)
         return torch.compile(graph, backend="aot_eager", dynamic=False, fullgraph=True)  # checks its strides
 

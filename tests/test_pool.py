@@ -174,7 +174,7 @@ def test_what_can_not_be_kept_is_told(tmp_path):
 
 
 def comparison_job(method: str, inner: Inner) -> comparison.Job:
-    return comparison.Job("sinusoid_tanh", method, inner, 1e-3, 0, 1, 2, 1, "validation", 2, 2)
+    return comparison.Job("sinusoid_tanh", method, inner, 1e-3, 0, 1, 2, 1, 2, 2, 2)
 
 
 GRID = [

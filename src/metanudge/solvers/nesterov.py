@@ -155,7 +155,7 @@ class Nesterov:
         if (energy.prox == 0 and isinstance(self.momentum, str)) or type(self) is not Nesterov:
             return function(energy, *given)
         read = (self.tol, self.lr, self.momentum, self.restart)
-        return energy.fused((function.func, *read), function, *given)
+        return energy.fused((Nesterov, function.func.__name__, *read), function, *given)
 
     def _replay(self, index: int, energy: Energy, x: Params, y: Params, decision: Decision) -> tuple[Params, Params]:
         """The next x and y."""
