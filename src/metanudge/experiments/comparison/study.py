@@ -53,7 +53,7 @@ class MNIST1DSettings(ComparisonSettings):
     @classmethod
     def quick(cls) -> Self:
         """A taste: too short for the claims to mean anything."""
-        return cls(16, 4, 1, 4, 40, 60, 30, 4, 3, compiled=False)
+        return cls(10, 4, 1, 2, 20, 60, 20, 2, 3, compiled=False)
 
 
 class Trial(NamedTuple):
