@@ -230,14 +230,14 @@ class InnerGradients(Protocol):
         ...
 
     def fused(self, name: Hashable, function: Callable[[InnerGradients, PyTree], PyTree], given: PyTree) -> PyTree:
-        """``function(self, given)``, all of it one program where gradients are compiled.
+        """``function(self, given)``, all of it one program where gradients are compiled; elsewhere as it is.
 
         Args:
             name: Of the function, and of all that it reads but tensors: equal names are equal functions.
             function: Pure, of trees of tensors (and constants); it draws no random numbers of its own.
             given: What it is of.
         """
-        ...
+        return function(self, given)
 
     def steppable(self, start: Params) -> Params:
         """Leaf parameters at ``start`` that a torch optimizer can step in place."""

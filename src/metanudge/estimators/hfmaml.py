@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -14,7 +13,7 @@ from metanudge.energy import Energy, InnerProblem
 from metanudge.estimators.unrolled import leaves_per_task, unroll
 from metanudge.settings import check_positive
 from metanudge.solvers.loop import Solver
-from metanudge.types import Estimate, InnerGradients, LossGradients, Need, Params, PyTree, Role, Weights
+from metanudge.types import Estimate, InnerGradients, LossGradients, Need, Params, Role, Weights
 
 
 class _TwoGradientBackward(torch.autograd.Function):
@@ -41,7 +40,7 @@ class _TwoGradientBackward(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class TwoGradientLosses:
+class TwoGradientLosses(InnerGradients):
     """Losses whose gradients can be differentiated without double backward.
 
     Attributes:
@@ -64,10 +63,6 @@ class TwoGradientLosses:
 
     def inner(self, a: Params, b: Params) -> Tensor:  # noqa: D102
         return self.energy.losses.inner(a, b)
-
-    def fused(self, name: Hashable, function: Callable[[InnerGradients, PyTree], PyTree], given: PyTree) -> PyTree:
-        """As it is."""
-        return function(self, given)
 
     def steppable(self, start: Params) -> Params:  # noqa: D102
         return self.energy.losses.steppable(start)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,11 +13,11 @@ from metanudge.energy import Energy, InnerProblem
 from metanudge.estimators.base import solve_free
 from metanudge.estimators.products import Products, check_products, hessian_product, needs_of
 from metanudge.solvers.loop import Solver, replay
-from metanudge.types import Estimate, HessianProduct, InnerGradients, LossGradients, Need, Params, PyTree, Weights
+from metanudge.types import Estimate, HessianProduct, InnerGradients, LossGradients, Need, Params, Weights
 
 
 @dataclass(frozen=True)
-class Linearized:
+class Linearized(InnerGradients):
     """The losses of the tangent problem: z -> <z, Hz>/2 + <∇f, z>, whose gradient is Hz + ∇f."""
 
     losses: LossGradients
@@ -32,10 +31,6 @@ class Linearized:
 
     def inner(self, a: Params, b: Params) -> Tensor:  # noqa: D102
         return self.losses.inner(a, b)
-
-    def fused(self, name: Hashable, function: Callable[[InnerGradients, PyTree], PyTree], given: PyTree) -> PyTree:
-        """As it is."""
-        return function(self, given)
 
     def steppable(self, start: Params) -> Params:  # noqa: D102
         return {name: torch.nn.Parameter(leaf.detach().clone()) for name, leaf in start.items()}

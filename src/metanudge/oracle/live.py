@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -24,11 +24,11 @@ from metanudge.oracle.common import (
 )
 from metanudge.oracle.mismatch import told_of_misfits
 from metanudge.oracle.module import LiveModule
-from metanudge.types import Batch, HessianProduct, InnerGradients, LossFunction, Params, PyTree, Role, Tasks, Weights
+from metanudge.types import Batch, HessianProduct, InnerGradients, LossFunction, Params, Role, Tasks, Weights
 
 
 @dataclass(frozen=True)
-class LiveLosses:
+class LiveLosses(InnerGradients):
     """One task on the live module; ``.backward()`` only. No lane axes.
 
     Attributes:
@@ -111,11 +111,6 @@ class LiveLosses:
     def steppable(self, start: Params) -> Params:  # noqa: D102
         self.live.load(start)
         return {name: self.live.parameters[name] for name in start}
-
-    def fused(  # noqa: D102
-        self, name: Hashable, function: Callable[[InnerGradients, PyTree], PyTree], given: PyTree
-    ) -> PyTree:
-        return function(self, given)
 
     def count(self, gradients: int) -> None:  # noqa: D102
         self.tally.gradients += gradients

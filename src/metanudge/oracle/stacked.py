@@ -129,7 +129,8 @@ class StackedLosses:
     def fused(  # noqa: D102
         self, name: Hashable, function: Callable[[InnerGradients, PyTree], PyTree], given: PyTree
     ) -> PyTree:
-        if not self._as_programs:
+        programs = self._programs
+        if programs is None:
             return function(self, given)
 
         def with_losses(tensors: PyTree, own: PyTree) -> tuple[PyTree, int]:
@@ -137,15 +138,15 @@ class StackedLosses:
             lone = self._inside(own, shared)
             return function(lone, inside), lone.tally.gradients
 
-        assert self.compiled is not None
-        found, gradients = self.compiled(name, with_losses, (given, self.shared))
+        found, gradients = programs(name, with_losses, (given, self.shared))
         self.tally.gradients += gradients
         return found
 
     @property
-    def _as_programs(self) -> bool:
+    def _programs(self) -> Bound | None:
+        """Where gradients are compiled, their programs."""
         # inference mode is refused by _derivative
-        return self.compiled is not None and not self.attached and not torch.is_inference_mode_enabled()
+        return None if self.attached or torch.is_inference_mode_enabled() else self.compiled
 
     def _inside(self, own: PyTree, shared: Params) -> StackedLosses:
         """The same losses while they are traced, of the tensors there."""
@@ -167,7 +168,8 @@ class StackedLosses:
 
     def _differentiate(self, weights: Weights, wanted: Params, rest: Params, step: int) -> tuple[Tensor, Params]:
         self.count(len(weights) * _nodes(wanted))
-        if not self._as_programs:
+        programs = self._programs
+        if programs is None:
             return self._derivative(weights, wanted, rest, step)
         fixed = {role: weight for role, weight in weights.items() if not isinstance(weight, Tensor)}
         moving = {role: weight for role, weight in weights.items() if isinstance(weight, Tensor)}
@@ -177,9 +179,8 @@ class StackedLosses:
             lone = self._inside(own, self.shared)
             return lone._derivative({**fixed, **given}, lone._leaves(packed), others, step)
 
-        assert self.compiled is not None
         name = ("gradient", tuple(weights), *fixed.items())
-        found: tuple[Tensor, Params] = self.compiled(name, derivative, (moving, wanted, rest))
+        found: tuple[Tensor, Params] = programs(name, derivative, (moving, wanted, rest))
         return found
 
     def _derivative(self, weights: Weights, wanted: Params, rest: Params, step: int) -> tuple[Tensor, Params]:
