@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import metanudge as mn
 from metanudge.oracle import RandomState
+from metanudge.oracle.attention import attention
 from metanudge.types import Role
 from problems import DTYPE, distance, flat_gradient, normal, single_tasks
 
@@ -610,3 +612,74 @@ def test_fused_attention_needs_first_derivatives_only(execution: str) -> None:
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         exact = gradient_of(plain, cross_entropy, sentences(), mn.MAML(), solver=mn.Nesterov(40), prox=2.0)
     assert distance(found, exact) < 1e-3
+
+
+def layer(dropout: float) -> nn.Module:
+    """A transformer of torch's own, which has a fast path in eval mode, and attention with dropout in train mode."""
+    block = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, batch_first=True, dtype=torch.float64)
+    return nn.Sequential(block, nn.Flatten(-2), nn.Linear(24, 2, dtype=torch.float64))
+
+
+def sequences() -> mn.Tasks:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 2, 6, 3, 8, generator=generator, dtype=torch.float64)
+    y = torch.randn(2, 2, 6, 2, generator=generator, dtype=torch.float64)
+    return mn.Tasks(mn.Batch(x[0], y[0]), mn.Batch(x[1], y[1]))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_a_transformer_in_eval_mode_has_no_fast_path_to_fail_on() -> None:
+    torch.manual_seed(0)
+    model, tasks = layer(dropout=0.5).eval(), sequences()
+    found = {}
+    for execution in ("vectorized", "in_place"):
+        learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=2.0, execution=execution)
+        model.zero_grad()
+        learner.backward(tasks)
+        evaluation = learner.evaluate(tasks)
+        adapted = learner.adapt(mn.Batch(tasks.support.inputs[0], tasks.support.targets[0]))
+        found[execution] = [p.grad for p in model.parameters()], evaluation.values, list(adapted.parameters())
+    for one, other in zip(*found.values(), strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_attention_with_dropout_draws_alike_for_every_nudge() -> None:
+    torch.manual_seed(0)
+    model, tasks, found = layer(dropout=0.3), sequences(), []
+    for nu in (1e-4, 1e-5):
+        learner = mn.MetaLearner(
+            model,
+            mn.metrics.squared_error,
+            prox=20.0,
+            solver=mn.GradientDescent(4, lr=0.02),
+            estimator=mn.FOBMAML(nu=nu),
+            execution="vectorized",
+        )
+        model.zero_grad()
+        torch.manual_seed(1)
+        learner.backward(tasks)
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    # masks of their own would differ by O(1), and the quotient by that over nu
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    model.eval()
+    model.zero_grad()
+    learner.backward(tasks)
+    assert (found[0] - torch.cat([p.grad.flatten() for p in model.parameters()])).norm() > 0.01 * found[0].norm()
+
+
+@pytest.mark.parametrize("settings", [{}, {"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}])
+def test_attention_written_out_is_that_of_torch(settings: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 5, 6, generator=generator, dtype=torch.float64)
+    heads = 2 if "enable_gqa" in settings else 4
+    key, value = torch.randn(2, 2, heads, 5, 6, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(
+        attention(query, key, value, **settings), F.scaled_dot_product_attention(query, key, value, **settings)
+    )
+    if not settings:
+        for mask in (torch.eye(5, dtype=torch.bool), torch.randn(5, 5, generator=generator, dtype=torch.float64)):
+            expected = F.scaled_dot_product_attention(query, key, value, mask)
+            torch.testing.assert_close(attention(query, key, value, mask), expected)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -58,9 +59,20 @@ class Call(nn.Module):
                 module._buffers[name] = None
         return value
 
-    def convolutions(self) -> AbstractContextManager[object]:
-        """To call the model in: where it is compiled, convolutions of stacks are matrix products."""
-        return MatrixConvolutions() if self.steady else nullcontext()
+    @contextmanager
+    def layers(self) -> Iterator[None]:
+        """To call the model in: layers run what vmap can, and autograd after it.
+
+        In eval mode transformers take a path of their own that has no derivative, wherever they see no parameter that
+        asks for one, as behind vmap; and convolutions of stacks are matrix products where the model is compiled.
+        """
+        before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with MatrixConvolutions() if self.steady else nullcontext():
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
 
     def holding(self, buffers: dict[str, Tensor], frozen: dict[str, Tensor]) -> Call:
         """The same with other tensors, drawing nothing."""

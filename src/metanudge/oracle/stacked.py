@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from metanudge import tree
 from metanudge.errors import LossError
+from metanudge.oracle.attention import DrawingAttention
 from metanudge.oracle.batch_norm import BatchNorm
 from metanudge.oracle.call import Call, explained
 from metanudge.oracle.common import (
@@ -227,7 +228,7 @@ class StackedLosses:
             return {role: of(role) for role in functions}
 
         buffers = self._buffers(functions, nodes)
-        with explained(), self.call.convolutions():
+        with explained(), self.call.layers():
             if nodes == 1 or not self.call.draws:
                 repeated = data if nodes == 1 else tree_map(lambda leaf: leaf.repeat_interleave(nodes, 0), data)
                 chance = "different" if nodes == 1 and not self.call.steady else "error"
@@ -241,7 +242,8 @@ class StackedLosses:
                         raise LossError(_DRAWS) from error
                     self.call.draws = True
             over_nodes = vmap(one, in_dims=(0, 0, None), randomness="same")
-            return vmap(over_nodes, randomness="different")(lanes, buffers, data)
+            with DrawingAttention():
+                return vmap(over_nodes, randomness="different")(lanes, buffers, data)
 
     def _buffers(self, roles: Iterable[Role], nodes: int) -> dict[Role, dict[str, Tensor]]:
         """A copy of every buffer a lane, so that what a forward pass writes there is its own and is thrown away."""
