@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -710,6 +711,61 @@ def test_metrics_do_not_broadcast(metric: object) -> None:
     learner = mn.MetaLearner(nn.Linear(1, outputs), lambda m, b: m(b.inputs).square().mean())
     with pytest.raises(mn.LossError, match="must be equal"):
         learner.evaluate(tasks, metric)
+
+
+class Answer(NamedTuple):
+    """What a Hugging Face model returns."""
+
+    loss: None
+    logits: Tensor
+
+
+class Words(nn.Module):
+    """A classifier called as theirs are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 4), nn.Linear(4, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Answer:
+        mask = attention_mask.unsqueeze(-1)
+        return Answer(None, self.head((self.embedding(input_ids) * mask).sum(-2) / mask.sum(-2)))
+
+
+@pytest.mark.parametrize("execution", ["vectorized", "in_place"])
+def test_inputs_by_keyword_and_outputs_with_logits(execution: str) -> None:
+    torch.manual_seed(0)
+    model = Words()
+    inputs = {"input_ids": torch.randint(5, (2, 6, 3)), "attention_mask": torch.ones(2, 6, 3)}
+    batch = mn.Batch(inputs, torch.randint(3, (2, 6)))
+    learner = mn.MetaLearner(model, mn.metrics.cross_entropy, execution=execution)
+    learner.backward(mn.Tasks(batch, batch))
+    found = learner.evaluate(mn.Tasks(batch, batch), mn.metrics.accuracy)
+    logits = model(**{name: leaf[0] for name, leaf in inputs.items()}).logits
+    torch.testing.assert_close(found.values[0, 0], (logits.argmax(-1) == batch.targets[0]).double().mean())
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [(nn.Linear(8, 5), (10, 8)), (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(0), nn.Linear(18, 5)), (10, 1, 5, 5))],
+)
+def test_a_missing_task_axis_is_told(model: nn.Module, shape: tuple[int, ...]) -> None:
+    batch = mn.Batch(torch.randn(shape), torch.randn(10, 5))
+    learner = mn.MetaLearner(model, squared_error, prox=2.0)
+    with pytest.warns(UserWarning, match="each of 10 tasks has one input of shape .* is the task axis missing"):
+        learner.backward(mn.Tasks(batch, batch))
+    learner.backward(mn.Tasks(batch, batch))  # once
+
+
+def test_examples_in_a_row_are_no_missing_axis() -> None:
+    """Scalars that the model gives an axis of their own."""
+
+    class Scalars(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.unsqueeze(-1)).squeeze(-1)
+
+    batch = mn.Batch(torch.randn(3, 10), torch.randn(3, 10))
+    mn.MetaLearner(Scalars(1, 1), squared_error, prox=2.0).backward(mn.Tasks(batch, batch))
 
 
 def test_errors_are_of_one_family() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import metanudge as mn
+from metanudge.permutations import permuted
 from metanudge.tasks.few_shot import labels_of
 from metanudge.tasks.mnist1d import CLASSES, signals
 
@@ -301,6 +302,23 @@ def test_rotations_are_new_classes(omniglot):
         assert kind == plain[5][1] + 7 * quarter
     task = mn.tasks.few_shot(turned, ways=20, shots=1, queries=2)[0]
     assert task.query.inputs.shape == (40, 1, 28, 28)
+
+
+def test_folders_of_one_class_in_two_splits_go_together(tmp_path):
+    for part, number in (("train", 3), ("val", 2)):
+        for index in range(number):
+            picture(tmp_path / part / "n_a" / f"{part}{index}.jpg", index, mode="RGB")
+    assert len(mn.tasks.image_folders(tmp_path, "train+validation", size=8)) == 5
+
+
+def test_permutations_leave_labels_that_name_no_class():
+    labels = torch.tensor([[0, 1, 2, -100], [-100, 2, 0, 1]])
+    batch = mn.Batch(torch.zeros(2, 4, 1), labels)
+    for one in permuted(mn.Tasks(batch, batch), 6, 0):
+        for targets in (one.support.targets, one.query.targets):
+            assert torch.equal(targets == -100, labels == -100)
+            assert targets.sort(-1).values.tolist() == [[-100, 0, 1, 2]] * 2
+    assert torch.equal(labels, torch.tensor([[0, 1, 2, -100], [-100, 2, 0, 1]]))
 
 
 def test_mini_imagenet_is_split_by_its_tables(tmp_path):

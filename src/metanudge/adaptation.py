@@ -19,6 +19,7 @@ from metanudge.oracle import BatchNorm
 from metanudge.solvers import Solver
 from metanudge.solvers.loop import solve
 from metanudge.types import Batch, LossFunction, Params, Role, Tasks
+from metanudge.warned import warn
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 """Of the tensors of one task's support set, inputs and targets."""
@@ -28,6 +29,35 @@ def shapes_of(stacks: Iterable[Tasks]) -> set[Shapes]:
     """Of the tasks of checked stacks; those of minibatches are not looked at."""
     supports = [stack.support for stack in stacks if as_minibatches(stack.support) is None]
     return {tuple(tuple(leaf.shape[1:]) for leaf in leaves(support)) for support in supports}
+
+
+def looked_at(model: nn.Module, stacks: Iterable[Tasks], seen: set[Shapes]) -> set[Shapes]:
+    """``shapes_of`` checked stacks; warns where tasks of new shapes look like the examples of one.
+
+    A regression's examples without a task axis are a stack of tasks, each an example without an axis of its own, which
+    many models take without a word.
+    """
+    stacks = list(stacks)
+    layer = next((one for one in model.modules() if isinstance(one, nn.Linear | nn.modules.conv._ConvNd)), None)
+    for stack in stacks:
+        if layer is None or as_minibatches(stack.support) is not None or shapes_of([stack]) <= seen:
+            continue
+        if all(isinstance(batch.inputs, Tensor) and _is_one(batch.inputs.shape[1:], layer) for batch in stack):
+            number, *shape = stack.support.inputs.shape
+            warn(
+                f"each of {number} tasks has one input of shape {tuple(shape)} without an axis of examples, as the "
+                f"model's first layer, {type(layer).__name__}, takes a single example: is the task axis missing? "
+                "A stack of tasks is [tasks, examples, ...]; one task goes in a list, [mn.Tasks(...)]",
+                UserWarning,
+            )
+    return shapes_of(stacks)
+
+
+def _is_one(shape: torch.Size, layer: nn.Linear | nn.modules.conv._ConvNd) -> bool:
+    """Whether it is that of a single example of the layer's inputs."""
+    if isinstance(layer, nn.Linear):
+        return tuple(shape) == (layer.in_features,)
+    return len(shape) == len(layer.kernel_size) + 1 and shape[0] == layer.in_channels
 
 
 def check_copyable(model: nn.Module) -> None:

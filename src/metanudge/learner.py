@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metanudge.accumulation import FiniteMean, summarize
-from metanudge.adaptation import Shapes, adapted_copy, alone, check_copyable, curves, shapes_of
+from metanudge.adaptation import Shapes, adapted_copy, alone, check_copyable, curves, looked_at
 from metanudge.batching import as_stacks, groups
 from metanudge.deposit import Given, Told, add_to_grad, in_order, not_adapted, verdict
 from metanudge.energy import InnerProblem
@@ -187,7 +187,7 @@ class MetaLearner:
             ignored, up to 20 solves, once.
         """
         stacks, places = as_stacks(tasks, self._device)
-        self._seen |= shapes_of(stacks)
+        self._seen |= looked_at(self.model, stacks, self._seen)
         order = iter(in_order(indices, places, self.warm_start is not None))
         tally, mean = Tally(), FiniteMean()
         probes: list[Probe] = []
@@ -308,7 +308,7 @@ class MetaLearner:
     def _curves(self, tasks: Tasks | Sequence[Tasks], function: LossFunction) -> Tensor:
         """The metric after every step, ``[T, K + 1]``, in the order of the tasks."""
         stacks, places = as_stacks(tasks, self._device)
-        self._seen |= shapes_of(stacks)
+        self._seen |= looked_at(self.model, stacks, self._seen)
         with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, Tally()) as lent:
             found = [curves(problem, self.solver, function) for problem in lent.problems]
         return torch.cat(found)[torch.tensor(places).argsort()]

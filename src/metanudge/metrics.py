@@ -1,6 +1,13 @@
-"""Metrics for ``MetaLearner.evaluate``: functions of an adapted model and a batch, like losses."""
+"""Metrics for ``MetaLearner.evaluate``: functions of an adapted model and a batch, like losses.
+
+Inputs that are a dict are given to the model as keyword arguments; of an output that has ``logits`` these are taken:
+so they work for Hugging Face's models.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +22,12 @@ def _same_shape(first: str, a: Tensor, second: str, b: Tensor) -> None:
         raise LossError(
             f"{first} have the shape {tuple(a.shape)} of one task, but {second} {tuple(b.shape)}; they must be equal"
         )
+
+
+def _predicted(model: nn.Module, inputs: Any) -> Tensor:
+    found = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    predictions: Tensor = getattr(found, "logits", found)
+    return predictions
 
 
 def accuracy(model: nn.Module, batch: Batch) -> Tensor:
@@ -33,7 +46,7 @@ def accuracy(model: nn.Module, batch: Batch) -> Tensor:
         >>> round(float(mn.metrics.accuracy(torch.nn.Identity(), batch)), 3)
         0.667
     """
-    logits: Tensor = model(batch.inputs)
+    logits: Tensor = _predicted(model, batch.inputs)
     if logits.ndim == 0 or logits.shape[-1] < 2:
         raise LossError(
             f"accuracy needs a logit for each of at least two classes, [n, classes], but the model gave "
@@ -60,7 +73,7 @@ def squared_error(model: nn.Module, batch: Batch) -> Tensor:
         >>> float(mn.metrics.squared_error(torch.nn.Identity(), batch))
         1.0
     """
-    predictions: Tensor = model(batch.inputs)
+    predictions: Tensor = _predicted(model, batch.inputs)
     _same_shape("predictions", predictions, "targets", batch.targets)
     error: Tensor = predictions - batch.targets
     return error.square().mean()
@@ -82,6 +95,6 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
         >>> round(float(mn.metrics.cross_entropy(torch.nn.Identity(), batch).exp()), 3)
         4.0
     """
-    logits: Tensor = model(batch.inputs)
+    logits: Tensor = _predicted(model, batch.inputs)
     _same_shape("logits without their last axis", logits[..., 0], "class indices as targets", batch.targets)
     return F.cross_entropy(logits.flatten(0, -2), batch.targets.flatten())

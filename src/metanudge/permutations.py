@@ -44,11 +44,12 @@ def permuted(tasks: Tasks | Sequence[Tasks], number: int, first: int) -> Iterato
 
 
 def _renamed(support: Tensor, query: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The labels of one task under another naming of the classes it has."""
-    classes = torch.unique(torch.cat([support, query]))
-    names = classes[torch.randperm(len(classes), generator=generator).to(classes.device)]
-    found, judged = (names[torch.searchsorted(classes, labels)] for labels in (support, query))
-    return found, judged
+    """The labels of one task under another naming of the classes it has; negative ones name no class (ignore_index)."""
+    both = torch.cat([support, query])
+    named = both >= 0
+    classes, places = torch.unique(both[named], return_inverse=True)
+    both[named] = classes[torch.randperm(len(classes), generator=generator).to(classes.device)][places]
+    return both[: len(support)], both[len(support) :]
 
 
 def _with_targets(task: Tasks, support: Tensor, query: Tensor) -> Tasks:

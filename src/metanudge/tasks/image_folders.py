@@ -183,5 +183,5 @@ def _foldered(root: Path, parts: Sequence[str]) -> dict[str, list[Path]]:
         for folder in (root / name for name in FOLDERS[part]):
             for kind in sorted(folder.iterdir()) if folder.is_dir() else []:
                 if kind.is_dir() and (files := _images(kind)):
-                    kinds[kind.name] = files
+                    kinds.setdefault(kind.name, []).extend(files)
     return kinds
