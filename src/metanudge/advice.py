@@ -149,8 +149,8 @@ def amplified(tasks: int, total: int, prox: float, lr: float | None = None) -> s
     return (
         f"in {tasks} of {total} tasks the meta-gradient is longer than the query gradient, which a convex inner "
         f"problem does not allow: prox = {prox:g} does not outweigh the negative curvature of the support loss, or "
-        f"nudged solves diverge. More steps do not mend that: raise prox to about {closer:g}{short}, which {ANOTHER}; or "
-        "go on, if validation improves all the same"
+        f"nudged solves diverge. More steps do not mend that: raise prox to about {closer:g}{short}, which {ANOTHER}; "
+        "or go on, if validation improves all the same"
     )
 
 
