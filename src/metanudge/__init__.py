@@ -2,6 +2,7 @@
 
 from metanudge import metrics, optim, tasks
 from metanudge.diagnostics import Check, Smoothness, check, smoothness
+from metanudge.energy import InnerProblem
 from metanudge.errors import (
     LossError,
     MetanudgeError,
@@ -19,6 +20,7 @@ from metanudge.estimators import (
     IMAML,
     MAML,
     STENCILS,
+    Estimator,
     Reptile,
     Stencil,
     Tangent,
@@ -30,9 +32,9 @@ from metanudge.minibatches import Minibatches
 from metanudge.models import MODELS
 from metanudge.pretrained import load_pretrained
 from metanudge.registries import LOSSES, METRICS, OPTIMIZERS, SCHEDULERS
-from metanudge.solvers import SOLVERS, Adam, GradientDescent, Nesterov, TorchOptimizer
+from metanudge.solvers import SOLVERS, Adam, GradientDescent, Nesterov, Solver, TorchOptimizer
 from metanudge.training import Fit, fit
-from metanudge.types import Batch, Evaluation, MetaStep, Tasks
+from metanudge.types import Batch, Estimate, Evaluation, LossFunction, MetaStep, Tasks
 from metanudge.warm_start import WarmStart
 
 __version__ = "0.1.0"
@@ -55,10 +57,14 @@ __all__ = [
     "Adam",
     "Batch",
     "Check",
+    "Estimate",
+    "Estimator",
     "Evaluation",
     "Fit",
     "GradientDescent",
+    "InnerProblem",
     "LossError",
+    "LossFunction",
     "MetaLearner",
     "MetaStep",
     "MetanudgeError",
@@ -70,6 +76,7 @@ __all__ = [
     "Reptile",
     "SettingsError",
     "Smoothness",
+    "Solver",
     "Stencil",
     "Tangent",
     "Tasks",
