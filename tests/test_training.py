@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, TensorDataset
 import metanudge as mn
 from metanudge.checkpoint import LAST
 from metanudge.order import Order
+from problems import ESTIMATORS, SOLVERS
 
 
 def network() -> nn.Sequential:
@@ -364,6 +365,26 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert torch.equal(again.model.scale, model.scale)
     other = mn.load_pretrained(tmp_path / "new" / "folder", Tied(), mn.metrics.squared_error, solver=mn.Nesterov(3))
     assert other.solver == mn.Nesterov(3)
+
+
+WRITABLE = {name: solver for name, solver in SOLVERS.items() if not isinstance(solver, mn.TorchOptimizer)}
+
+
+@pytest.mark.parametrize("part", [*WRITABLE.values(), mn.Adam(3, lr=0.1, betas=(0.8, 0.9)), *ESTIMATORS.values()])
+def test_every_solver_and_estimator_is_read_as_it_was_written(part, tmp_path):
+    """All of the registries but the solver with a factory."""
+    kind = "solver" if type(part) in mn.SOLVERS.values() else "estimator"
+    mn.MetaLearner(nn.Linear(1, 1), mn.metrics.squared_error, **{kind: part}).save_pretrained(tmp_path)
+    again = mn.load_pretrained(tmp_path, nn.Linear(1, 1), mn.metrics.squared_error)
+    assert getattr(again, kind) == part
+
+
+def test_the_round_trip_leaves_no_solver_and_estimator_out():
+    assert {type(part) for part in WRITABLE.values()} == set(mn.SOLVERS.values()) - {mn.TorchOptimizer}
+    assert {type(part) for part in ESTIMATORS.values()} == set(mn.ESTIMATORS.values())
+    for wrong in ([0.9], 0.9, "ab"):
+        with pytest.raises(mn.SettingsError, match="beta"):
+            mn.Adam(3, lr=0.1, betas=wrong)
 
 
 def test_what_can_not_be_saved_or_loaded_is_told(tmp_path):
