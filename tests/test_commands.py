@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import metanudge as mn
+from metanudge import runs
 from metanudge.accumulation import summarize
 from metanudge.checkpoint import LAST
 from metanudge.cli import main
@@ -263,12 +264,17 @@ def test_more_steps_go_on_and_other_settings_are_refused(
         ("prox = 2.0", "prox = 3.0", "learner.prox = 2.0"),
         ("lr = 0.1", "lr = 0.2", "optimizer.lr = 0.1"),
         ("max_norm = 1.0", "", "training.max_norm = 1.0"),
+        ('name = "parameter_free"', 'name = "parameter_free"\nscale = 0.5', "scheduler.scale = left out"),
+        ("tasks = 5", "tasks = 6", "validation.tasks = 5"),
+        ("tasks = 5", 'tasks = 5\nbetter = "larger"', "validation.better = left out"),
+        ("tasks = 8", 'tasks = 8\nmetric = "accuracy"', "evaluation.metric = left out"),
     ):
         assert main(["train", written(tmp_path, **seed, **{old: new}), "--quiet"]) == 2
         assert key in capsys.readouterr().err.replace("\n", " ")
     assert same(kept, state(Path("runs/small/seed-0")))
     assert "prox = 2.0" in Path("runs/small/config.toml").read_text()
     smaller = {"prox = 2.0": "prox = 2.0\nchunk_size = 1", "tasks_at_once = 3": "", "steps = 12": "steps = 15"}
+    smaller |= {"tasks = 8": "tasks = 9"}  # of the evaluation, which no step knows
     with pytest.warns(
         UserWarning, match="goes on with chunk_size = 1 where it had None, tasks_at_once = 4 where it had 3"
     ):
@@ -276,6 +282,40 @@ def test_more_steps_go_on_and_other_settings_are_refused(
     assert len(state(Path("runs/small/seed-0"))["history"]) == 15
     assert main(["train", written(tmp_path, **seed, **{"prox = 2.0": "prox = 3.0"}), "--quiet", "--fresh"]) == 0
     assert len(state(Path("runs/small/seed-0"))["history"]) == 12
+
+
+def test_fresh_removes_what_was_there_of_all_its_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    two = {"[0, 1, 2]": "[0, 1]"}
+    out = Path("runs/small")
+    assert main(["train", written(tmp_path, **two), "--quiet"]) == 0
+    before = [(out / f"seed-{seed}" / LAST).read_bytes() for seed in (0, 1)]
+
+    other = written(tmp_path, **two, **{"prox = 2.0": "prox = 3.0"})
+    assert main(["train", other, "--quiet", "--fresh", "--seeds", "0"]) == 2  # and 1 be evaluated as of prox 3
+    told = " ".join(capsys.readouterr().err.split())
+    assert "its seeds 1 would stay beside the new ones: begin all anew (--seeds 0 1)" in told
+    plateau = "import torch\n\ndef make(optimizer): return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)\n"
+    (tmp_path / "own.py").write_text(plateau)
+    waits = {'name = "parameter_free"': 'name = "own.py:make"'}
+    assert main(["train", written(tmp_path, **two, **waits), "--quiet", "--fresh"]) == 2
+    assert "ReduceLROnPlateau steps by a validation score" in " ".join(capsys.readouterr().err.split())
+    assert [(out / f"seed-{seed}" / LAST).read_bytes() for seed in (0, 1)] == before
+
+    assert main(["train", written(tmp_path, **two), "--quiet", "--fresh", "--seeds", "0"]) == 0  # the same settings
+    assert json.loads((out / "seeds.json").read_text()) == [0, 1]
+    assert (out / "seed-1" / LAST).read_bytes() == before[1]
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    other = written(tmp_path, **two, **{"prox = 2.0": "prox = 3.0"})
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "fit", stopped)
+        assert main(["train", other, "--quiet", "--fresh"]) == 130
+    assert not list(out.glob("seed-*/*"))
 
 
 def test_failures_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset, TensorDataset
 import metanudge as mn
 from metanudge.checkpoint import LAST
 from metanudge.order import Order
+from problems import ESTIMATORS, SOLVERS
 
 
 def network() -> nn.Sequential:
@@ -151,6 +153,18 @@ def test_tasks_at_once_average_to_the_same_meta_gradient():
         assert step.query_loss == pytest.approx(steps[0].query_loss, rel=1e-9)
         assert step.gradient_norm == pytest.approx(steps[0].gradient_norm, rel=1e-8)
         assert step.gradient_evaluations == steps[0].gradient_evaluations
+
+
+def test_the_error_bound_of_a_step_is_that_of_its_parts():
+    """Of eight tasks whole, in fours, in twos and singly: the ratio of two means, not the mean of ratios."""
+    bounds = []
+    for at_once in (None, 4, 2, 1):
+        learner, optimizer, _ = parts(network().eval().double())
+        tasks = mn.tasks.episodes(mn.tasks.sinusoid, shots=4, queries=4, dtype=torch.float64)
+        found = mn.fit(learner, optimizer, tasks, steps=1, tasks_per_step=8, tasks_at_once=at_once, progress=False)
+        bounds.append(found.history[0].error_bound)
+    assert bounds[0] > 0
+    assert bounds[1:] == [pytest.approx(bounds[0], rel=1e-9)] * 3
 
 
 class Broken(Dataset):
@@ -293,6 +307,63 @@ def test_resume_false_begins_anew(tmp_path):
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 4
 
 
+def test_what_is_begun_anew_leaves_nothing_of_what_was_there(tmp_path):
+    held = {"out": tmp_path, "validation": mn.tasks.sinusoid(4, seed=2)}
+    learner, optimizer, _ = parts(network())
+    mn.fit(learner, optimizer, ENDLESS, steps=6, **held, **COMMON)
+    theirs = [
+        tmp_path / "notes.txt",
+        tmp_path / "best" / "mine.txt",
+        tmp_path / "tensorboard" / "events.out.tfevents.1",
+    ]
+    for file in theirs:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for wrong in ({"max_norm": 0.0}, {"better": "more"}, {"scheduler": 3}, {"tensorboard": 1}):
+        with pytest.raises(mn.SettingsError):
+            mn.fit(learner, optimizer, ENDLESS, steps=3, resume=False, **(held | COMMON | wrong))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+    learner, optimizer, _ = parts(network())
+    with pytest.raises(KeyboardInterrupt):  # killed before its first checkpoint
+        mn.fit(learner, optimizer, Stops(ENDLESS, 4), steps=3, out=tmp_path, resume=False, **COMMON)
+    left = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*theirs, tmp_path / "log.csv", tmp_path / "log.jsonl"}
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 2  # of its one step
+    learner, optimizer, _ = parts(network())
+    assert len(mn.fit(learner, optimizer, ENDLESS, steps=3, out=tmp_path, **COMMON).history) == 3
+    assert {file.read_text() for file in theirs} == {"mine"}
+    shutil.rmtree(tmp_path / "tensorboard")
+    (tmp_path / "best" / "mine.txt").unlink()
+    mn.fit(learner, optimizer, ENDLESS, steps=6, **held, **COMMON)
+    mn.fit(learner, optimizer, ENDLESS, steps=3, out=tmp_path, resume=False, **COMMON)
+    assert not (tmp_path / "best").exists()
+
+
+def test_weights_that_no_training_wrote_stay(tmp_path):
+    (tmp_path / "best").mkdir()
+    theirs = tmp_path / "best" / "model.safetensors"  # of a library of another name, without metanudge.json
+    theirs.write_text("mine")
+    learner, optimizer, _ = parts(network())
+    mn.fit(learner, optimizer, ENDLESS, steps=3, out=tmp_path, resume=False, **COMMON)
+    assert theirs.read_text() == "mine"
+
+
+def test_tensorboard_begun_anew_shows_one_training(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps in (6, 3):
+        learner, optimizer, _ = parts(network())
+        common = COMMON | {"out": tmp_path, "tensorboard": True, "resume": False}
+        found = mn.fit(learner, optimizer, ENDLESS, steps=steps, **common)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("query_loss")] == [record.step for record in found.history]
+
+
 def test_tensorboard_gets_the_numbers(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -366,6 +437,26 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert other.solver == mn.Nesterov(3)
 
 
+WRITABLE = {name: solver for name, solver in SOLVERS.items() if not isinstance(solver, mn.TorchOptimizer)}
+
+
+@pytest.mark.parametrize("part", [*WRITABLE.values(), mn.Adam(3, lr=0.1, betas=(0.8, 0.9)), *ESTIMATORS.values()])
+def test_every_solver_and_estimator_is_read_as_it_was_written(part, tmp_path):
+    """All of the registries but the solver with a factory."""
+    kind = "solver" if type(part) in mn.SOLVERS.values() else "estimator"
+    mn.MetaLearner(nn.Linear(1, 1), mn.metrics.squared_error, **{kind: part}).save_pretrained(tmp_path)
+    again = mn.load_pretrained(tmp_path, nn.Linear(1, 1), mn.metrics.squared_error)
+    assert getattr(again, kind) == part
+
+
+def test_the_round_trip_leaves_no_solver_and_estimator_out():
+    assert {type(part) for part in WRITABLE.values()} == set(mn.SOLVERS.values()) - {mn.TorchOptimizer}
+    assert {type(part) for part in ESTIMATORS.values()} == set(mn.ESTIMATORS.values())
+    for wrong in ([0.9], 0.9, "ab"):
+        with pytest.raises(mn.SettingsError, match="beta"):
+            mn.Adam(3, lr=0.1, betas=wrong)
+
+
 def test_what_can_not_be_saved_or_loaded_is_told(tmp_path):
     def learner(**settings):
         return mn.MetaLearner(nn.Linear(2, 2), mn.metrics.squared_error, **settings)
@@ -391,6 +482,41 @@ def test_what_can_not_be_saved_or_loaded_is_told(tmp_path):
     (tmp_path / "out" / "metanudge.json").write_text("{}")
     with pytest.raises(mn.SettingsError, match="can not be understood"):
         mn.load_pretrained(tmp_path / "out", nn.Linear(2, 2), mn.metrics.squared_error)
+
+
+class Wider(nn.Module):
+    """``Tied`` with a second weight of its own: a name that a file of ``Tied`` holds once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3, bias=False)
+        self.second = nn.Linear(3, 3, bias=False)
+        self.register_buffer("scale", torch.ones(3))
+
+
+def test_weights_of_a_smaller_model_change_nothing(tmp_path):
+    mn.MetaLearner(Tied(), mn.metrics.squared_error).save_pretrained(tmp_path)
+    model = Wider()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(mn.SettingsError, match=r"another architecture: the model has (first|second)\.weight, of which"):
+        mn.load_pretrained(tmp_path, model, mn.metrics.squared_error)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_patterns_from_any_iterable_are_kept_and_written_down(tmp_path):
+    def learner(adapt_only):
+        return mn.MetaLearner(Tied(), mn.metrics.squared_error, adapt_only=adapt_only)
+
+    every = ("first", "first.weight", "second", "*.weight")
+    for given in (list(every), iter(every), dict.fromkeys(every)):
+        assert learner(given).adapt_only == every
+    for given in (set(every), frozenset(every)):
+        assert learner(given).adapt_only == tuple(sorted(every))
+    drawn = learner(name for name in ("first",))
+    x = torch.ones(2, 4, 3)
+    drawn.backward(mn.Tasks(*(mn.Batch(x, x),) * 2))
+    drawn.save_pretrained(tmp_path)
+    assert mn.load_pretrained(tmp_path, Tied(), mn.metrics.squared_error).adapt_only == ("first",)
 
 
 def test_a_store_that_refuses_a_checkpoint_leaves_model_and_optimizer_alone(tmp_path):

@@ -26,6 +26,18 @@ class Numbers(NamedTuple):
     nu: float
 
 
+class Lengths(NamedTuple):
+    """Means over the kept tasks of ||error|| and ||g||; in parts of a step they add up, their ratios do not."""
+
+    error: float
+    size: float
+
+    @property
+    def bound(self) -> float:
+        """``MetaStep.error_bound``."""
+        return self.error / self.size if self.size else self.error * math.inf if self.error else 0.0
+
+
 class FiniteMean:
     """Running sums over the tasks whose solves did not diverge and whose losses and meta-gradient are finite.
 
@@ -81,11 +93,11 @@ class FiniteMean:
         for name in list(self._gradient):
             yield name, self._gradient.pop(name) / self.kept
 
-    def numbers(self) -> Numbers:
+    def numbers(self) -> tuple[Numbers, Lengths]:
         """Means over the kept tasks."""
         query_loss, support_loss, residual, nu, error, size, amplified = (self._numbers / self.kept).tolist()
-        bound = error / size if size else error * math.inf if error else 0.0
-        return Numbers(query_loss, support_loss, residual, bound, round(amplified * self.kept), nu)
+        lengths = Lengths(error, size)
+        return Numbers(query_loss, support_loss, residual, lengths.bound, round(amplified * self.kept), nu), lengths
 
 
 def summarize(values: Tensor) -> Evaluation:

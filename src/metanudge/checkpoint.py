@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from metanudge.logs import Record
 from metanudge.types import Role
 from metanudge.warned import warn
 
-LAST = "last.pt"
+LAST, BEST = "last.pt", "best"
 ROUNDED = ("execution", "compile", "chunk_size", "microbatch", "tasks_at_once")
-"""Settings that change a step by round-off alone: a training that ran out of memory may go on with others."""
+"""Settings that change a step by round-off alone, and with dropout in train mode by other draws: a training that ran
+out of memory may go on with others."""
 NUMBERS = ("best", "best_step", "evaluations", "skipped", "in_a_row", "seconds")
 
 
@@ -48,7 +51,7 @@ class Run:
         more: dict[str, Any],
     ) -> None:
         self.learner, self.optimizer, self.scheduler, self.protocol = learner, optimizer, scheduler, protocol
-        self.settings = settings_of(learner, optimizer) | more
+        self.settings = settings_of(learner, optimizer) | settings_of_scheduler(scheduler) | more
         self.history: list[Record] = []
         self.best, self.best_step = math.nan, 0
         self.evaluations = self.skipped = self.in_a_row = 0
@@ -148,6 +151,25 @@ def settings_of(learner: MetaLearner, optimizer: torch.optim.Optimizer) -> dict[
     return found | {"optimizer's lr": rates[0] if len(set(rates)) == 1 else rates}
 
 
+def settings_of_scheduler(scheduler: LRScheduler | None, name: str = "scheduler") -> dict[str, Any]:
+    """Its type, and the numbers it was made with, as far as it keeps them under their names; none for no scheduler."""
+    if scheduler is None:
+        return {}
+    found: dict[str, Any] = {name: type(scheduler).__name__}
+    for argument in inspect.signature(type(scheduler)).parameters:
+        if argument == "last_epoch":  # where it begins; the attribute says how far it is
+            continue
+        value = getattr(scheduler, argument, getattr(scheduler, f"_{argument}", None))
+        if isinstance(value, Counter):
+            value = sorted(value.elements())
+        if argument == "schedulers" and isinstance(value, list | tuple):
+            for place, part in enumerate(value):
+                found |= settings_of_scheduler(part, f"{name} {place}")
+        elif (number := _numbers(value)) is not None:
+            found[f"{name}'s {argument}"] = number
+    return found
+
+
 def qualified_name(function: Any) -> str:
     """Of a function, as it is known in its file; of a partial call, that of its function; else of the object's type."""
     while isinstance(function, functools.partial):
@@ -168,7 +190,7 @@ def _numbers(value: Any) -> float | list[float] | None:
     """A number or several; None for anything else, flags included."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, tuple) and all(isinstance(one, int | float) for one in value):
+    if isinstance(value, tuple | list) and all(isinstance(one, int | float) for one in value):
         return [float(one) for one in value]
     return None
 
@@ -184,7 +206,7 @@ def check_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> N
 
 
 def tell_rounded(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Warn of settings known of both that are not the same, where it changes round-off alone."""
+    """Warn of settings known of both that are not the same, where it is of those that ``ROUNDED`` names."""
     if found := [
         f"{name} = {now[name]} where it had {before[name]}"
         for name in ROUNDED
@@ -192,7 +214,7 @@ def tell_rounded(path: Path, before: dict[str, Any], now: dict[str, Any]) -> Non
     ]:
         warn(
             f"the training of {path} goes on with {', '.join(found)}: the same mathematics, but not bit for bit what "
-            "it would have been",
+            "it would have been, and with dropout in train mode other draws",
             UserWarning,
         )
 

@@ -71,7 +71,7 @@ class Train:
     seeds: tuple[int, ...] = ()
     """Train with these seeds alone; by default with those of the file."""
     fresh: bool = False
-    """Begin anew, and overwrite a training that is there."""
+    """Begin anew, and remove the training of these seeds that is there."""
     quiet: bool = False
     """No progress bar."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from metanudge import advice
-from metanudge.accumulation import FiniteMean, Numbers
+from metanudge.accumulation import FiniteMean, Lengths, Numbers
 from metanudge.batching import not_finite
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, UnsolvedWarning
 from metanudge.estimators import Estimator
@@ -62,12 +62,14 @@ class Told:
         residual: Mean residual, the last ten steps or so; NaN before the first.
         bound: The same of the error bound, geometrically.
         first: Place of the first task, where what is given is a part of a meta-step's tasks.
+        lengths: Of the last step, of which its error bound was made.
     """
 
     first: int = 0
     kinds: set[type[Warning]] = field(default_factory=set)
     residual: float = math.nan
     bound: float = math.nan
+    lengths: Lengths = field(default_factory=lambda: Lengths(math.nan, math.nan))
 
     def take(self, numbers: Numbers) -> None:
         """Take another step into account."""
@@ -108,7 +110,7 @@ def verdict(
             f"none of the {mean.total} tasks had a solve that did not diverge and a finite loss and meta-gradient, "
             f"so nothing was changed: {_lost(probes, given, solver, prox, told.first)}"
         )
-    numbers = mean.numbers()
+    numbers, told.lengths = mean.numbers()
     told.take(numbers)
     if dropped and NonFiniteWarning not in told.kinds:
         _tell_once(

@@ -23,7 +23,7 @@ from metanudge.execution import Execution, Lent, check_needs, choose_execution
 from metanudge.oracle import BatchNorm, Policy, Tally
 from metanudge.permutations import permuted
 from metanudge.probe import Probe
-from metanudge.selection import AdaptOnly, Selection, select_parameters
+from metanudge.selection import AdaptOnly, Selection, listed, select_parameters
 from metanudge.settings import check_flag, check_function, check_part, check_prox, check_sizes, check_steps, shown
 from metanudge.solvers import Nesterov, Solver
 from metanudge.solvers.loop import solve
@@ -118,8 +118,8 @@ class MetaLearner:
         check_part("estimator", self.estimator, ("needs", "__call__"), "mn.FOBMAML()")
         if warm_start is not None:
             check_part("warm_start", warm_start, ("get", "put", "state_dict"), "mn.WarmStart(), or None")
-        self.warm_start, self.adapt_only = warm_start, adapt_only
-        selection = select_parameters(model, adapt_only)
+        self.warm_start, self.adapt_only = warm_start, listed(adapt_only)
+        selection = select_parameters(model, self.adapt_only)
         self.norm = BatchNorm(batch_norm, model)
         self.execution: Execution = choose_execution(
             execution, model, self.losses, self.norm, selection, self.solver, chunk_size, microbatch, compile

@@ -15,6 +15,9 @@ from metanudge.errors import SettingsError
 from metanudge.files import write
 from metanudge.types import Evaluation, MetaStep
 
+LOGS, BOARD, OURS = ("log.csv", "log.jsonl"), "tensorboard", ".metanudge"
+"""Of a training's folder: its tables, the folder of TensorBoard's files, and how the names of those end."""
+
 
 class Record(NamedTuple):
     """One meta-step.
@@ -91,8 +94,8 @@ class Logs:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=len(history) + 1)
-        for name, head, form in (("log.csv", _row(Record._fields), _row), ("log.jsonl", "", _line)):
+            self._board = SummaryWriter(str(folder / BOARD), purge_step=len(history) + 1, filename_suffix=OURS)
+        for name, head, form in zip(LOGS, (_row(Record._fields), ""), (_row, _line), strict=True):
             write(folder / name, (head + "".join(map(form, history))).encode())
             self._files.append(((folder / name).open("a", newline=""), form))
 

@@ -63,6 +63,13 @@ def first_task(tasks: Any) -> str | None:
     return digests.pop() if len(digests) == 1 else None
 
 
+def digest_of(tasks: Any, drawn_from: Any) -> str | None:
+    """A digest of all ``tasks``; None where they come from a dataset that draws them anew at every look."""
+    if is_dataset(drawn_from) and first_task(drawn_from) is None:
+        return None
+    return _digest(tasks)
+
+
 def _digest(task: Any) -> str | None:
     leaves, form = tree_flatten(task)
     if not all(isinstance(leaf, Tensor) for leaf in leaves):

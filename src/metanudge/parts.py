@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from metanudge.accumulation import Lengths
 from metanudge.batching import split
 from metanudge.errors import NonFiniteError
 from metanudge.learner import MetaLearner
@@ -23,6 +26,7 @@ def backward(
     if at_once is None or at_once >= len(indices):
         return learner.backward(batch, given)
     found: list[MetaStep] = []
+    lengths: list[Lengths] = []
     kept: list[int] = []
     mean: list[Tensor | None] = [None] * len(parameters)
     failure: NonFiniteError | None = None
@@ -39,6 +43,7 @@ def backward(
         finally:
             learner._told.first = 0
         found.append(step)
+        lengths.append(learner._told.lengths)
         kept.append(len(members) - step.dropped_tasks)
         for place, parameter in enumerate(parameters):
             gradient, before = parameter.grad, mean[place]
@@ -49,7 +54,7 @@ def backward(
     if not found:
         assert failure is not None
         raise failure
-    return _merged(found, kept, len(indices), mean)
+    return _merged(found, lengths, kept, len(indices), mean)
 
 
 def _part(batch: Tasks | list[Tasks], first: int, size: int) -> Tasks | list[Tasks]:
@@ -58,18 +63,20 @@ def _part(batch: Tasks | list[Tasks], first: int, size: int) -> Tasks | list[Tas
     return next(part for place, (part, _) in enumerate(split(batch, size)) if place == first // size)
 
 
-def _merged(found: list[MetaStep], kept: list[int], total: int, gradient: list[Tensor | None]) -> MetaStep:
-    """Several steps as one: means by the tasks kept, sums of what is counted."""
+def _merged(
+    found: list[MetaStep], lengths: list[Lengths], kept: list[int], total: int, gradient: list[Tensor | None]
+) -> MetaStep:
+    """Several steps as one: means by the tasks kept, sums of what is counted, of the error bound the ratio of means."""
 
-    def mean(name: str) -> float:
-        return float(sum(n * getattr(step, name) for n, step in zip(kept, found, strict=True)) / sum(kept))
+    def mean(name: str, of: Sequence[MetaStep | Lengths] = found) -> float:
+        return float(sum(n * getattr(one, name) for n, one in zip(kept, of, strict=True)) / sum(kept))
 
     squares = [leaf.double().square().sum() for leaf in gradient if leaf is not None]
     return MetaStep(
         mean("query_loss"),
         mean("support_loss"),
         mean("residual"),
-        mean("error_bound"),
+        Lengths(mean("error", lengths), mean("size", lengths)).bound,
         sum(step.amplified_tasks for step in found),
         mean("nu"),
         float(torch.stack(squares).sum().sqrt()),

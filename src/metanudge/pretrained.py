@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import metanudge
 from metanudge.errors import SettingsError
@@ -132,10 +132,16 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     Raises:
         SettingsError: Weights of another architecture.
     """
-    from safetensors.torch import load_file, load_model
+    from safetensors.torch import load_file
 
     stored = load_file(folder / WEIGHTS)
     own = model.state_dict()
+    held = [_span(own[name]) for name in stored if name in own]
+    missing = [
+        name
+        for name, value in own.items()
+        if name not in stored and not any(a <= begin and end <= b for begin, end in (_span(value),) for a, b in held)
+    ]
     odd = [name for name, value in stored.items() if name not in own or own[name].shape != value.shape]
     if odd:
         found = tuple(own[odd[0]].shape) if odd[0] in own else "nothing of that name"
@@ -143,10 +149,17 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             f"the weights are of another architecture: {odd[0]} has shape {tuple(stored[odd[0]].shape)}, the model "
             f"has {found}"
         )
-    try:
-        load_model(model, str(folder / WEIGHTS))
-    except RuntimeError as error:
-        raise SettingsError(f"the weights are of another architecture: {error}") from error
+    if missing:
+        raise SettingsError(
+            f"the weights are of another architecture: the model has {', '.join(missing)}, of which {folder / WEIGHTS} "
+            "holds nothing"
+        )
+    model.load_state_dict(stored, strict=False)  # of tied ones, one is there
+
+
+def _span(value: Tensor) -> tuple[int, int]:
+    """Where in memory it is: of tied parameters at the same place."""
+    return value.data_ptr(), value.data_ptr() + value.nbytes
 
 
 def _listed(adapt_only: Any) -> str | list[str] | None:

@@ -12,8 +12,9 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, Subset
 
+from metanudge.anew import discard
 from metanudge.checkpoint import LAST, ROUNDED, check_done, steps_done
-from metanudge.config import Config
+from metanudge.config import TABLES, Config
 from metanudge.errors import SettingsError
 from metanudge.families import draw
 from metanudge.files import write
@@ -22,7 +23,7 @@ from metanudge.logs import check_tensorboard
 from metanudge.order import Order, length, moved
 from metanudge.settings import check_folder
 from metanudge.tasks.image_folders import Split
-from metanudge.training import Fit, check_training, fit
+from metanudge.training import Fit, check_scheduler, check_training, fit
 from metanudge.types import Tasks
 from metanudge.validation import called
 from metanudge.warm_start import WarmStart
@@ -30,10 +31,14 @@ from metanudge.warm_start import WarmStart
 CONFIG = "config.toml"
 SEEDS = "seeds.json"
 """Which seeds were asked for: those of the settings file, or of the command line."""
-FREE = ("steps", "every", "workers", "tensorboard", *ROUNDED)
-"""Of ``[training]`` and ``[learner]``: what a training may go on with other values of, as no step depends on them but
-for round-off, of which ``fit`` warns."""
-FIXED = ("device", "dtype", "tasks", "model", "learner", "solver", "estimator", "optimizer", "scheduler", "training")
+FREE = {
+    "training": ("steps", "every", "workers", "tensorboard", *ROUNDED),
+    "learner": ROUNDED,
+    "evaluation": ("tasks", "permutations"),
+}
+"""By table: what a training may go on with other values of, as no step depends on them but for what ``ROUNDED`` says,
+of which ``fit`` warns."""
+FIXED = ("device", "dtype", *TABLES)  # but seeds and out
 
 
 def train(config: Config, fresh: bool, progress: bool, console: Console) -> list[Fit]:
@@ -43,11 +48,15 @@ def train(config: Config, fresh: bool, progress: bool, console: Console) -> list
         SettingsError: Settings that can not work; a folder that holds a training with others.
     """
     check_folder(config.out)
-    if not fresh:
-        _check_same(config)
+    others = tuple(seed for seed in trained(config.out) if seed not in config.whole.seeds)
+    if others or not fresh:
+        _check_same(config, fresh, others)
     _check(config)
     config.out.mkdir(parents=True, exist_ok=True)
-    before = () if fresh else seeds_of(config.out)
+    before = others if fresh else seeds_of(config.out)
+    if fresh:  # all seeds at once: stopped before the last one, nothing goes on from what was to be left
+        for seed in config.whole.seeds:
+            discard(config.out / f"seed-{seed}")
     write(config.out / SEEDS, json.dumps(sorted({*before, *config.whole.seeds})).encode() + b"\n")
     write(config.out / CONFIG, config.text.encode())
     return [_train(config, seed, fresh, progress, console) for seed in config.whole.seeds]
@@ -76,7 +85,8 @@ def _check(config: Config) -> None:
     given, seed = config.training, config.whole.seeds[0]
     check_training(given.steps, given.tasks_per_step, given.tasks_at_once, given.max_norm, given.every, given.workers)
     check_tensorboard(config.out, given.tensorboard)
-    learner, _, _ = _parts(config, seed)
+    learner, _, scheduler = _parts(config, seed)
+    check_scheduler(scheduler)
     tasks, fixed = tasks_of(config, "train", seed), first(tasks_of(config, "validation"), config.validation.tasks)
     Order(length(tasks), given.tasks_per_step, seed)
     learner.model.eval()
@@ -169,20 +179,33 @@ def first(tasks: Dataset[Tasks], number: int) -> Subset[Tasks]:
     return Subset(tasks, range(number if have is None else min(number, have)))
 
 
-def _check_same(config: Config) -> None:
-    """Refuse to go on with a training of other settings."""
+def trained(out: Path) -> tuple[int, ...]:
+    """The seeds of the trainings in ``out``."""
+    names = (path.parent.name.removeprefix("seed-") for path in out.glob(f"seed-*/{LAST}"))
+    return tuple(sorted(int(name) for name in names if name.isdigit()))
+
+
+def _check_same(config: Config, fresh: bool, others: tuple[int, ...]) -> None:
+    """Refuse to go on with a training of other settings, and to begin some seeds of it anew beside the others."""
     path = config.out / CONFIG
-    if not path.is_file() or not any(config.out.glob(f"seed-*/{LAST}")):
+    if not path.is_file() or not trained(config.out):
         return
+    cure = "give another folder (--out), or begin anew (--fresh)"
+    if fresh:
+        every = sorted({*others, *config.whole.seeds})
+        cure = (
+            f"its seeds {', '.join(map(str, others))} would stay beside the new ones: begin all anew (--seeds "
+            f"{' '.join(map(str, every))}), or give another folder (--out)"
+        )
     before, now = (_settled(table) for table in (tomllib.loads(path.read_text()), config.table))
     for key in dict.fromkeys([*before, *now]):
         if before.get(key) != now.get(key):
             raise SettingsError(
                 f"{config.out} holds a training with {key} = {before.get(key, 'left out')}, these settings have "
-                f"{now.get(key, 'left out')}; give another folder (--out), or begin anew (--fresh)"
+                f"{now.get(key, 'left out')}; {cure}"
             )
     for last in (config.out / f"seed-{seed}" / LAST for seed in config.whole.seeds):
-        if last.is_file():
+        if last.is_file() and not fresh:
             check_done(last, steps_done(last), config.training.steps, "--fresh")
 
 
@@ -192,7 +215,7 @@ def _settled(table: dict[str, Any]) -> dict[str, Any]:
     for name in FIXED:
         part = table.get(name)
         if isinstance(part, dict):
-            kept = {key: value for key, value in part.items() if name not in ("training", "learner") or key not in FREE}
+            kept = {key: value for key, value in part.items() if key not in FREE.get(name, ())}
             found.update({f"{name}.{key}": value for key, value in kept.items()})
         elif part is not None:
             found[name] = part

@@ -14,16 +14,15 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Subset
 
 from metanudge.accumulation import summarize
-from metanudge.checkpoint import LAST, steps_done
+from metanudge.checkpoint import BEST, LAST, steps_done
 from metanudge.config import Config, read_config
 from metanudge.errors import SettingsError
 from metanudge.files import load_state, write
 from metanudge.order import moved
 from metanudge.pretrained import load_weights
-from metanudge.runs import CONFIG, device_of, first, learner_of, seeds_of, tasks_of
+from metanudge.runs import CONFIG, device_of, first, learner_of, seeds_of, tasks_of, trained
 from metanudge.settings import check_steps
 from metanudge.tasks.episodes import collate
-from metanudge.training import BEST
 from metanudge.types import Evaluation, Tasks
 from metanudge.validation import called
 
@@ -116,11 +115,10 @@ def file_name(
 
 def _folders(out: Path) -> dict[int, Path]:
     """The trainings in ``out``, by seed."""
-    numbered = {path.name.removeprefix("seed-"): path for path in out.glob("seed-*") if (path / LAST).is_file()}
-    found = {int(name): path for name, path in numbered.items() if name.isdigit()}
+    found = {seed: out / f"seed-{seed}" for seed in trained(out)}
     if not found:
         raise SettingsError(f"there is no training in {out}: no seed-N/{LAST}; metanudge train makes them")
-    return dict(sorted(found.items()))
+    return found
 
 
 def _lacking(steps: int, asked: Sequence[int], folders: dict[int, Path]) -> str:

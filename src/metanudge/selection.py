@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -12,6 +12,13 @@ from metanudge.errors import SettingsError
 
 AdaptOnly = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
 """Names of parameters or modules, patterns (``"*.bias"``), or a predicate ``(name, parameter) -> bool``."""
+
+
+def listed(adapt_only: AdaptOnly | None) -> AdaptOnly | None:
+    """The same, to be used twice and written down: of any iterable a tuple, of a set, whose order is chance, sorted."""
+    if isinstance(adapt_only, str) or callable(adapt_only) or not isinstance(adapt_only, Iterable):
+        return adapt_only
+    return tuple(sorted(adapt_only, key=str) if isinstance(adapt_only, Set) else adapt_only)
 
 
 class Selection(NamedTuple):

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 
 from metanudge import parts
-from metanudge.checkpoint import LAST, Run, qualified_name
+from metanudge.anew import discard
+from metanudge.checkpoint import BEST, LAST, Run, qualified_name
 from metanudge.errors import NonFiniteError, SettingsError
 from metanudge.learner import MetaLearner
 from metanudge.logs import Logs, Record, check_tensorboard
-from metanudge.order import Order, first_task, length, moved
+from metanudge.order import Order, digest_of, first_task, length, moved
 from metanudge.pretrained import write_pretrained
 from metanudge.progress import bar
 from metanudge.settings import (
@@ -34,7 +35,6 @@ from metanudge.settings import (
 from metanudge.types import Evaluation, LossFunction, MetaStep, Tasks
 from metanudge.validation import Better, called, fixed, improves, larger_is_better, tell_not_finite, validate
 
-BEST = "best"
 PATIENCE = 10
 """Meta-steps in a row without one finite task after which a training gives up."""
 
@@ -101,7 +101,7 @@ def fit(
         steps: Meta-steps in all, resumed ones included.
         tasks_per_step: Tasks of a meta-step.
         tasks_at_once: Tasks of one ``backward``, to save memory; their meta-gradients are averaged. None for all.
-        scheduler: Stepped after every meta-step.
+        scheduler: Stepped after every meta-step; not ``ReduceLROnPlateau``, which needs a score at each.
         max_norm: Clip the meta-gradient to this norm; None for no clipping.
         validation: Fixed tasks (a stack, or a list or finite map-style dataset of single ones), evaluated every
             ``every`` steps and at the end. Meanwhile dropout is switched off (``eval``); BatchNorm layers follow their
@@ -111,9 +111,10 @@ def fit(
         every: Meta-steps between validations, and between checkpoints.
         out: Folder; None to keep nothing on disk.
         resume: Go on from ``out/last.pt`` where it is, with the same settings of learner and optimizer, ``max_norm``,
-            metric and first task (functions are told apart by their names alone). With another ``execution``,
-            ``compile``, ``chunk_size``, ``microbatch`` or ``tasks_at_once``, after running out of memory, say, it
-            warns and goes on, the same but for round-off. False to begin anew and overwrite it.
+            ``scheduler``, metric, ``better``, validation tasks and first task (functions are told apart by their names
+            alone). With another ``execution``, ``compile``, ``chunk_size``, ``microbatch`` or ``tasks_at_once``, after
+            running out of memory, say, it warns and goes on, the same but for round-off, and for dropout in train mode,
+            whose draws differ. False to begin anew: once all is checked, what a training left in ``out`` is removed.
         workers: Processes that draw tasks; the tasks do not depend on it.
         seed: Of the order of a finite set.
         tensorboard: Also write TensorBoard's files.
@@ -146,6 +147,7 @@ def fit(
         check_function("metric", metric, "metric(model, batch) -> scalar tensor, such as mn.metrics.accuracy")
     held = fixed(validation)
     check_optimizer(optimizer, learner)
+    check_scheduler(scheduler)
     order = Order(length(tasks), tasks_per_step, seed)
     sign = -1.0 if larger_is_better(better, metric) else 1.0
     folder = None if out is None else Path(out)
@@ -157,6 +159,9 @@ def fit(
     more: dict[str, Any] = {"max_norm": max_norm, "tasks_at_once": tasks_at_once or tasks_per_step}
     if held is not None:  # decides which initialisation is the best
         more["metric"] = "query loss" if metric is None else qualified_name(metric)
+        more["better"] = "smaller" if sign > 0 else "larger"
+        if folder is not None and (same := digest_of(held, validation)) is not None:
+            more["digest of the validation tasks"] = same
     if folder is not None and (first := first_task(tasks)) is not None:
         more["digest of the first task"] = first
     run = Run(learner, optimizer, scheduler, protocol, more)
@@ -164,6 +169,8 @@ def fit(
         run.load(folder / LAST, steps)
     device = next(learner.model.parameters()).device
     held = moved(held, device)
+    if folder is not None and not resume:
+        discard(folder)
     found: Evaluation | None = None
     told = False  # of a validation that is NaN
     begun, done = time.perf_counter() - run.seconds, len(run.history)
@@ -218,6 +225,19 @@ def check_optimizer(optimizer: torch.optim.Optimizer, learner: MetaLearner) -> N
         raise SettingsError(
             f"the optimizer, a {type(optimizer).__name__} of {len(held)} parameters, holds none of the trainable "
             f"parameters of learner.model; make it of those, once the model is built and placed: {example}"
+        )
+
+
+def check_scheduler(scheduler: LRScheduler | None) -> None:
+    """Raise a SettingsError for what is no scheduler, or one that waits for what ``fit`` does not tell it."""
+    example = "torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)"
+    if scheduler is None:
+        return
+    check_part("scheduler", scheduler, ("step", "state_dict", "load_state_dict"), example)
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise SettingsError(
+            "ReduceLROnPlateau steps by a validation score, and fit steps a scheduler after every meta-step, whether "
+            f"there is a score or not; take one that counts steps, such as {example} or StepLR"
         )
 
 

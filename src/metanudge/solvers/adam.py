@@ -63,8 +63,9 @@ class Adam:
     def __post_init__(self) -> None:
         check_steps(self.steps)
         check_positive(lr=self.lr, eps=self.eps)
-        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
             raise SettingsError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+        object.__setattr__(self, "betas", tuple(self.betas))  # a list is what JSON makes of them
         check_fraction(beta1=self.betas[0], beta2=self.betas[1])
 
     def plan(self, energy: Energy, start: Params) -> None:
