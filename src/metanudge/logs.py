@@ -15,6 +15,8 @@ from metanudge.errors import SettingsError
 from metanudge.files import write
 from metanudge.types import Evaluation, MetaStep
 
+TABLE = "log.csv"
+
 
 class Record(NamedTuple):
     """One meta-step.
@@ -92,7 +94,7 @@ class Logs:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=len(history) + 1)
-        for name, head, form in (("log.csv", _row(Record._fields), _row), ("log.jsonl", "", _line)):
+        for name, head, form in ((TABLE, _row(Record._fields), _row), ("log.jsonl", "", _line)):
             write(folder / name, (head + "".join(map(form, history))).encode())
             self._files.append(((folder / name).open("a", newline=""), form))
 
