@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, TensorDa
 
 import metanudge as mn
 from metanudge.checkpoint import LAST, qualified_name
+from metanudge.divergence import rose
 from metanudge.files import load_state, save_state
 from metanudge.oracle import compiled
 from metanudge.order import first_task
@@ -455,3 +456,131 @@ def test_what_is_no_optimizer_of_the_model_is_refused(tmp_path: Path):
             mn.fit(learner, given, ENDLESS, steps=2, out=tmp_path / "out", **COMMON)
     assert not (tmp_path / "out").exists()
     mn.fit(learner, optimizer, ENDLESS, steps=1, **COMMON)
+
+
+class Bursts(torch.optim.SGD):
+    """Of which the fifth step is without end."""
+
+    taken = 0
+
+    def step(self) -> None:
+        super().step()
+        self.taken += 1
+        if self.taken == 5:
+            with torch.no_grad():
+                self.param_groups[0]["params"][-1].fill_(math.inf)
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_a_training_whose_parameters_are_not_finite_is_ended(max_norm: float | None, tmp_path: Path):
+    learner, _ = begun()
+    settings = COMMON | {"validation": ENDLESS.take(3), "out": tmp_path, "max_norm": max_norm}
+    with pytest.raises(mn.NonFiniteError) as told:
+        mn.fit(learner, Bursts(learner.model.parameters(), lr=0.25), ENDLESS, steps=9, **settings)
+    said = str(told.value)
+    assert "diverged at meta-step 5: the model's parameters are not finite" in said
+    assert "lr = 0.25 of the optimizer, Bursts, is too large: give a smaller one, or " in said
+    assert ("max_norm=" in said) == (max_norm is None)
+    assert "mn.optim.NormalizedSGD" in said
+    assert "prox" not in said
+    assert f"last checkpoint, of step 4, is {tmp_path / LAST}; the best by validation, of step " in said
+    assert str(tmp_path / "best") in said
+    kept = load_state(tmp_path / LAST)
+    assert len(kept["history"]) == 4
+    assert all(bool(leaf.isfinite().all()) for leaf in kept["model"].values())
+
+
+def test_a_training_that_diverges_before_its_first_checkpoint_names_none(tmp_path: Path):
+    learner, _ = begun()
+    settings = COMMON | {"every": 9, "out": tmp_path}
+    with pytest.raises(mn.NonFiniteError, match=r"diverged at meta-step 5.*NormalizedSGD$"):
+        mn.fit(learner, Bursts(learner.model.parameters(), lr=0.1), ENDLESS, steps=9, **settings)
+    assert not (tmp_path / LAST).exists()
+
+
+def test_a_query_loss_that_explodes_is_told_once_and_ended():
+    learner, _ = begun()
+    learner.model.double()
+    tasks = [mn.Tasks(*(mn.Batch(*(leaf.double() for leaf in batch)) for batch in task)) for task in ENDLESS.take(6)]
+    optimizer = torch.optim.SGD(learner.model.parameters(), lr=1e4)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with pytest.raises(mn.NonFiniteError, match="lr = 10000") as ended:
+            mn.fit(learner, optimizer, tasks, steps=200, **COMMON)
+    assert "prox" not in str(ended.value)
+    (rise,) = [str(one.message) for one in told if "query loss rose" in str(one.message)]
+    assert "at meta-step 2" in rise
+    assert "lr = 10000 of the optimizer, SGD" in rise
+    assert "prox" not in rise
+
+
+def test_what_a_rise_is():
+    """A thousand times the larger of the first loss and the middle one of the early ones."""
+    assert rose(0.5, [0.5], 501.0)
+    assert not rose(0.5, [0.5], 499.0)
+    assert not rose(0.5, [0.5], -1e9)
+    assert not rose(1e-6, [1e-6, 0.9, 1.1, 1.0], 900.0)  # began small by chance
+    assert rose(1e-6, [1e-6, 0.9, 1.1, 1.0], 901.0)
+    assert rose(-2.0, [-2.0, math.nan], 2001.0)
+    assert not rose(0.0, [0.0], 1.0)  # of nothing there is no thousandfold
+    assert not rose(math.nan, [], 1.0)
+
+
+def test_ten_steps_without_a_finite_task_after_good_ones_name_data_and_lr():
+    tasks = ENDLESS.take(40)
+    for place in range(4, 24):
+        tasks[place].support.inputs[0] = math.nan
+    with pytest.raises(
+        mn.NonFiniteError, match=r"task 0: support inputs.*10 meta-steps in a row, though not in earlier.*lr = 0\.1 of"
+    ):
+        mn.fit(*begun(), Ordered(tasks), steps=14, **COMMON)
+
+
+class Ordered(Dataset):
+    """Tasks without an end, so that steps take them in their order."""
+
+    def __init__(self, tasks: list[mn.Tasks]) -> None:
+        self.tasks = tasks
+
+    def __getitem__(self, index: int) -> mn.Tasks:
+        return self.tasks[index]
+
+
+def test_a_stack_is_the_list_of_its_tasks():
+    vectors = []
+    for tasks in (ENDLESS.take(6), mn.tasks.collate(ENDLESS.take(6))):
+        learner, optimizer = begun()
+        mn.fit(learner, optimizer, tasks, steps=4, **COMMON)
+        vectors.append(vector(learner))
+    assert torch.equal(*vectors)
+
+
+def test_lines_are_shown_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    clock = iter(range(0, 1000, 12))  # twelve seconds a step: a line at the third one, though `every` is five
+    monkeypatch.setattr("metanudge.progress.monotonic", lambda: next(clock))
+    given = COMMON | {"every": 5, "progress": True, "validation": ENDLESS.take(2)}
+    done = mn.fit(*begun(), ENDLESS, steps=7, **given)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["step 3/7", "step 5/7", "step 7/7"]
+    for line, step in zip(lines, (3, 5, 7), strict=True):
+        record = done.history[step - 1]
+        assert f": query loss {record.query_loss:.4g}, residual {record.residual:.2g}, dropped 0" in line
+    assert "validation" not in lines[0]
+    assert f", validation query loss {done.history[4].validation:.4g} ± " in lines[1]
+    mn.fit(*begun(), ENDLESS, steps=7, **(given | {"progress": False}))
+    assert capsys.readouterr().err == ""
+
+
+def test_beginning_again_for_want_of_a_checkpoint_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    told = "no checkpoint yet (one is written every 2 steps): beginning at step 1"
+    given = COMMON | {"progress": True, "out": tmp_path}
+    tasks = ENDLESS.take(3)
+    with pytest.raises(IndexError):  # killed in its second step
+        mn.fit(*begun(), Ordered(tasks), steps=4, **given)
+    assert told not in capsys.readouterr().err
+    mn.fit(*begun(), Ordered(ENDLESS.take(8)), steps=4, **given)
+    assert told in capsys.readouterr().err
+    mn.fit(*begun(), Ordered(ENDLESS.take(8)), steps=4, **given)
+    assert told not in capsys.readouterr().err

@@ -685,7 +685,7 @@ def test_inference_mode_is_named() -> None:
 def test_an_evaluation_is_shown_on_one_line() -> None:
     made = PROBLEMS["ridge"]()
     shown = repr(learner_of(made, solver=mn.Nesterov(3)).evaluate(made.tasks))
-    assert re.fullmatch(r"Evaluation\(mean=\S+, ci95=\S+, tasks=\d+, steps=3\)", shown)
+    assert re.fullmatch(r"Evaluation\(query loss \S+ ± \S+, tasks=\d+, steps=3\)", shown)
 
 
 def test_the_wrong_part_is_named() -> None:

@@ -45,11 +45,21 @@ LABELS = torch.zeros(2, 5, dtype=torch.int64)
             r"set of a task: inputs float32 \[5, 2\].*float32 \[4, 3\]",
         ),
         (mn.Tasks(mn.Batch(X, Y), mn.Batch(X[..., :2], Y)), mn.metrics.squared_error, "can not take the query set"),
-        (both(X, LABELS.float()), cross_entropy, r"targets float32 \[5\].*class indices torch\.int64"),
+        (both(X, LABELS.float()), cross_entropy, r"targets float32 \[5\].*cast the targets: \.long\(\)"),
+        (both(X, LABELS.double()), cross_entropy, r"targets float64 \[5\].*cast the targets: \.long\(\)"),
         (both(X, LABELS + 9), cross_entropy, "Class indices.*begin at 0"),
         (both(X, LABELS.unsqueeze(-1)), cross_entropy, r"targets int64 \[5, 1\]"),
     ],
-    ids=["double", "integers", "width", "query", "float labels", "labels out of range", "labels with an axis"],
+    ids=[
+        "double",
+        "integers",
+        "width",
+        "query",
+        "float labels",
+        "double labels",
+        "labels out of range",
+        "labels with an axis",
+    ],
 )
 def test_what_does_not_fit_is_told_with_its_shapes(tasks: mn.Tasks, loss: object, words: str, execution: str) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1 if loss is not cross_entropy else 4))
@@ -528,5 +538,123 @@ def test_a_training_without_validation_shows_no_best() -> None:
     learner = mn.MetaLearner(model, mn.metrics.squared_error, solver=SOLVER)
     optimizer, tasks = torch.optim.SGD(model.parameters(), lr=0.1), [mn.Tasks(*(mn.Batch(X[0], Y[0]),) * 2)]
     given = {"steps": 1, "tasks_per_step": 1, "progress": False}
-    assert repr(mn.fit(learner, optimizer, tasks, **given)) == "Fit(steps=1, skipped=0)"
+    found = mn.fit(learner, optimizer, tasks, **given)
+    assert repr(found) == f"Fit(steps=1, query_loss={found.history[0].query_loss:.4g}, skipped=0)"
     assert "best=" in repr(mn.fit(learner, optimizer, tasks, validation=both(X), **given))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"estimator": "maml"}, r"got 'maml'; give mn\.MAML\(\)$"),
+        ({"estimator": "FOBMAML"}, r"got 'FOBMAML'; give mn\.FOBMAML\(\)$"),
+        ({"solver": "nesterov"}, r"got 'nesterov'; give mn\.Nesterov\(\.\.\.\)$"),
+        ({"solver": "sgd"}, r"such as mn\.Nesterov\(steps=16\), got 'sgd'$"),
+    ],
+)
+def test_a_name_in_the_place_of_a_part_is_told_what_to_give(settings: dict[str, str], words: str) -> None:
+    with pytest.raises(mn.SettingsError, match=words):
+        mn.MetaLearner(nn.Linear(3, 1), mn.metrics.squared_error, **settings)
+
+
+def test_numpy_arrays_are_told_without_their_numbers() -> None:
+    learner = mn.MetaLearner(nn.Linear(3, 1), mn.metrics.squared_error, solver=SOLVER)
+    optimizer = torch.optim.SGD(learner.model.parameters(), lr=0.1)
+    arrays = mn.Batch(X.numpy(), Y.numpy())
+    tasks = mn.Tasks(arrays, arrays)
+    for use in (
+        lambda: learner.backward(tasks),
+        lambda: learner.evaluate([tasks]),
+        lambda: learner.adapt(arrays),
+        lambda: mn.fit(learner, optimizer, [tasks, tasks], steps=1, tasks_per_step=2, progress=False),
+        lambda: mn.fit(learner, optimizer, tasks, steps=1, tasks_per_step=2, progress=False),
+    ):
+        with pytest.raises(
+            mn.TasksError, match=r"found a numpy array of float32 \[2, 5, 3\]; make it a tensor: torch\.from_numpy"
+        ):
+            use()
+
+
+def test_what_is_no_batch_is_told_how_to_become_one() -> None:
+    learner = mn.MetaLearner(nn.Linear(3, 1), mn.metrics.squared_error, solver=SOLVER)
+    with pytest.raises(mn.TasksError, match=r"got tuple; wrap it: mn\.Batch\(x, y\)"):
+        learner.adapt((X[0], Y[0]))
+    with pytest.raises(mn.TasksError, match=r"support of mn\.Tasks.*got tuple; wrap it: mn\.Batch\(x, y\)"):
+        learner.backward(mn.Tasks((X, Y), mn.Batch(X, Y)))
+    with pytest.raises(mn.TasksError, match=r"query of mn\.Tasks.*got dict.*mn\.Batch\(inputs=\{\.\.\.\}, targets="):
+        learner.backward(mn.Tasks(mn.Batch(X, Y), {"inputs": X, "targets": Y}))
+
+
+def test_names_in_the_place_of_numbers_and_lists_are_told() -> None:
+    with pytest.raises(mn.SettingsError, match="nu must be a finite number above 0 or \"auto\", got 'aut'"):
+        mn.FOBMAML(nu="aut")
+    learner = mn.MetaLearner(nn.Linear(3, 1), mn.metrics.squared_error, solver=SOLVER)
+    with pytest.raises(mn.SettingsError, match=r"list of names of estimators, got a string; give \['fomaml'\]"):
+        mn.check(learner, both(X), compare="fomaml")
+
+
+def test_objects_in_the_place_of_others_are_told_on_one_line() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    learner, optimizer = mn.MetaLearner(model, mn.metrics.squared_error), torch.optim.SGD(model.parameters(), lr=0.1)
+    for use, words in (
+        (lambda: mn.fit(model, optimizer, both(X), steps=1), "fit takes a mn.MetaLearner, got Sequential; make one"),
+        (lambda: mn.fit(learner, model, both(X), steps=1), "got a Sequential, without 'param_groups'"),
+        (lambda: mn.TorchOptimizer(optimizer, 5), "got one that is made, a SGD; give lambda p: torch.optim.SGD"),
+    ):
+        with pytest.raises(mn.SettingsError, match=words) as told:
+            use()
+        assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("given", [(X[0], torch.arange(5)), [X[0], torch.arange(5)], X, X.numpy(), {"x": X}, [1, 2, 3]])
+def test_few_shot_of_no_dataset_names_the_one_to_make(given: object) -> None:
+    with pytest.raises(mn.SettingsError, match=r"torch\.utils\.data\.TensorDataset\(x, y\)"):
+        mn.tasks.few_shot(given, ways=2, shots=1, queries=1)
+
+
+def test_few_shot_takes_a_list_of_pairs() -> None:
+    pairs = [(torch.full((3,), float(place)), place % 2) for place in range(8)]
+    task = mn.tasks.few_shot(pairs, ways=2, shots=1, queries=2)[0]
+    assert task.support.inputs.shape == (2, 3)
+
+
+@pytest.mark.parametrize("given", ["runs/first", "runs"])
+def test_a_folder_above_the_weights_is_told_the_right_one(given: str, tmp_path: Path) -> None:
+    learner = mn.MetaLearner(nn.Linear(3, 1), mn.metrics.squared_error)
+    learner.save_pretrained(tmp_path / "runs" / "first" / "best")
+    with pytest.raises(mn.SettingsError) as told:
+        mn.load_pretrained(tmp_path / given, nn.Linear(3, 1), mn.metrics.squared_error)
+    assert f"Did you mean {tmp_path / 'runs' / 'first' / 'best'}?" in str(told.value)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.Dropout(0.0)])
+def test_dropout_in_train_mode_is_told_once_a_learner(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 1))
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, solver=SOLVER)
+    model.eval()
+    learner.evaluate(both(X))
+    model.train()
+    told = pytest.warns(UserWarning, match=r"dropout is on in evaluate.*call model\.eval\(\) before")
+    with told if layer.p else contextlib.nullcontext():
+        learner.evaluate(both(X))
+    learner.evaluate(both(X))
+    learner.adapt(mn.Batch(X[0], Y[0]))
+    fresh = mn.MetaLearner(model, mn.metrics.squared_error, solver=SOLVER)
+    with pytest.warns(UserWarning, match="dropout is on in adapt") if layer.p else contextlib.nullcontext():
+        fresh.adapt(mn.Batch(X[0], Y[0]))
+
+
+def test_an_evaluation_says_what_it_is_of() -> None:
+    learner = mn.MetaLearner(nn.Linear(3, 4), cross_entropy, solver=SOLVER)
+    tasks = both(X, LABELS)
+    loss, share = learner.evaluate(tasks), learner.evaluate(tasks, mn.metrics.accuracy)
+    assert (loss.metric, share.metric) == ("query loss", "accuracy")
+    assert repr(loss) == f"Evaluation(query loss {loss.mean:.4g} ± {loss.ci95:.2g}, tasks=2, steps=2)"
+    assert repr(share).startswith(f"Evaluation(accuracy {share.mean:.4g} ± ")
+
+
+def test_train_without_validation_tasks(here: Path) -> None:
+    text = CONFIG.replace("[validation]\ntasks = 2", "[validation]\ntasks = 0")
+    (here / "small.toml").write_text(text.replace("[evaluation]", '[evaluation]\nmetric = "squared_error"'))
+    assert main(["train", "small.toml", "--quiet", "--seeds", "0"]) == 0
+    assert not (here / "runs" / "small" / "seed-0" / "best").exists()

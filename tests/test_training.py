@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import metanudge as mn
 from metanudge.checkpoint import LAST
@@ -269,6 +269,8 @@ def test_wrong_settings_are_told_before_anything_is_done(tmp_path):
         ({"workers": -1}, "workers must be"),
         ({"metric": "accuracy"}, "metric must be a function"),
         ({"validation": []}, "validation holds no tasks"),
+        ({"metric": mn.metrics.squared_error}, "metric is of the validation, and there is none"),
+        ({"tasks": mn.tasks.sinusoid(2)}, "takes 3 different tasks, but there are 2; give tasks_per_step=2 or fewer"),
         ({"tasks_per_step": 12, "tasks": FINITE}, "there are 11"),
     ):
         arguments = {"steps": 1, "tasks": ENDLESS} | settings
@@ -276,7 +278,9 @@ def test_wrong_settings_are_told_before_anything_is_done(tmp_path):
         with pytest.raises(mn.SettingsError, match=told):
             mn.fit(learner, optimizer, tasks, **(COMMON | arguments))
     with pytest.raises(mn.TasksError, match="map-style dataset of tasks"):
-        mn.fit(learner, optimizer, mn.tasks.sinusoid(3), steps=1)
+        mn.fit(learner, optimizer, iter(ENDLESS), steps=1)
+    with pytest.raises(mn.TasksError, match=r"fit makes its own batches.*give its dataset.*loader\.dataset"):
+        mn.fit(learner, optimizer, DataLoader(FINITE, batch_size=3, collate_fn=mn.tasks.collate), steps=1)
     mn.fit(learner, optimizer, ENDLESS, steps=3, out=tmp_path, **COMMON)
     assert not torch.equal(before, vector(model))
     after = vector(model)

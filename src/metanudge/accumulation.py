@@ -100,9 +100,9 @@ class FiniteMean:
         return Numbers(query_loss, support_loss, residual, lengths.bound, round(amplified * self.kept), nu), lengths
 
 
-def summarize(values: Tensor) -> Evaluation:
-    """Mean and 95 % confidence interval over tasks, of the metric ``values`` ``[T, K + 1]``; of one task, NaN."""
+def summarize(values: Tensor, metric: str = "query loss") -> Evaluation:
+    """Mean and 95 % confidence interval over tasks, of a metric's ``values`` ``[T, K + 1]``; of one task, NaN."""
     number, mean = values.shape[0], values.mean(0)
     spread = values.std(0) if number > 1 else torch.full_like(mean, float("nan"))
     half = 1.96 * spread / number**0.5
-    return Evaluation(float(mean[-1]), float(half[-1]), mean, half, values)
+    return Evaluation(float(mean[-1]), float(half[-1]), mean, half, values, metric)

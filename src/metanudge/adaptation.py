@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from metanudge.batching import as_stacks, check_stack, leaves
+from metanudge.batching import as_stacks, check_stack, leaves, wrapped
 from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError, TasksError
 from metanudge.execution import is_sharded
@@ -86,7 +86,7 @@ def alone(support: Batch, device: torch.device, seen: set[Shapes]) -> list[Tasks
     if not isinstance(support, Batch):
         raise TasksError(
             f"adapt expects mn.Batch(inputs, targets) of one task, got {type(support).__name__}"
-            + (f"; {ONE}" if isinstance(support, Tasks) else "")
+            + (f"; {ONE}" if isinstance(support, Tasks) else wrapped(support))
         )
     _refuse_stack(support, seen)
     stack = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, support)

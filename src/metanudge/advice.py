@@ -109,9 +109,14 @@ def noise(model: nn.Module, sampled: bool) -> str:
     Dropout inside a function of the user's is not seen.
     """
     causes = ["minibatches"] if sampled else []
-    if any(module.training and _drops(module) for module in model.modules()):
+    if drops(model):
         causes.append("dropout in train mode")
     return " and ".join(causes)
+
+
+def drops(model: nn.Module) -> bool:
+    """Whether a layer of the model, in train mode, drops at random."""
+    return any(module.training and _drops(module) for module in model.modules())
 
 
 def _drops(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
@@ -23,9 +24,22 @@ def leaves(tree: Any) -> list[Tensor]:
     """
     found = tree_flatten(tree)[0]
     for leaf in found:
+        if isinstance(leaf, np.ndarray):
+            raise TasksError(
+                "tasks hold tensors or pytrees of tensors, but found a numpy array of "
+                f"{leaf.dtype} {list(leaf.shape)}; make it a tensor: torch.from_numpy(array)"
+            )
         if not isinstance(leaf, Tensor):
             raise TasksError(f"tasks hold tensors or pytrees of tensors, but found {type(leaf).__name__}: {leaf!r:.80}")
     return found
+
+
+def wrapped(given: object) -> str:
+    """How what is no batch becomes one."""
+    if isinstance(given, Mapping):
+        return "; inputs may be any pytree of tensors: mn.Batch(inputs={...}, targets=...)"
+    pair = isinstance(given, tuple | list) and len(given) == 2
+    return "; wrap it: mn.Batch(x, y)" if pair else ""
 
 
 def check_stack(tasks: Tasks, device: torch.device) -> int:
@@ -44,7 +58,9 @@ def check_stack(tasks: Tasks, device: torch.device) -> int:
                 "as a list of mn.Tasks, without a task axis"
             )
         if not isinstance(batch, Batch):
-            raise TasksError(f"the {part} of mn.Tasks must be mn.Batch(inputs, targets), got {type(batch).__name__}")
+            raise TasksError(
+                f"the {part} of mn.Tasks must be mn.Batch(inputs, targets), got {type(batch).__name__}{wrapped(batch)}"
+            )
         found = leaves(batch)
         if not found:
             raise TasksError(f"the {part} batch holds no tensor")
@@ -177,6 +193,16 @@ def single(tasks: Tasks) -> Iterator[Tasks]:
         return
     for index in range(leaves(tasks)[0].shape[0]):
         yield tree_map(lambda leaf, index=index: leaf[index], tasks)
+
+
+def singles(tasks: Tasks) -> list[Tasks]:
+    """The tasks of a stack, wherever it is, as a list.
+
+    Raises:
+        TasksError: No stack of tasks.
+    """
+    stacks, _ = as_stacks(tasks, next((leaf.device for leaf in leaves(tasks)), torch.device("cpu")))
+    return [task for stack in stacks for task in single(stack)]
 
 
 def pieces(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:

@@ -61,7 +61,7 @@ class Reproduce:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Meta-train by a settings file, with every seed into OUT/seed-N; killed anywhere, the same command goes on."""
+    """Meta-train by a settings file, with every seed into OUT/seed-N; killed, it goes on from the last checkpoint."""
 
     config: tyro.conf.Positional[Path]
     """A TOML file: tables tasks, model, learner, training, and optionally solver, estimator, optimizer, scheduler,

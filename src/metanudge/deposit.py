@@ -61,6 +61,7 @@ class Told:
         kinds: Warnings given, which are not repeated.
         residual: Mean residual, the last ten steps or so; NaN before the first.
         bound: The same of the error bound, geometrically.
+        dropout: Whether of dropout in an evaluation or adaptation.
         first: Place of the first task, where what is given is a part of a meta-step's tasks.
         lengths: Of the last step, of which its error bound was made.
     """
@@ -70,6 +71,17 @@ class Told:
     residual: float = math.nan
     bound: float = math.nan
     lengths: Lengths = field(default_factory=lambda: Lengths(math.nan, math.nan))
+    dropout: bool = False
+
+    def of_dropout(self, model: nn.Module, where: str) -> None:
+        """Warn, once, of layers that make what ``where`` gives random."""
+        if not self.dropout and advice.drops(model):
+            self.dropout = True
+            warn(
+                f"the model is in train mode, so dropout is on in {where}, and what it gives is random: call "
+                "model.eval() before",
+                UserWarning,
+            )
 
     def take(self, numbers: Numbers) -> None:
         """Take another step into account."""

@@ -17,15 +17,16 @@ from metanudge.batching import as_stacks, groups
 from metanudge.deposit import Given, Told, add_to_grad, in_order, not_adapted, verdict
 from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError, TasksError
-from metanudge.estimators import FOBMAML, Estimator
+from metanudge.estimators import ESTIMATORS, FOBMAML, Estimator
 from metanudge.estimators.base import told_to_go_first_order
 from metanudge.execution import Execution, Lent, check_needs, choose_execution
+from metanudge.metrics import called
 from metanudge.oracle import BatchNorm, Policy, Tally
 from metanudge.permutations import permuted
 from metanudge.probe import Probe
 from metanudge.selection import AdaptOnly, Selection, listed, select_parameters
 from metanudge.settings import check_flag, check_function, check_part, check_prox, check_sizes, check_steps, shown
-from metanudge.solvers import Nesterov, Solver
+from metanudge.solvers import SOLVERS, Nesterov, Solver
 from metanudge.solvers.loop import solve
 from metanudge.types import Batch, Evaluation, LossFunction, MetaStep, Need, Role, Tasks
 from metanudge.warm_start import WarmStart
@@ -38,8 +39,8 @@ class MetaLearner:
         F(\theta) = \frac{1}{T} \sum_i f_i(\phi_i(\theta)), \qquad
         \phi_i(\theta) = \arg\min_\phi \hat f_i(\phi) + \tfrac{\lambda}{2} \|\phi - \theta\|^2
 
-    with support losses f̂ and query losses f. The model is used as it is, in the mode (train or eval) it is in; forward
-    passes may write buffers, but what they write is undone.
+    with support losses f̂ and query losses f. The model is used as it is, in the mode (train or eval) it is in (``adapt``
+    and ``evaluate`` warn, once, of dropout in train mode); what forward passes write into buffers is undone.
 
     Args:
         model: Any ``nn.Module``; its parameters are θ.
@@ -114,8 +115,8 @@ class MetaLearner:
         self.solver: Solver = Nesterov(steps=16) if solver is None else solver
         self.estimator: Estimator = FOBMAML() if estimator is None else estimator
         asked = ("steps", "needs", "differentiable", "plan", "init", "step", "settle", "point", "finished")
-        check_part("solver", self.solver, asked, "mn.Nesterov(steps=16)")
-        check_part("estimator", self.estimator, ("needs", "__call__"), "mn.FOBMAML()")
+        check_part("solver", self.solver, asked, "mn.Nesterov(steps=16)", SOLVERS)
+        check_part("estimator", self.estimator, ("needs", "__call__"), "mn.FOBMAML()", ESTIMATORS)
         if warm_start is not None:
             check_part("warm_start", warm_start, ("get", "put", "state_dict"), "mn.WarmStart(), or None")
         self.warm_start, self.adapt_only = warm_start, listed(adapt_only)
@@ -246,6 +247,7 @@ class MetaLearner:
             True
         """
         check_copyable(self.model)
+        self._told.of_dropout(self.model, "adapt")
         stacks = alone(support, self._device, self._seen)
         with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, Tally()) as lent:
             problem = next(lent.problems)
@@ -282,6 +284,7 @@ class MetaLearner:
         check_steps(permutations, "permutations")
         function = self.losses[Role.QUERY] if metric is None else metric
         check_function("metric", function, "metric(model, batch) -> scalar tensor, such as mn.metrics.accuracy")
+        self._told.of_dropout(self.model, "evaluate")
         values: list[Tensor] = []
         for group in groups(tasks):
             first = sum(map(len, values))
@@ -289,7 +292,7 @@ class MetaLearner:
             values.append(torch.stack(found).mean(0))
         if not values:
             raise TasksError("there are no tasks to evaluate; the iterable was empty")
-        return summarize(torch.cat(values))
+        return summarize(torch.cat(values), called(metric))
 
     def save_pretrained(self, folder: str | Path, protocol: Mapping[str, Any] | None = None) -> None:
         """Write the initialisation as safetensors, with its settings; ``mn.load_pretrained`` reads it.

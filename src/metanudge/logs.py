@@ -15,7 +15,8 @@ from metanudge.errors import SettingsError
 from metanudge.files import write
 from metanudge.types import Evaluation, MetaStep
 
-LOGS, BOARD, OURS = ("log.csv", "log.jsonl"), "tensorboard", ".metanudge"
+TABLE, BOARD, OURS = "log.csv", "tensorboard", ".metanudge"
+LOGS = (TABLE, "log.jsonl")
 """Of a training's folder: its tables, the folder of TensorBoard's files, and how the names of those end."""
 
 

@@ -13,7 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metanudge.errors import LossError
-from metanudge.types import Batch
+from metanudge.types import Batch, LossFunction
+
+
+def called(metric: LossFunction | None) -> str:
+    """A metric in words; None is the query loss."""
+    return "query loss" if metric is None else getattr(metric, "__name__", "metric").replace("_", " ")
 
 
 def _same_shape(first: str, a: Tensor, second: str, b: Tensor) -> None:

@@ -23,7 +23,8 @@ class Order(Sampler[list[int]]):
 
     def __init__(self, number: int | None, size: int, seed: int) -> None:
         if number is not None and number < size:
-            raise SettingsError(f"a meta-step takes {size} different tasks, but there are {number}")
+            more = f"give tasks_per_step={number} or fewer, or more tasks" if number else "give some"
+            raise SettingsError(f"a meta-step takes {size} different tasks, but there are {number}; {more}")
         self.number, self.size, self.seed = number, size, seed
         self.first = self.last = 0
 
@@ -99,9 +100,14 @@ def length(tasks: Dataset[Tasks] | Sequence[Tasks]) -> int | None:
         if odd is not None:
             raise TasksError(f"expected a list of single mn.Tasks, found {odd} in it; give mn.Tasks alone")
     elif not is_dataset(tasks):
+        if isinstance(tasks, DataLoader):
+            raise TasksError(
+                "fit makes its own batches (tasks_per_step=, workers=), got a DataLoader; give its dataset of single "
+                "tasks, loader.dataset"
+            )
         raise TasksError(
             "fit takes a map-style dataset of tasks, such as mn.tasks.episodes(mn.tasks.sinusoid) or "
-            f"mn.tasks.few_shot(...), or a list of single mn.Tasks, got {type(tasks).__name__}"
+            f"mn.tasks.few_shot(...), a list of single mn.Tasks, or a stack of them, got {type(tasks).__name__}"
         )
     try:
         return len(tasks)  # type: ignore[arg-type]

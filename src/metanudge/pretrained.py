@@ -106,7 +106,11 @@ def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **
     folder = Path(folder)
     for name in (WEIGHTS, SETTINGS):
         if not (folder / name).is_file():
-            raise SettingsError(f"there is no {folder / name}; learner.save_pretrained writes it")
+            inside = sorted(
+                [*folder.glob(f"*/{name}"), *folder.glob(f"*/*/{name}")]
+            )  # of a training: best, seed-N/best
+            meant = f". Did you mean {inside[0].parent}?" if inside else ""
+            raise SettingsError(f"there is no {folder / name}; learner.save_pretrained writes it{meant}")
     try:
         record = json.loads((folder / SETTINGS).read_text())
         left_out = record.get("left_out", [])

@@ -20,12 +20,12 @@ from metanudge.families import draw
 from metanudge.files import write
 from metanudge.learner import MetaLearner
 from metanudge.logs import check_tensorboard
+from metanudge.metrics import called
 from metanudge.order import Order, length, moved
 from metanudge.settings import check_folder
 from metanudge.tasks.image_folders import Split
 from metanudge.training import Fit, check_scheduler, check_training, fit
 from metanudge.types import Tasks
-from metanudge.validation import called
 from metanudge.warm_start import WarmStart
 
 CONFIG = "config.toml"
@@ -115,7 +115,7 @@ def _train(config: Config, seed: int, fresh: bool, progress: bool, console: Cons
         scheduler=scheduler,
         max_norm=given.max_norm,
         validation=[fixed[index] for index in range(len(fixed))] or None,
-        metric=config.metric,
+        metric=config.metric if len(fixed) else None,
         better=config.validation.better,
         every=given.every,
         out=config.out / f"seed-{seed}",

@@ -18,13 +18,13 @@ from metanudge.checkpoint import BEST, LAST, steps_done
 from metanudge.config import Config, read_config
 from metanudge.errors import SettingsError
 from metanudge.files import load_state, write
+from metanudge.metrics import called
 from metanudge.order import moved
 from metanudge.pretrained import load_weights
 from metanudge.runs import CONFIG, device_of, first, learner_of, seeds_of, tasks_of, trained
 from metanudge.settings import check_steps
 from metanudge.tasks.episodes import collate
 from metanudge.types import Evaluation, Tasks
-from metanudge.validation import called
 
 RESULT = "evaluation.json"
 FEW_TASKS, FEW_SEEDS, LABEL_PERMUTATIONS = 600, 3, 4
@@ -77,10 +77,10 @@ def evaluate(
     for seed, folder in folders.items():
         with console.status(f"seed {seed}: adapting to {len(tasks)} tasks"):
             found[seed] = _evaluated(config, folder, tasks, permutations, weights)
-    whole = summarize(torch.stack([one.values for one in found.values()]).mean(0))
+    whole = summarize(torch.stack([one.values for one in found.values()]).mean(0), called(config.metric))
     means = torch.tensor([one.mean for one in found.values()], dtype=torch.float64)
     record = {
-        "metric": called(config.metric),
+        "metric": whole.metric,
         "tasks": len(tasks),
         "permutations": permutations,
         "weights": weights,

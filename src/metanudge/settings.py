@@ -6,8 +6,9 @@ import difflib
 import inspect
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -105,10 +106,34 @@ def check_function(argument: str, given: object, form: str) -> None:
         ) from error
 
 
-def check_part(argument: str, given: object, attributes: tuple[str, ...], example: str) -> None:
-    """Raise a SettingsError for a name, a class, or an object that lacks what is asked of it."""
+def check_part(
+    argument: str,
+    given: object,
+    attributes: tuple[str, ...],
+    example: str,
+    known: Mapping[str, type[Any]] | None = None,
+) -> None:
+    """Raise a SettingsError for a name (told from those ``known``), a class, or an object that lacks what is asked."""
+    if isinstance(given, str):
+        kind = (known or {}).get(given.lower())
+        cure = "" if kind is None else f"; give {_call(kind)}"
+        raise SettingsError(f"{argument} must be an object such as {example}, got {given!r}{cure}")
     if isinstance(given, type):
         raise SettingsError(f"{argument} must be an object such as {example}, got the class {given.__name__}")
     lacking = [name for name in attributes if not hasattr(given, name)]
     if lacking:
-        raise SettingsError(f"{argument} must be an object such as {example}, got {given!r}, without {lacking[0]!r}")
+        raise SettingsError(
+            f"{argument} must be an object such as {example}, got {briefly(given)}, without {lacking[0]!r}"
+        )
+
+
+def _call(kind: type[Any]) -> str:
+    """How to make one, with dots for what has to be given."""
+    needed = any(p.default is p.empty for p in inspect.signature(kind).parameters.values())
+    return f"mn.{kind.__name__}({'...' if needed else ''})"
+
+
+def briefly(given: object) -> str:
+    """On one line: itself where it is short, and otherwise what it is."""
+    told = repr(given)
+    return told if len(told) <= 80 and "\n" not in told else f"a {type(given).__name__}"

@@ -15,13 +15,16 @@ from torch.utils.data import Dataset
 
 from metanudge import parts
 from metanudge.anew import discard
+from metanudge.batching import singles
 from metanudge.checkpoint import BEST, LAST, Run, qualified_name
+from metanudge.divergence import Watch
 from metanudge.errors import NonFiniteError, SettingsError
 from metanudge.learner import MetaLearner
-from metanudge.logs import Logs, Record, check_tensorboard
+from metanudge.logs import TABLE, Logs, Record, check_tensorboard
+from metanudge.metrics import called
 from metanudge.order import Order, digest_of, first_task, length, moved
 from metanudge.pretrained import write_pretrained
-from metanudge.progress import bar
+from metanudge.progress import Shown, bar
 from metanudge.settings import (
     check_flag,
     check_folder,
@@ -33,10 +36,7 @@ from metanudge.settings import (
     check_steps,
 )
 from metanudge.types import Evaluation, LossFunction, MetaStep, Tasks
-from metanudge.validation import Better, called, fixed, improves, larger_is_better, tell_not_finite, validate
-
-PATIENCE = 10
-"""Meta-steps in a row without one finite task after which a training gives up."""
+from metanudge.validation import Better, fixed, improves, larger_is_better, tell_not_finite, validate
 
 
 class Fit(NamedTuple):
@@ -59,13 +59,14 @@ class Fit(NamedTuple):
     def __repr__(self) -> str:
         """On one line."""
         best = "" if self.validation is None else f", best={self.best:.4g} at {self.best_step}"
-        return f"Fit(steps={len(self.history)}{best}, skipped={self.skipped_steps})"
+        last = f", query_loss={self.history[-1].query_loss:.4g}" if self.history else ""
+        return f"Fit(steps={len(self.history)}{last}{best}, skipped={self.skipped_steps})"
 
 
 def fit(
     learner: MetaLearner,
     optimizer: torch.optim.Optimizer,
-    tasks: Dataset[Tasks] | Sequence[Tasks],
+    tasks: Dataset[Tasks] | Sequence[Tasks] | Tasks,
     *,
     steps: int,
     tasks_per_step: int = 25,
@@ -86,8 +87,9 @@ def fit(
     """Meta-train: ``backward`` and ``optimizer.step()``, ``steps`` times.
 
     Step k takes tasks k * tasks_per_step, ... of an endless set; a finite one is gone through in epochs, each in an
-    order that depends on (seed, epoch) alone. So the same call in the same folder goes on where it was killed, and
-    gives bit for bit what it would have given (on a CPU, with as many threads).
+    order that depends on (seed, epoch) alone. So the same call in the same folder, killed anywhere, goes on from its
+    last checkpoint, one every ``every`` steps, and gives bit for bit what it would have given (on a CPU, with as many
+    threads); killed before the first one, it begins anew.
 
     In ``out`` it leaves ``log.csv`` and ``log.jsonl``, ``last.pt`` (all that resuming needs, every ``every`` steps;
     written whole or not at all, read without running code), and with validation ``best``, a folder for
@@ -97,7 +99,7 @@ def fit(
         learner: What to train. With a warm start, tasks are told by their index in ``tasks``.
         optimizer: On ``learner.model``'s parameters.
         tasks: A map-style dataset of single tasks: ``mn.tasks.episodes``, ``mn.tasks.few_shot``, or your own; or a list
-            of single tasks. What is drawn is moved to the model's device.
+            of single tasks, or a stack of tasks. What is drawn is moved to the model's device.
         steps: Meta-steps in all, resumed ones included.
         tasks_per_step: Tasks of a meta-step.
         tasks_at_once: Tasks of one ``backward``, to save memory; their meta-gradients are averaged. None for all.
@@ -118,7 +120,7 @@ def fit(
         workers: Processes that draw tasks; the tasks do not depend on it.
         seed: Of the order of a finite set.
         tensorboard: Also write TensorBoard's files.
-        progress: Show a bar.
+        progress: Show a bar; where stderr is no terminal, a line every ``every`` steps, and about every 30 seconds.
 
     Returns:
         Records of all steps, and the validation.
@@ -126,7 +128,11 @@ def fit(
     Raises:
         SettingsError: Settings that can not work, before anything is done; a checkpoint of another training.
         TasksError: Tasks that do not fit.
-        NonFiniteError: Ten meta-steps in a row had no finite task.
+        NonFiniteError: The meta-training diverged: the model's parameters are not finite any more, or no task is after
+            the query loss had risen; or ten meta-steps in a row had no finite task. What is on disk stays.
+
+    Warns:
+        UserWarning: The query loss is a thousand times what it was at first; once.
 
     Example:
         >>> import torch, metanudge as mn
@@ -140,14 +146,22 @@ def fit(
         >>> len(found.history), found.validation.values.shape
         (4, torch.Size([10, 17]))
     """
+    if not isinstance(learner, MetaLearner):
+        raise SettingsError(
+            f"fit takes a mn.MetaLearner, got {type(learner).__name__}; make one: mn.MetaLearner(model, loss)"
+        )
     check_training(steps, tasks_per_step, tasks_at_once, max_norm, every, workers)
     check_flag(resume=resume, tensorboard=tensorboard, progress=progress)
     check_seed(seed)
     if metric is not None:
         check_function("metric", metric, "metric(model, batch) -> scalar tensor, such as mn.metrics.accuracy")
     held = fixed(validation)
+    if metric is not None and held is None:
+        raise SettingsError("metric is of the validation, and there is none; give validation= tasks, or leave it out")
     check_optimizer(optimizer, learner)
     check_scheduler(scheduler)
+    if isinstance(tasks, Tasks):
+        tasks = singles(tasks)
     order = Order(length(tasks), tasks_per_step, seed)
     sign = -1.0 if larger_is_better(better, metric) else 1.0
     folder = None if out is None else Path(out)
@@ -174,9 +188,12 @@ def fit(
     found: Evaluation | None = None
     told = False  # of a validation that is NaN
     begun, done = time.perf_counter() - run.seconds, len(run.history)
-    with Logs(folder, run.history, tensorboard) as logs, bar(run, steps, called(metric), progress) as tell:
+    watch = Watch(run, max_norm, every, None if folder is None else (folder / LAST, folder / BEST))
+    lost = folder is not None and resume and done == 0 and (folder / TABLE).is_file()  # killed before a checkpoint
+    shown = Shown(steps, every, called(metric), progress, lost)
+    with Logs(folder, run.history, tensorboard) as logs, bar(run, shown) as tell:
         for indices, batch in order.batches(tasks, done, steps, workers, device):
-            step = _step(run, batch, indices, tasks_at_once, max_norm)
+            step = _step(run, watch, batch, indices, tasks_at_once, max_norm)
             lr = float(optimizer.param_groups[0]["lr"])
             if scheduler is not None:
                 scheduler.step()
@@ -242,22 +259,27 @@ def check_scheduler(scheduler: LRScheduler | None) -> None:
 
 
 def _step(
-    run: Run, batch: Tasks | list[Tasks], indices: list[int], at_once: int | None, max_norm: float | None
+    run: Run,
+    watch: Watch,
+    batch: Tasks | list[Tasks],
+    indices: list[int],
+    at_once: int | None,
+    max_norm: float | None,
 ) -> MetaStep | None:
     """One meta-step; None where no task was finite, and nothing moved."""
     run.optimizer.zero_grad()
     parameters = [parameter for parameter in run.learner.model.parameters() if parameter.requires_grad]
     try:
         step = parts.backward(run.learner, batch, indices, at_once, parameters)
-    except NonFiniteError:
+    except NonFiniteError as error:
         run.skipped += 1
         run.in_a_row += 1
-        if run.in_a_row >= PATIENCE:
-            raise
+        watch.lost(error)
         return None
     run.in_a_row = 0
     run.evaluations += step.gradient_evaluations
     if max_norm is not None:
         nn.utils.clip_grad_norm_(parameters, max_norm)
     run.optimizer.step()
+    watch.moved(step, parameters)
     return step

@@ -193,6 +193,7 @@ class Evaluation(NamedTuple):
         curve: Mean after 0, 1, ..., K adaptation steps, ``[K + 1]``.
         curve_ci95: Half-widths of their 95 % intervals, ``[K + 1]``.
         values: The metric of every task after every step, ``[T, K + 1]``.
+        metric: What was measured, in words.
     """
 
     mean: float
@@ -200,11 +201,12 @@ class Evaluation(NamedTuple):
     curve: Tensor
     curve_ci95: Tensor
     values: Tensor
+    metric: str = "query loss"
 
     def __repr__(self) -> str:
         """On one line, without the tables."""
         tasks, points = self.values.shape
-        return f"Evaluation(mean={self.mean:.4g}, ci95={self.ci95:.2g}, tasks={tasks}, steps={points - 1})"
+        return f"Evaluation({self.metric} {self.mean:.4g} ± {self.ci95:.2g}, tasks={tasks}, steps={points - 1})"
 
 
 class HessianProduct(Protocol):

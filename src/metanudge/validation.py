@@ -99,8 +99,3 @@ def larger_is_better(better: Better, metric: LossFunction | None) -> bool:
     if better not in ("auto", "smaller", "larger"):
         raise SettingsError(f'better must be "auto", "smaller" or "larger", got {better!r}')
     return better == "larger" or (better == "auto" and metric is metrics.accuracy)
-
-
-def called(metric: LossFunction | None) -> str:
-    """A name for ``metric``."""
-    return "query loss" if metric is None else getattr(metric, "__name__", "metric").replace("_", " ")

@@ -91,6 +91,9 @@ class FOBMAML:
         if self.start not in ("solution", "initialization"):
             raise SettingsError(f'start must be "solution" or "initialization", got {self.start!r}')
         if self.nu != "auto":
+            given: object = self.nu
+            if isinstance(given, str):
+                raise SettingsError(f'nu must be a finite number above 0 or "auto", got {given!r}')
             check_positive(nu=self.nu)
         check_flag(certify=self.certify)
         if self.steps is not None:

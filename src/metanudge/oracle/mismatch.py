@@ -30,6 +30,7 @@ _OPERATORS = re.compile(
     re.IGNORECASE,
 )
 """What operators say that are written in C, and so leave no frame: ``model(x) - y`` in a line of any file."""
+_OF_CLASSES = re.compile("target dtype to be Long|Expected dtype int32/int64 for index")
 _RAISE = dis.opmap["RAISE_VARARGS"]  # an assert is one too
 _TORCH = Path(str(torch.__file__)).resolve().parent
 
@@ -81,6 +82,10 @@ def _tensors(tree: object) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
+def _floating(tree: object) -> bool:
+    return all(leaf.is_floating_point() for leaf in _tensors(tree))
+
+
 def _form(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
@@ -90,6 +95,10 @@ def _cure(first: Tensor, batch: Batch, said: str) -> str:
     kind = first.dtype
     if re.search("out of bounds|out of range", said):
         return "Class indices and other indices begin at 0, and end below the number of outputs (or embeddings)"
+    # of integer inputs a layer with weights says "scalar type Long", too
+    of_classes = _OF_CLASSES.search(said) or ("scalar type Long but found" in said and _floating(batch.inputs))
+    if of_classes and _floating(batch.targets):
+        return "A loss of class indices takes them as torch.int64: cast the targets: .long()"
     others = [leaf.dtype for leaf in _tensors(batch) if leaf.is_floating_point() and leaf.dtype != kind]
     of_types = re.search("dtype|scalar type", said)
     if others and (of_types or not re.search(r"shape|\bsizes?\b|dimension|channel|batch_size", said)):

@@ -52,6 +52,13 @@ class TorchOptimizer:
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
+        given: object = self.factory
+        if isinstance(given, torch.optim.Optimizer):
+            name = type(given).__name__
+            raise SettingsError(
+                "factory must be a function from parameters to a torch.optim optimizer, got one that is made, a "
+                f"{name}; give lambda p: torch.optim.{name}(p, ...)"
+            )
         if not callable(self.factory):
             raise SettingsError(
                 "factory must be a function from parameters to a torch.optim optimizer, such as "

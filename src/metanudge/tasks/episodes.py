@@ -10,6 +10,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import Dataset
 
+from metanudge.batching import leaves as leaves_of
 from metanudge.errors import SettingsError, TasksError
 from metanudge.minibatches import as_minibatches
 from metanudge.settings import check_steps
@@ -115,6 +116,8 @@ def collate(tasks: Sequence[Tasks]) -> Tasks | list[Tasks]:
         raise TasksError("there are no tasks to collate")
     if any(as_minibatches(task.support) for task in tasks):
         return list(tasks)
+    for task in tasks:
+        leaves_of(task)  # which tells of what is no tensor
     shapes = {
         (str(structure), tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         for leaves, structure in map(tree_flatten, tasks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +133,14 @@ def labels_of(dataset: Any) -> Any:
     Raises:
         SettingsError: No length, or classes that are no whole numbers.
     """
+    arrays = Tensor | np.ndarray
+    several = isinstance(dataset, tuple | list) and any(isinstance(part, arrays) for part in dataset)
+    if several or isinstance(dataset, arrays | Mapping | str):
+        raise SettingsError(
+            "few_shot takes a map-style dataset of (input tensor, class), got "
+            f"{type(dataset).__name__}{' of tensors' if several else ''}; of tensors x and y make "
+            "torch.utils.data.TensorDataset(x, y)"
+        )
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise SettingsError(f"few_shot needs a map-style dataset (__len__, __getitem__), got {type(dataset).__name__}")
     if isinstance(dataset, Subset):
@@ -142,7 +150,14 @@ def labels_of(dataset: Any) -> Any:
     else:
         found = next((getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)), None)
     if found is None:
-        found = [dataset[index][1] for index in range(len(dataset))]
+        items = [dataset[index] for index in range(len(dataset))]
+        odd = next((type(item).__name__ for item in items if not isinstance(item, tuple | list) or len(item) < 2), None)
+        if odd is not None:
+            raise SettingsError(
+                f"few_shot takes a map-style dataset of (input tensor, class), but found {odd} in it; of tensors x and "
+                "y make torch.utils.data.TensorDataset(x, y)"
+            )
+        found = [item[1] for item in items]
     labels = np.asarray(found.cpu() if isinstance(found, Tensor) else found)
     if labels.ndim != 1 or len(labels) != len(dataset) or not np.issubdtype(labels.dtype, np.integer):
         raise SettingsError(

@@ -81,6 +81,8 @@ def check(
         >>> found.rows[0].group, found.kinked
         ('yours', False)
     """
+    if isinstance(compare, str):
+        raise SettingsError(f"compare must be a list of names of estimators, got a string; give [{compare!r}]")
     for name in compare:
         if name not in ESTIMATORS:
             raise SettingsError(f"compare names estimators, {', '.join(ESTIMATORS)}, but {name!r} is none of them")
