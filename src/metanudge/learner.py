@@ -39,8 +39,8 @@ class MetaLearner:
         F(\theta) = \frac{1}{T} \sum_i f_i(\phi_i(\theta)), \qquad
         \phi_i(\theta) = \arg\min_\phi \hat f_i(\phi) + \tfrac{\lambda}{2} \|\phi - \theta\|^2
 
-    with support losses f̂ and query losses f. The model is used as it is, in the mode (train or eval) it is in (``adapt``
-    and ``evaluate`` warn, once, of dropout in train mode); what forward passes write into buffers is undone.
+    with support losses f̂ and query losses f. The model is used as it is, in the mode (train or eval) it is in (of
+    dropout in train mode ``adapt`` and ``evaluate`` warn, once); what forward passes write into buffers is undone.
 
     Args:
         model: Any ``nn.Module``; its parameters are θ.
