@@ -106,9 +106,8 @@ def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **
     folder = Path(folder)
     for name in (WEIGHTS, SETTINGS):
         if not (folder / name).is_file():
-            inside = sorted(
-                [*folder.glob(f"*/{name}"), *folder.glob(f"*/*/{name}")]
-            )  # of a training: best, seed-N/best
+            # a training leaves them in best, or in seed-N/best
+            inside = sorted([*folder.glob(f"*/{name}"), *folder.glob(f"*/*/{name}")])
             meant = f". Did you mean {inside[0].parent}?" if inside else ""
             raise SettingsError(f"there is no {folder / name}; learner.save_pretrained writes it{meant}")
     try:
