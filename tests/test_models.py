@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Callable
 from itertools import product
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import metanudge as mn
 from metanudge.oracle import RandomState
@@ -610,3 +613,95 @@ def test_fused_attention_needs_first_derivatives_only(execution: str) -> None:
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         exact = gradient_of(plain, cross_entropy, sentences(), mn.MAML(), solver=mn.Nesterov(40), prox=2.0)
     assert distance(found, exact) < 1e-3
+
+
+class Writing(nn.Module):
+    """Its forward pass keeps features, registers a cache made of the input, and appends to a list and to a dict."""
+
+    def __init__(self, writes: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(12)
+        self.writes, self.features, self.calls = writes, None, 0
+        self.history, self.found = [], {"kept": torch.ones(1)}
+        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = torch.tanh(self.body(x))
+        if not self.writes:
+            return self.head(features) * (1 + x.mean()), features
+        if not hasattr(self, "cache"):
+            self.register_buffer("cache", 1 + x.mean(), persistent=False)
+        self.features, self.last = features, features.sum()
+        self.calls += 1
+        self.history.append(features)
+        self.found["first"] = features
+        return self.head(features) * self.cache * self.calls * len(self.history)
+
+
+def with_auxiliary(model: nn.Module, batch: mn.Batch) -> Tensor:
+    """A loss that reads what the forward pass has kept."""
+    if model.writes:
+        predicted = model(batch.inputs)
+        features = model.features
+    else:
+        predicted, features = model(batch.inputs)
+    return (predicted - batch.targets).square().mean() + 0.1 * features.square().mean()
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_what_a_forward_pass_writes_into_modules_is_thrown_away(execution: str) -> None:
+    """After every evaluation, so that none sees what another has written: not its cache, its count, nor its list."""
+    plain = gradient_of(Writing(False).to(DTYPE), with_auxiliary, vectors(), mn.FOBMAML(nu=0.1), "vectorized")
+    model = Writing().to(DTYPE)
+    assert distance(gradient_of(model, with_auxiliary, vectors(), mn.FOBMAML(nu=0.1), execution), plain) < 1e-12
+
+    def check() -> None:
+        assert model.features is None
+        assert (model.calls, model.history, list(model.found)) == (0, [], ["kept"])
+        assert not hasattr(model, "last")
+        assert not hasattr(model, "cache")
+        assert not model._non_persistent_buffers_set
+        assert list(model.state_dict()) == list(Writing().state_dict())
+        torch.save(model, io.BytesIO())
+        copy.deepcopy(model)
+
+    check()
+    learner = mn.MetaLearner(model, with_auxiliary, solver=SOLVER, execution=execution)
+    task = single_tasks(vectors())[0]
+    adapted = learner.adapt(task.support)
+    check()
+    with torch.no_grad():
+        assert float(with_auxiliary(adapted, task.query)) == pytest.approx(learner.evaluate([task]).mean, rel=1e-12)
+    check()
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_what_is_written_before_an_error_is_thrown_away(execution: str) -> None:
+    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
+        with_auxiliary(model, batch)
+        raise KeyError
+
+    model = Writing().to(DTYPE)
+    with pytest.raises(KeyError):
+        gradient_of(model, loss, vectors(), mn.FOBMAML(), execution)
+    assert model.features is None
+    assert not model.history
+
+
+def test_what_a_checkpoint_writes_anew_is_thrown_away() -> None:
+    """Activation checkpointing calls modules once more, within the backward pass."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Writing()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    model, plain = Checkpointed().to(DTYPE), Writing().to(DTYPE)
+    expected = gradient_of(plain, squared_error, vectors(), mn.FOBMAML(nu=0.1), "in_place")
+    assert distance(gradient_of(model, squared_error, vectors(), mn.FOBMAML(nu=0.1), "in_place"), expected) < 1e-12
+    assert model.inner.features is None
+    assert not model.inner.history
+    copy.deepcopy(model)
