@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import metanudge as mn
+from metanudge.diagnostics.check.bench import measured
 from metanudge.oracle import RandomState
 from metanudge.types import Role
 from problems import DTYPE, distance, flat_gradient, normal, single_tasks
@@ -613,6 +614,40 @@ def test_fused_attention_needs_first_derivatives_only(execution: str) -> None:
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         exact = gradient_of(plain, cross_entropy, sentences(), mn.MAML(), solver=mn.Nesterov(40), prox=2.0)
     assert distance(found, exact) < 1e-3
+
+
+def test_the_models_own_device_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the current one, which need not be the model's."""
+    generators = [torch.Generator().manual_seed(7) for _ in range(2)]
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    with torch.random.fork_rng([]):
+        RandomState(5, torch.device("cuda", 1)).enter(2, Role.QUERY, 3)
+        assert generators[1].initial_seed() == torch.initial_seed()
+    assert generators[0].initial_seed() == 7
+
+
+def test_random_states_are_kept_of_named_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all devices, torch keeps those of many with a warning alone."""
+    fork, forks = torch.random.fork_rng, []
+
+    def named(devices: list[torch.device]) -> object:
+        forks.append(list(devices))
+        return fork(devices)
+
+    monkeypatch.setattr(torch.random, "fork_rng", named)
+    learner = mn.MetaLearner(nn.Linear(3, 1, dtype=DTYPE), squared_error, solver=mn.Nesterov(30), prox=2.0)
+
+    def enough(_: str) -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        mn.check(learner, vectors(), progress=enough)  # has tried float64 and kinks
+    measured(learner, single_tasks(vectors()))
+    optimizer = torch.optim.SGD(learner.model.parameters(), lr=0.01)
+    mn.smoothness(learner, [vectors()], optimizer, steps=2)
+    mn.fit(learner, optimizer, single_tasks(vectors()), steps=1, tasks_per_step=2, validation=vectors())
+    assert len(forks) > 10
+    assert not any(forks)
 
 
 class Writing(nn.Module):

@@ -18,7 +18,7 @@ from metanudge.errors import SettingsError
 from metanudge.estimators import Estimator
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle import BatchNorm, Call, LiveLosses, LiveModule, Programs, RandomState, StackedLosses, Tally
-from metanudge.oracle.common import round_off
+from metanudge.oracle.common import device_of, forked, round_off
 from metanudge.oracle.compiled import Bound, plain_attributes
 from metanudge.packing import Packing
 from metanudge.selection import Selection
@@ -76,11 +76,11 @@ def _kept(model: nn.Module, norm: BatchNorm) -> Iterator[RandomState]:
 
     One draw is taken from the user's generator, so that steps differ and ``torch.manual_seed`` decides them all.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     seed = int(torch.randint(2**62, ()).item())
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), norm.lent():
+        with forked(device), norm.lent():
             yield RandomState(seed, device)
     finally:
         for module, mode in modes:
