@@ -703,7 +703,7 @@ def test_hooks_on_trainable_parameters_are_refused_while_they_are_there(
 def test_wrappers_of_many_processes_are_refused(kind: type[nn.Module], within: bool) -> None:
     wrapped = kind.__new__(kind)  # without the processes
     nn.Module.__init__(wrapped)
-    wrapped.add_module("_fsdp_wrapped_module", PROBLEMS["ridge"]().make())
+    wrapped._modules["_fsdp_wrapped_module"] = PROBLEMS["ridge"]().make()
     model = nn.Sequential(wrapped) if within else wrapped
     with pytest.raises(mn.SettingsError, match=rf"{kind.__name__}.*ddp.module.*all_reduce.*fully_shard"):
         mn.MetaLearner(model, squared_error)
