@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -183,7 +185,7 @@ def test_only_transductive_predictions_depend_on_the_other_queries(execution: st
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_an_adapted_module_predicts_as_it_was_evaluated(policy: str, execution: str) -> None:
-    """In train and in eval mode, without being told."""
+    """In train and in eval mode, without being told, and as a copy; nothing is written to it."""
     model = network()
     learner = mn.MetaLearner(model, squared_error, batch_norm=policy, execution=execution)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -191,11 +193,29 @@ def test_an_adapted_module_predicts_as_it_was_evaluated(policy: str, execution: 
         expected = learner.evaluate([task]).mean
         adapted = learner.adapt(task.support)
         assert type(adapted) is type(model)
-        for mode in (lambda m: m, nn.Module.eval):
-            with torch.no_grad():
-                assert float(squared_error(mode(adapted), task.query)) == pytest.approx(expected, rel=1e-12)
+        held = {name: value.clone() for name, value in adapted.state_dict().items()}
+        copies = [adapted, copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))]
+        for one in copies:
+            for mode in (lambda m: m, nn.Module.train, nn.Module.eval, nn.Module.train):
+                with torch.no_grad():
+                    assert float(squared_error(mode(one), task.query)) == pytest.approx(expected, rel=1e-12)
+                assert one[0].training == one.training
+            assert all(torch.equal(value, held[name]) for name, value in one.state_dict().items())
+        assert not any(layer.training for layer in adapted.eval().modules())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_adapted_module_follows_the_policy_of_another_learner(policy: str) -> None:
+    """Only where statistics come from, not what was adapted before, tells it from a new network."""
+    task = single_tasks(regression())[0]
+    for before in ("support", "frozen"):
+        adapted = mn.MetaLearner(network(), squared_error, batch_norm=before).adapt(task.support)
+        plain = network()
+        plain.load_state_dict(adapted.state_dict())
+        found, expected = (meta_gradient(one, mn.FOBMAML(nu=0.1), policy, "in_place") for one in (adapted, plain))
+        assert torch.equal(found, expected)
 
 
 # What is refused.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 import gc
 import pickle
 import re
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -645,14 +647,33 @@ class Tempered(nn.Module):
         self.body, self.temperature, self.calls = network(), 1.0, 0
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.body(inputs) / self.temperature
+        heat = self.temperature[-1] if isinstance(self.temperature, tuple | list) else self.temperature
+        heat = heat.value if isinstance(heat, enum.Enum) else heat
+        return self.body(inputs) / (1.0 if heat is None else float(heat))
 
 
-def test_numbers_that_a_module_holds_are_not_frozen(traced: None) -> None:
+class Kind(enum.Enum):
+    LOW = 1.0
+    HIGH = 3.0
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        (1.0, 3.0),
+        (np.float64(1), np.float64(3)),
+        (Kind.LOW, Kind.HIGH),
+        ((None, np.int64(1)), (None, np.int64(3))),
+        (None, 3.0),
+    ],
+    ids=repr,
+)
+def test_numbers_that_a_module_holds_are_not_frozen(low: Any, high: Any, traced: None) -> None:
     model, tasks = Tempered(), tasks_of()
+    model.temperature = low
     fast, plain = learner_of(model), learner_of(copy.deepcopy(model), compile=False)
     before = gradient(fast, tasks)
-    model.temperature = plain.model.temperature = 3.0
+    model.temperature = plain.model.temperature = high
     assert distance(gradient(fast, tasks), before) > 0.1
     assert distance(gradient(fast, tasks), gradient(plain, tasks)) < 1e-9
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
 import metanudge as mn
@@ -660,6 +661,53 @@ def test_the_wrong_kind_of_thing_is_a_settings_error(settings: dict) -> None:
     """A name or a class where an object belongs is a likely slip; it is told when the learner is built."""
     with pytest.raises(mn.SettingsError):
         learner_of(PROBLEMS["ridge"](), **settings)
+
+
+def test_a_learner_keeps_its_model() -> None:
+    made = PROBLEMS["ridge"]()
+    learner = learner_of(made)
+    model = learner.model
+    with pytest.raises(mn.SettingsError, match="make a new MetaLearner"):
+        learner.model = made.make()
+    assert learner.model is model
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+@pytest.mark.parametrize("name", ["0.weight", "2.bias"])
+def test_hooks_on_trainable_parameters_are_refused_while_they_are_there(
+    name: str, register: str, execution: str
+) -> None:
+    """An adapted one and a shared one, hooked after the learner was made; nothing is called."""
+    made, calls = PROBLEMS["mlp"](), []
+    model = made.make()
+    learner = mn.MetaLearner(model, made.loss, solver=SOLVER, adapt_only="2", execution=execution)
+    frozen = model.get_parameter("0.bias")
+    getattr(frozen, register)(lambda _: calls.append(None))
+    frozen.requires_grad_(False)
+    handle = getattr(model.get_parameter(name), register)(lambda _: calls.append(None))
+    for use in (
+        lambda: learner.backward(made.tasks),
+        lambda: learner.evaluate(made.tasks),
+        lambda: learner.adapt(single_tasks(made.tasks)[0].support),
+        lambda: mn.MetaLearner(model, made.loss),
+    ):
+        with pytest.raises(mn.SettingsError, match=rf"{name} has a hook.*handle.remove\(\)"):
+            use()
+    handle.remove()
+    learner.backward(made.tasks)
+    assert not calls
+
+
+@pytest.mark.parametrize("kind", [nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedDataParallel])
+@pytest.mark.parametrize("within", [False, True])
+def test_wrappers_of_many_processes_are_refused(kind: type[nn.Module], within: bool) -> None:
+    wrapped = kind.__new__(kind)  # without the processes
+    nn.Module.__init__(wrapped)
+    wrapped._modules["_fsdp_wrapped_module"] = PROBLEMS["ridge"]().make()
+    model = nn.Sequential(wrapped) if within else wrapped
+    with pytest.raises(mn.SettingsError, match=rf"{kind.__name__}.*ddp.module.*all_reduce.*fully_shard"):
+        mn.MetaLearner(model, squared_error)
 
 
 def test_what_is_no_model_or_no_loss() -> None:

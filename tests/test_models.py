@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -10,8 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import metanudge as mn
+from metanudge.diagnostics.check.bench import measured
 from metanudge.oracle import RandomState
 from metanudge.oracle.attention import attention
 from metanudge.types import Role
@@ -683,3 +687,129 @@ def test_attention_written_out_is_that_of_torch(settings: dict[str, Any]) -> Non
         for mask in (torch.eye(5, dtype=torch.bool), torch.randn(5, 5, generator=generator, dtype=torch.float64)):
             expected = F.scaled_dot_product_attention(query, key, value, mask)
             torch.testing.assert_close(attention(query, key, value, mask), expected)
+
+
+def test_the_models_own_device_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the current one, which need not be the model's."""
+    generators = [torch.Generator().manual_seed(7) for _ in range(2)]
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    with torch.random.fork_rng([]):
+        RandomState(5, torch.device("cuda", 1)).enter(2, Role.QUERY, 3)
+        assert generators[1].initial_seed() == torch.initial_seed()
+    assert generators[0].initial_seed() == 7
+
+
+def test_random_states_are_kept_of_named_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all devices, torch keeps those of many with a warning alone."""
+    fork, forks = torch.random.fork_rng, []
+
+    def named(devices: list[torch.device]) -> object:
+        forks.append(list(devices))
+        return fork(devices)
+
+    monkeypatch.setattr(torch.random, "fork_rng", named)
+    learner = mn.MetaLearner(nn.Linear(3, 1, dtype=DTYPE), squared_error, solver=mn.Nesterov(30), prox=2.0)
+
+    def enough(_: str) -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        mn.check(learner, vectors(), progress=enough)  # has tried float64 and kinks
+    measured(learner, single_tasks(vectors()))
+    optimizer = torch.optim.SGD(learner.model.parameters(), lr=0.01)
+    mn.smoothness(learner, [vectors()], optimizer, steps=2)
+    mn.fit(learner, optimizer, single_tasks(vectors()), steps=1, tasks_per_step=2, validation=vectors())
+    assert len(forks) > 10
+    assert not any(forks)
+
+
+class Writing(nn.Module):
+    """Its forward pass keeps features, registers a cache made of the input, and appends to a list and to a dict."""
+
+    def __init__(self, writes: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(12)
+        self.writes, self.features, self.calls = writes, None, 0
+        self.history, self.found = [], {"kept": torch.ones(1)}
+        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = torch.tanh(self.body(x))
+        if not self.writes:
+            return self.head(features) * (1 + x.mean()), features
+        if not hasattr(self, "cache"):
+            self.register_buffer("cache", 1 + x.mean(), persistent=False)
+        self.features, self.last = features, features.sum()
+        self.calls += 1
+        self.history.append(features)
+        self.found["first"] = features
+        return self.head(features) * self.cache * self.calls * len(self.history)
+
+
+def with_auxiliary(model: nn.Module, batch: mn.Batch) -> Tensor:
+    """A loss that reads what the forward pass has kept."""
+    if model.writes:
+        predicted = model(batch.inputs)
+        features = model.features
+    else:
+        predicted, features = model(batch.inputs)
+    return (predicted - batch.targets).square().mean() + 0.1 * features.square().mean()
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_what_a_forward_pass_writes_into_modules_is_thrown_away(execution: str) -> None:
+    """After every evaluation, so that none sees what another has written: not its cache, its count, nor its list."""
+    plain = gradient_of(Writing(False).to(DTYPE), with_auxiliary, vectors(), mn.FOBMAML(nu=0.1), "vectorized")
+    model = Writing().to(DTYPE)
+    assert distance(gradient_of(model, with_auxiliary, vectors(), mn.FOBMAML(nu=0.1), execution), plain) < 1e-12
+
+    def check() -> None:
+        assert model.features is None
+        assert (model.calls, model.history, list(model.found)) == (0, [], ["kept"])
+        assert not hasattr(model, "last")
+        assert not hasattr(model, "cache")
+        assert not model._non_persistent_buffers_set
+        assert list(model.state_dict()) == list(Writing().state_dict())
+        torch.save(model, io.BytesIO())
+        copy.deepcopy(model)
+
+    check()
+    learner = mn.MetaLearner(model, with_auxiliary, solver=SOLVER, execution=execution)
+    task = single_tasks(vectors())[0]
+    adapted = learner.adapt(task.support)
+    check()
+    with torch.no_grad():
+        assert float(with_auxiliary(adapted, task.query)) == pytest.approx(learner.evaluate([task]).mean, rel=1e-12)
+    check()
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_what_is_written_before_an_error_is_thrown_away(execution: str) -> None:
+    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
+        with_auxiliary(model, batch)
+        raise KeyError
+
+    model = Writing().to(DTYPE)
+    with pytest.raises(KeyError):
+        gradient_of(model, loss, vectors(), mn.FOBMAML(), execution)
+    assert model.features is None
+    assert not model.history
+
+
+def test_what_a_checkpoint_writes_anew_is_thrown_away() -> None:
+    """Activation checkpointing calls modules once more, within the backward pass."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Writing()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    model, plain = Checkpointed().to(DTYPE), Writing().to(DTYPE)
+    expected = gradient_of(plain, squared_error, vectors(), mn.FOBMAML(nu=0.1), "in_place")
+    assert distance(gradient_of(model, squared_error, vectors(), mn.FOBMAML(nu=0.1), "in_place"), expected) < 1e-12
+    assert model.inner.features is None
+    assert not model.inner.history
+    copy.deepcopy(model)

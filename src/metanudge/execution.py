@@ -18,8 +18,8 @@ from metanudge.errors import SettingsError
 from metanudge.estimators import Estimator
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle import BatchNorm, Call, LiveLosses, LiveModule, Programs, RandomState, StackedLosses, Tally
-from metanudge.oracle.common import round_off
-from metanudge.oracle.compiled import Bound
+from metanudge.oracle.common import device_of, forked, round_off
+from metanudge.oracle.compiled import Bound, plain_attributes
 from metanudge.packing import Packing
 from metanudge.selection import Selection
 from metanudge.solvers.loop import Solver
@@ -76,11 +76,11 @@ def _kept(model: nn.Module, norm: BatchNorm) -> Iterator[RandomState]:
 
     One draw is taken from the user's generator, so that steps differ and ``torch.manual_seed`` decides them all.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     seed = int(torch.randint(2**62, ()).item())
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), norm.lent():
+        with forked(device), norm.lent():
             yield RandomState(seed, device)
     finally:
         for module, mode in modes:
@@ -121,6 +121,18 @@ class Vectorized:
     def lend(  # noqa: D102
         self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally, repeated: bool = False
     ) -> Iterator[Lent]:
+        with _kept(self.model, self.norm) as random:
+            yield self._lent(selection, stacks, prox, tally, repeated, random)
+
+    def _lent(
+        self,
+        selection: Selection,
+        stacks: list[Tasks],
+        prox: float,
+        tally: Tally,
+        repeated: bool,
+        random: RandomState,
+    ) -> Lent:
         parameters = dict(self.model.named_parameters())
         parts = {kind: {name: parameters[name] for name in names} for kind, names in selection._asdict().items()}
         packing, call = Packing.of(**parts), Call(self.model)
@@ -128,7 +140,7 @@ class Vectorized:
         spacing = round_off(parts["adapted"].values())
         bind = None if self.programs is None or not repeated else self._binding(self.programs, selection, packing, call)
 
-        def problems(random: RandomState) -> Iterator[InnerProblem]:
+        def problems() -> Iterator[InnerProblem]:
             first = 0
             for stack in stacks:
                 for chunk, number in split(stack, self.chunk_size):
@@ -158,8 +170,7 @@ class Vectorized:
             parts = torch.split(found, [leaf.shape[-1] for leaf in theta.values()], dim=1)
             return {key: part.unsqueeze(1).to(theta[key]) for key, part in zip(theta, parts, strict=True)}
 
-        with _kept(self.model, self.norm) as random:
-            yield Lent(problems(random), named, rows, lanes)
+        return Lent(problems(), named, rows, lanes)
 
     def _binding(
         self, programs: Programs, selection: Selection, packing: Packing, call: Call
@@ -167,15 +178,9 @@ class Vectorized:
         """What gives the programs for a chunk, told apart by all that a gradient of it reads."""
         moved = {name for names in selection for name in names}
         frozen = {name: value.detach() for name, value in self.model.named_parameters() if name not in moved}
-        modules = tuple((weakref.ref(module), _plain_attributes(module)) for module in self.model.modules())
+        modules = tuple((weakref.ref(module), plain_attributes(module)) for module in self.model.modules())
         state = (modules, packing.layout, tuple(map(tuple, call.names.values())))
         return lambda chunk: programs.bind((chunk, call.own_buffers, frozen), state)
-
-
-def _plain_attributes(module: nn.Module) -> tuple[str, ...]:
-    """What Python decides by in a forward pass: the mode, and numbers and words that a module holds."""
-    held = vars(module).items()
-    return tuple(f"{name}={value}" for name, value in held if type(value) in (bool, int, float, str))
 
 
 @dataclass(frozen=True)
@@ -202,11 +207,26 @@ class InPlace:
     def lend(  # noqa: D102
         self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally, repeated: bool = False
     ) -> Iterator[Lent]:
-        live = LiveModule.take(self.model, selection.adapted)
+        with _kept(self.model, self.norm) as random:
+            live = LiveModule.take(self.model, selection.adapted)
+            try:
+                yield self._lent(live, selection, stacks, prox, tally, random)
+            finally:
+                live.give_back()
+
+    def _lent(
+        self,
+        live: LiveModule,
+        selection: Selection,
+        stacks: list[Tasks],
+        prox: float,
+        tally: Tally,
+        random: RandomState,
+    ) -> Lent:
         theta = {name: live.values[name] for name in selection.adapted}
         spacing = round_off([live.parameters[name] for name in selection.adapted])
 
-        def problems(random: RandomState) -> Iterator[InnerProblem]:
+        def problems() -> Iterator[InnerProblem]:
             for index, task in enumerate(task for stack in stacks for task in single(stack)):
                 losses = LiveLosses(
                     live, self.losses, selection.shared, task, self.microbatch, index, random, tally, self.norm
@@ -223,11 +243,7 @@ class InPlace:
                 name: part.reshape(theta[name].shape).to(theta[name]) for name, part in zip(theta, parts, strict=True)
             }
 
-        try:
-            with _kept(self.model, self.norm) as random:
-                yield Lent(problems(random), dict, rows, lanes)
-        finally:
-            live.give_back()
+        return Lent(problems(), dict, rows, lanes)
 
 
 def check_needs(missing: Set[Need], *parts: Estimator | Solver) -> None:

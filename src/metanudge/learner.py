@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metanudge import settings
 from metanudge.accumulation import FiniteMean, summarize
 from metanudge.adaptation import Shapes, adapted_copy, alone, check_copyable, curves, looked_at
 from metanudge.batching import as_stacks, groups
@@ -21,11 +22,10 @@ from metanudge.estimators import ESTIMATORS, FOBMAML, Estimator
 from metanudge.estimators.base import told_to_go_first_order
 from metanudge.execution import Execution, Lent, check_needs, choose_execution
 from metanudge.metrics import called
-from metanudge.oracle import BatchNorm, Policy, Tally
+from metanudge.oracle import BatchNorm, Policy, Tally, device_of
 from metanudge.permutations import permuted
 from metanudge.probe import Probe
 from metanudge.selection import AdaptOnly, Selection, listed, select_parameters
-from metanudge.settings import check_flag, check_function, check_part, check_prox, check_sizes, check_steps, shown
 from metanudge.solvers import SOLVERS, Nesterov, Solver
 from metanudge.solvers.loop import solve
 from metanudge.types import Batch, Evaluation, LossFunction, MetaStep, Need, Role, Tasks
@@ -101,24 +101,17 @@ class MetaLearner:
         batch_norm: Policy | None = None,
         compile: bool = False,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise SettingsError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        for argument, function in (("loss", loss), ("query_loss", query_loss)):
-            if function is not None:
-                check_function(argument, function, "loss(model, batch) -> scalar tensor")
-        check_prox(prox)
-        check_sizes(chunk_size=chunk_size, microbatch=microbatch)
-        check_flag(compile=compile)
-        self.model = model
+        settings.check_model(model)
+        settings.check_losses(loss=loss, query_loss=query_loss)
+        settings.check_prox(prox)
+        settings.check_sizes(chunk_size=chunk_size, microbatch=microbatch)
+        settings.check_flag(compile=compile)
+        self._model = model
         self.losses = {Role.SUPPORT: loss, Role.QUERY: loss if query_loss is None else query_loss}
         self.prox, self.compile = float(prox), compile
         self.solver: Solver = Nesterov(steps=16) if solver is None else solver
         self.estimator: Estimator = FOBMAML() if estimator is None else estimator
-        asked = ("steps", "needs", "differentiable", "plan", "init", "step", "settle", "point", "finished")
-        check_part("solver", self.solver, asked, "mn.Nesterov(steps=16)", SOLVERS)
-        check_part("estimator", self.estimator, ("needs", "__call__"), "mn.FOBMAML()", ESTIMATORS)
-        if warm_start is not None:
-            check_part("warm_start", warm_start, ("get", "put", "state_dict"), "mn.WarmStart(), or None")
+        settings.check_parts(self.solver, SOLVERS, self.estimator, ESTIMATORS, warm_start)
         self.warm_start, self.adapt_only = warm_start, listed(adapt_only)
         selection = select_parameters(model, self.adapt_only)
         self.norm = BatchNorm(batch_norm, model)
@@ -128,6 +121,15 @@ class MetaLearner:
         self._selection()
         self._told = Told()
         self._seen: set[Shapes] = set()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, for good."""
+        return self._model
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        raise SettingsError("a learner keeps the model that it was made with; make a new MetaLearner of the other one")
 
     def _selection(self) -> Selection:
         """Select parameters of the model as it is now, and refuse what can not work with them."""
@@ -144,7 +146,7 @@ class MetaLearner:
 
     def __repr__(self) -> str:
         """Settings on one line."""
-        more = shown(
+        more = settings.shown(
             adapt_only=self.adapt_only,
             batch_norm=self.norm.policy,
             warm_start=self.warm_start,
@@ -154,10 +156,6 @@ class MetaLearner:
             f"MetaLearner({type(self.model).__name__}, prox={self.prox:g}, solver={self.solver}, "
             f"estimator={self.estimator}, execution={self.execution.name!r}{more})"
         )
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     def backward(self, tasks: Tasks | Sequence[Tasks], indices: Sequence[int] | None = None) -> MetaStep:
         """Add the meta-gradient of F to ``.grad``, as ``loss.backward()`` would.
@@ -187,7 +185,7 @@ class MetaLearner:
         Cost: that of the estimator, times the number of tasks. Vectorised, before UnsolvedWarning, unless it is
             ignored, up to 20 solves, once.
         """
-        stacks, places = as_stacks(tasks, self._device)
+        stacks, places = as_stacks(tasks, device_of(self.model))
         self._seen |= looked_at(self.model, stacks, self._seen)
         order = iter(in_order(indices, places, self.warm_start is not None))
         tally, mean = Tally(), FiniteMean()
@@ -248,7 +246,7 @@ class MetaLearner:
         """
         check_copyable(self.model)
         self._told.of_dropout(self.model, "adapt")
-        stacks = alone(support, self._device, self._seen)
+        stacks = alone(support, device_of(self.model), self._seen)
         with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, Tally()) as lent:
             problem = next(lent.problems)
             solution = solve(self.solver, problem.energy(), problem.losses.spread(problem.theta))
@@ -281,9 +279,11 @@ class MetaLearner:
 
         Cost: K gradients and K + 1 forward passes a task and permutation.
         """
-        check_steps(permutations, "permutations")
+        settings.check_steps(permutations, "permutations")
         function = self.losses[Role.QUERY] if metric is None else metric
-        check_function("metric", function, "metric(model, batch) -> scalar tensor, such as mn.metrics.accuracy")
+        settings.check_function(
+            "metric", function, "metric(model, batch) -> scalar tensor, such as mn.metrics.accuracy"
+        )
         self._told.of_dropout(self.model, "evaluate")
         values: list[Tensor] = []
         for group in groups(tasks):
@@ -310,7 +310,7 @@ class MetaLearner:
 
     def _curves(self, tasks: Tasks | Sequence[Tasks], function: LossFunction) -> Tensor:
         """The metric after every step, ``[T, K + 1]``, in the order of the tasks."""
-        stacks, places = as_stacks(tasks, self._device)
+        stacks, places = as_stacks(tasks, device_of(self.model))
         self._seen |= looked_at(self.model, stacks, self._seen)
         with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, Tally()) as lent:
             found = [curves(problem, self.solver, function) for problem in lent.problems]

@@ -37,7 +37,8 @@ def select_parameters(model: nn.Module, adapt_only: AdaptOnly | None) -> Selecti
     """Split the trainable parameters of ``model``; frozen ones (``requires_grad=False``) belong to neither part.
 
     Raises:
-        SettingsError: Nothing is trainable, a pattern matches no parameter, or nothing is left to adapt.
+        SettingsError: Nothing is trainable, a trainable parameter has a hook, a pattern matches no parameter, or
+            nothing is left to adapt.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
@@ -45,6 +46,13 @@ def select_parameters(model: nn.Module, adapt_only: AdaptOnly | None) -> Selecti
             "the model has no trainable parameter, so there is nothing to adapt; "
             "give at least one parameter requires_grad=True"
         )
+    for name, parameter in trainable.items():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise SettingsError(
+                f"the parameter {name} has a hook (register_hook, register_post_accumulate_grad_hook), which would act "
+                "on every gradient within the inner solves, or on none; remove it (handle.remove()), and change .grad "
+                "after backward"
+            )
     if adapt_only is None:
         return Selection(tuple(trainable), ())
     names: dict[int, list[str]] = {}

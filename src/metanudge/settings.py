@@ -88,6 +88,46 @@ def check_fraction(**settings: float) -> None:
             raise SettingsError(f"{name} must be a number in [0, 1), got {value!r}")
 
 
+def check_model(model: object) -> None:
+    """Raise a SettingsError for what is no module, or holds one that mixes the ranks' gradients within inner solves."""
+    if not isinstance(model, nn.Module):
+        raise SettingsError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
+                raise SettingsError(
+                    f"the model is wrapped by {kind.__name__}, which averages gradients over processes (or devices) "
+                    "within every inner solve, and so mixes their tasks. Give the plain module (ddp.module), give "
+                    "every rank its own tasks, and average .grad over the ranks by torch.distributed.all_reduce after "
+                    "backward; or shard it by FSDP2, torch.distributed.fsdp.fully_shard (docs/large_models.md)"
+                )
+
+
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")  # the second is slow to import
+
+
+def check_losses(**losses: object) -> None:
+    """Raise a SettingsError unless every one is a function of a model and a batch, or None."""
+    for argument, function in losses.items():
+        if function is not None:
+            check_function(argument, function, "loss(model, batch) -> scalar tensor")
+
+
+def check_parts(
+    solver: object,
+    solvers: Mapping[str, type[Any]],
+    estimator: object,
+    estimators: Mapping[str, type[Any]],
+    warm_start: object,
+) -> None:
+    """Raise a SettingsError for what can not be these parts of a learner; ``solvers`` and ``estimators`` are known."""
+    asked = ("steps", "needs", "differentiable", "plan", "init", "step", "settle", "point", "finished")
+    check_part("solver", solver, asked, "mn.Nesterov(steps=16)", solvers)
+    check_part("estimator", estimator, ("needs", "__call__"), "mn.FOBMAML()", estimators)
+    if warm_start is not None:
+        check_part("warm_start", warm_start, ("get", "put", "state_dict"), "mn.WarmStart(), or None")
+
+
 def check_function(argument: str, given: object, form: str) -> None:
     """Raise a SettingsError for what is no function of a model and a batch: a name, a class, a module of torch.nn."""
     of_torch = getattr(given, "__module__", None) in ("torch.nn.functional", "torch._C._nn")

@@ -13,6 +13,7 @@ from metanudge import metrics
 from metanudge.batching import as_stacks, check_stack, is_dataset, leaves, listed, not_finite, split
 from metanudge.errors import NonFiniteWarning, SettingsError, TasksError
 from metanudge.learner import MetaLearner
+from metanudge.oracle.common import device_of, forked
 from metanudge.types import Evaluation, LossFunction, Tasks
 from metanudge.warned import warn
 
@@ -75,7 +76,7 @@ def validate(
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.random.fork_rng():
+        with forked(device_of(model)):
             return learner.evaluate(_pieces(tasks, at_once), metric)
     finally:
         for module, mode in modes:

@@ -16,6 +16,7 @@ from metanudge.deposit import Told
 from metanudge.errors import NonFiniteError, NonFiniteWarning, TasksError, UnsolvedWarning
 from metanudge.learner import MetaLearner
 from metanudge.optim import NormalizedSGD
+from metanudge.oracle.common import forked, seed_generators
 from metanudge.settings import check_steps
 from metanudge.types import Tasks
 
@@ -202,7 +203,7 @@ def _gradient(
 ) -> Tensor:
     for parameter in parameters:
         parameter.grad = None
-    torch.manual_seed(seed)
+    seed_generators(seed, parameters[0].device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnsolvedWarning)
         warnings.simplefilter("ignore", NonFiniteWarning)
@@ -230,7 +231,7 @@ def _restored(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iter
     gradients = [parameter.grad for parameter in parameters]
     state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
     try:
-        with torch.random.fork_rng():
+        with forked(parameters[0].device):
             yield
     finally:
         _set(parameters, values)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metanudge.errors import LossError, SettingsError
+from metanudge.oracle.common import forked
 from metanudge.types import Batch, LossFunction, Role
 
 Policy = Literal["transductive", "support", "frozen"]
@@ -124,6 +125,7 @@ class BatchNorm:
                 layer.track_running_stats = False
                 layer.running_mean = layer.running_var = layer.num_batches_tracked = None
             else:
+                layer.__dict__["train"] = partial(_stay, layer)
                 layer.eval()
 
     def _measured(self, adapted: nn.Module, support_loss: LossFunction, support: Batch) -> list[Statistics]:
@@ -131,7 +133,7 @@ class BatchNorm:
         shared = {id(parameter): parameter for parameter in adapted.parameters()}
         probe = BatchNorm(self.policy, copy.deepcopy(adapted, memo=dict(shared)))  # with buffers of its own to write to
         device = next(adapted.parameters()).device
-        with probe.lent(), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with probe.lent(), torch.no_grad(), forked(device):
             probe._seen = {}
             support_loss(probe.model, support)
         return [probe._seen[layer][-1] for layer in probe.layers()]
@@ -162,6 +164,11 @@ class BatchNorm:
         if layer.weight is not None:
             scaled = scaled * layer.weight.view(shape)
         return scaled if layer.bias is None else scaled + layer.bias.view(shape)
+
+
+def _stay(layer: _BatchNorm, mode: bool = True) -> nn.Module:  # noqa: ARG001
+    """In the place of ``layer.train``; a learner that the module is given to sets ``training`` itself."""
+    return type(layer).train(layer, False)
 
 
 @contextmanager

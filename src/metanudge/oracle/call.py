@@ -14,6 +14,7 @@ from torch.func import functional_call
 from metanudge.errors import LossError
 from metanudge.oracle.common import scalar_loss
 from metanudge.oracle.convolution import MatrixConvolutions
+from metanudge.oracle.written import Written
 from metanudge.types import Batch, LossFunction
 
 
@@ -23,7 +24,7 @@ class Call(nn.Module):
     Attributes:
         model: The user's model.
         own_buffers: Its buffers, shared ones once.
-        unset: Its buffers that are None, and have to be so again.
+        written: What its modules held, and hold again after every evaluation.
         names: Of a parameter or buffer, all its names within this module: more than one where it is tied. (Left to
             functional_call, finding them costs more than a small model's forward pass.)
         draws: Whether a forward pass has been seen to draw random numbers.
@@ -42,7 +43,7 @@ class Call(nn.Module):
         self.names: dict[str, list[str]] = {}
         for name, tensor in tensors:
             self.names.setdefault(first.setdefault(id(tensor), name), []).append(f"model.{name}")
-        self.unset = [(module, name) for module in model.modules() for name, b in module._buffers.items() if b is None]
+        self.written = Written.over(model)
 
     def forward(self, function: LossFunction, batch: Batch) -> Tensor:
         """Evaluate."""
@@ -55,8 +56,7 @@ class Call(nn.Module):
         try:
             value: Tensor = functional_call(self, everywhere, (function, batch), tie_weights=False)
         finally:
-            for module, name in self.unset:
-                module._buffers[name] = None
+            self.written.undo()
         return value
 
     @contextmanager

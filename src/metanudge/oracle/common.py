@@ -33,13 +33,28 @@ class RandomState:
     def enter(self, task: int, role: Role, step: int) -> None:
         """Seed the generators a model on ``device`` draws from."""
         seed = (self.seed + 1_000_003 * task + 2 * step + role.value) % 2**63
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+        seed_generators(seed, self.device)
 
     def aside(self) -> AbstractContextManager[None]:
         """A context whose draws leave the state as it was."""
-        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+        return forked(self.device)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Of the first parameter: a model is on one device."""
+    return next(model.parameters()).device
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed what a model on ``device`` draws from, and no other device, whichever is the current one."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
+
+
+def forked(device: torch.device) -> AbstractContextManager[None]:
+    """A context after which the random state of a model on ``device`` is as before."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from enum import Enum
 from typing import Any, NamedTuple, TypeAlias, cast
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -62,6 +64,19 @@ class Built(NamedTuple):
     program: Program
     form: Hashable
 
+
+def plain_attributes(module: nn.Module) -> tuple[str, ...]:
+    """What Python decides by in a forward pass: the mode, and numbers and words that a module holds, as text."""
+    return tuple(f"{name}={value!r}" for name, value in vars(module).items() if _is_plain(value))
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, _PLAIN)
+
+
+_PLAIN = (bool, int, float, complex, str, Enum, np.generic, torch.dtype, torch.device)
 
 MANY = 16
 """Programs of which a warning tells: a training on stacks of one form has some five."""

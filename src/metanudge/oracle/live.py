@@ -166,12 +166,16 @@ class LiveLosses(InnerGradients):
         def at(read: Role, function: LossFunction) -> Tensor:
             self.live.reset_buffers(copies=read is not role)
             if read is role:
-                with told_of_misfits(self.live.model, role, batch):
-                    return scalar_loss(function, self.live.model, batch)
+                return called(batch, read, function)
             with self.random.aside():
-                other = self._batch(read, step, minibatch)
-                with told_of_misfits(self.live.model, read, other):
-                    return scalar_loss(function, self.live.model, other)
+                return called(self._batch(read, step, minibatch), read, function)
+
+        def called(given: Batch, read: Role, function: LossFunction) -> Tensor:
+            try:
+                with told_of_misfits(self.live.model, read, given):
+                    return scalar_loss(function, self.live.model, given)
+            finally:
+                self.live.written.undo()
 
         return self.norm.evaluate(role, function, self.losses[Role.SUPPORT], at)
 

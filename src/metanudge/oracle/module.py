@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metanudge.oracle.common import accumulator, whole
+from metanudge.oracle.written import Written
 from metanudge.types import Params
 
 
@@ -25,6 +26,7 @@ class LiveModule:
         gradients: What was in ``.grad``.
         trainable: What was in ``.requires_grad``.
         buffers: Every buffer: its module, its name, itself and a copy.
+        written: What its modules held.
         sharded: The modules of FSDP2, which gather and scatter their parameters.
     """
 
@@ -34,11 +36,12 @@ class LiveModule:
     gradients: dict[str, Tensor | None]
     trainable: dict[str, bool]
     buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]]
+    written: Written
     sharded: list[Any]
 
     @classmethod
     def take(cls, model: nn.Module, adapted: Sequence[str]) -> LiveModule:
-        """Remember parameters, gradients, flags and buffers."""
+        """Remember parameters, gradients, flags, buffers and attributes."""
         parameters = dict(model.named_parameters())
         chosen = {name: parameters[name].detach() for name in adapted}
         return cls(
@@ -52,6 +55,7 @@ class LiveModule:
                 for module in model.modules()
                 for name, buffer in module._buffers.items()
             ],
+            Written.over(model),
             [module for module in model.modules() if hasattr(module, "reshard") and hasattr(module, "unshard")],
         )
 
@@ -89,7 +93,8 @@ class LiveModule:
         return whole(parts) / size
 
     def reset_buffers(self, *, copies: bool = False) -> None:
-        """Undo what forward passes wrote into buffers; or lay out copies, and leave those of a living graph alone."""
+        """Undo what forward passes wrote; or lay out copies of buffers, and leave those of a living graph alone."""
+        self.written.undo()  # checkpoints write anew in the backward pass
         for module, name, buffer, saved in self.buffers:
             module._buffers[name] = saved.clone() if copies and saved is not None else buffer
             if not copies and buffer is not None and saved is not None:

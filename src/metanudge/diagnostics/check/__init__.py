@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
-
 from metanudge.advice import noise as why_random
 from metanudge.diagnostics.check.advice import verdict
 from metanudge.diagnostics.check.bench import Bench, first
@@ -18,6 +16,7 @@ from metanudge.errors import SettingsError
 from metanudge.estimators import ESTIMATORS
 from metanudge.learner import MetaLearner
 from metanudge.minibatches import as_minibatches
+from metanudge.oracle.common import device_of, forked
 from metanudge.settings import check_steps
 from metanudge.types import Tasks
 
@@ -93,7 +92,7 @@ def check(
             "check compares with the exact meta-gradient of the proximal problem, and with prox = 0 there is none; "
             "give the learner prox > 0"
         )
-    with torch.random.fork_rng():  # a loader may draw
+    with forked(device_of(learner.model)):  # a loader may draw
         bench = Bench(learner, first(learner, tasks, max_tasks))
         bends = kinked(bench)
         tell = progress or (lambda _: None)

@@ -16,6 +16,7 @@ from metanudge.batching import as_stacks, groups, not_finite, single
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, UnsolvedWarning
 from metanudge.estimators.base import Estimator
 from metanudge.learner import MetaLearner
+from metanudge.oracle.common import device_of, forked, seed_generators
 from metanudge.solvers import Solver
 from metanudge.types import MetaStep, Role, Tasks
 
@@ -39,9 +40,14 @@ class Bench:
         """The places of all tasks."""
         return tuple(range(len(self.tasks)))
 
+    @property
+    def device(self) -> torch.device:
+        """Of the model."""
+        return device_of(self.model)
+
     def bad(self) -> dict[int, str]:
         """Tasks with NaN or infinite numbers in their data, and where."""
-        return not_finite(*as_stacks(self.tasks, next(self.model.parameters()).device))
+        return not_finite(*as_stacks(self.tasks, self.device))
 
     def _in_double(self) -> tuple[nn.Module, list[Tasks]] | None:
         """Model and tasks in float64, if both losses take them."""
@@ -49,7 +55,7 @@ class Bench:
         try:
             model = copy.deepcopy(self.model).double()
             tried = copy.deepcopy(model)  # a forward pass may write buffers
-            with quiet(), torch.enable_grad():
+            with quiet(self.device), torch.enable_grad():
                 for task in tasks:
                     for role, batch in zip(Role, task, strict=True):
                         self.learner.losses[role](tried, batch).backward()  # type: ignore[no-untyped-call]
@@ -82,7 +88,7 @@ def measured(learner: MetaLearner, tasks: list[Tasks]) -> tuple[Tensor, MetaStep
     parameters = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.grad = None
-    with quiet():
+    with quiet(parameters[0].device):
         step = learner.backward(tasks)
     leaves = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     gradient = torch.cat([leaf.detach().reshape(-1).double().cpu() for leaf in leaves])
@@ -101,18 +107,18 @@ def alone(learner: MetaLearner, task: Tasks) -> bool:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet(device: torch.device) -> Iterator[None]:
     """A random state of its own, and no warnings of what the table tells anyway."""
-    with warnings.catch_warnings(), torch.random.fork_rng():
+    with warnings.catch_warnings(), forked(device):
         warnings.simplefilter("ignore", UnsolvedWarning)
         warnings.simplefilter("ignore", NonFiniteWarning)
-        torch.manual_seed(0)
+        seed_generators(0, device)
         yield
 
 
 def first(learner: MetaLearner, tasks: Tasks | Iterable[Tasks], number: int) -> list[Tasks]:
     """The first tasks, single."""
     group = next(iter(groups(tasks, number)), [])
-    stacks, places = as_stacks(group, next(learner.model.parameters()).device)
+    stacks, places = as_stacks(group, device_of(learner.model))
     ordered = dict(zip(places, (task for stack in stacks for task in single(stack)), strict=True))
     return [ordered[place] for place in sorted(ordered)][:number]

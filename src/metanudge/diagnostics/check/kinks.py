@@ -26,7 +26,7 @@ def kinked(bench: Bench) -> bool:
     falls = []
 
     def gradient() -> Tensor:
-        with quiet(), torch.enable_grad():
+        with quiet(bench.device), torch.enable_grad():
             loss = bench.learner.losses[Role.SUPPORT](model, task.support)
         found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
         return torch.cat([leaf.reshape(-1).double() for leaf in found])
