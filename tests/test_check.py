@@ -12,7 +12,7 @@ import torch
 import metanudge as mn
 from metanudge.cli import main
 from metanudge.loading import load_learner
-from problems import PROBLEMS, distance, estimate
+from problems import PROBLEMS, distance, estimate, single_tasks, squared_error
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "sinusoid.py"
 SMALL = {"reference_steps": 200, "compare": ["fomaml", "imaml"]}
@@ -148,6 +148,10 @@ def test_settings_it_can_not_use() -> None:
         mn.check(learner, tasks, compare=["sgd"])
     with pytest.raises(mn.TasksError):
         mn.check(learner, [])
+    whole = single_tasks(tasks)[0]
+    in_place = mn.MetaLearner(learner.model, squared_error, solver=mn.GradientDescent(2, lr=0.1), execution="in_place")
+    with pytest.raises(mn.TasksError, match=r"mn.Minibatches\s+has none.*whole support sets"):
+        mn.check(in_place, [mn.Tasks(mn.Minibatches([whole.support]), whole.query)])
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -401,6 +401,31 @@ def test_tangent_is_the_limit_of_the_linear_nudge_on_quadratics(problem: str, so
     assert distance(estimate(made, mn.FOBMAML(nu=0.1, steps=steps), library), tangent) < 1e-11
 
 
+@pytest.mark.parametrize("steps", [2, 5])
+@pytest.mark.parametrize("solver", [mn.GradientDescent(3, lr=0.1), mn.Nesterov(3)], ids=["descent", "nesterov"])
+def test_tangent_of_other_steps_is_the_limit_of_as_many_nudged_ones(solver: object, steps: int) -> None:
+    made = ridge()
+    nudged = estimate(made, mn.FOBMAML(nu=0.1, steps=steps), solver)
+    assert distance(estimate(made, mn.Tangent(steps=steps), solver), nudged) < 1e-11
+    twice = estimate(made, mn.Tangent(steps=6), solver)
+    assert distance(estimate(made, mn.FOBMAML(nu=0.1), solver), twice) < 1e-11
+
+
+def test_tangent_against_its_iteration_written_out() -> None:
+    """phi <- phi - a grad E three times, then z <- z - a ((H + prox) z + grad f) seven times, in coordinates."""
+    made, a = PROBLEMS["diagonal"](), 0.1
+    wanted = []
+    for task in made.plain:
+        phi, z = made.theta, torch.zeros_like(made.theta)
+        for _ in range(3):
+            phi = phi - a * (slope(task.support, phi) + made.prox * (phi - made.theta))
+        for _ in range(7):
+            z = z - a * (curvature(task.support, phi, made.prox) @ z + slope(task.query, phi))
+        wanted.append(-made.prox * z)
+    found = estimate(made, mn.Tangent(steps=7), mn.GradientDescent(3, lr=a))
+    assert distance(found, torch.stack(wanted).mean(0)) < 1e-12
+
+
 @pytest.mark.parametrize("nudge", ["full", "linear"])
 @pytest.mark.parametrize("momentum", [0.0, 0.6])
 @pytest.mark.parametrize("steps", [2, 5])
@@ -520,6 +545,16 @@ def test_cost_in_gradients(estimator: object) -> None:
     assert step_of(estimator, "vectorized").gradient_evaluations / 3 == COSTS[estimator]  # tasks
 
 
+@pytest.mark.parametrize("estimator", [mn.MAML(), mn.HFMAML()], ids=str)
+def test_steps_not_taken_are_not_counted(estimator: object) -> None:
+    """A solve that stops after the first of nine steps counts as one of a single step."""
+    counts = [
+        step_of(estimator, "vectorized", solver=mn.Nesterov(steps, lr=0.1, tol=tol)).gradient_evaluations
+        for steps, tol in ((1, None), (9, 1.0))
+    ]
+    assert counts[1] == counts[0]
+
+
 @pytest.mark.parametrize("estimator", [e for e in COSTS if "exact" not in str(e) and type(e) is not mn.MAML], ids=str)
 def test_cost_in_calls_of_the_loss(estimator: object) -> None:
     """In place, a gradient is one call of the user's loss: count them from outside."""
@@ -614,7 +649,10 @@ def test_memory_of_maml_grows_with_the_steps_and_of_checkpointed_maml_with_their
         (lambda: mn.IMAML(tol=0.0), "tol must be"),
         (lambda: mn.IMAML(products="inexact"), "products must be"),
         (lambda: mn.Tangent(products="inexact"), "products must be"),
-        (lambda: mn.Tangent(displacement=-1.0), "displacement must be"),
+        (lambda: mn.Tangent(products="two_gradient", displacement=-1.0), "displacement must be"),
+        (lambda: mn.Tangent(displacement=0.1), "belongs to two-gradient products"),
+        (lambda: mn.IMAML(displacement=0.1), "belongs to two-gradient products"),
+        (lambda: mn.Tangent(steps=0), "steps must be"),
         (lambda: mn.HFMAML(displacement=0.0), "displacement must be"),
     ],
 )

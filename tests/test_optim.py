@@ -247,3 +247,36 @@ def test_both_are_torch_optimizers_that_minimise(make: object) -> None:
 def test_bad_settings_are_refused(make: object, words: str) -> None:
     with pytest.raises(mn.SettingsError, match=words):
         make(parameters())
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_normalized_steps_in_half_precision(size: float, momentum: float) -> None:
+    """A constant gradient of n equal entries: every parameter moves by lr / sqrt(n)."""
+    parameter = nn.Parameter(torch.ones(64, dtype=torch.float16))
+    optimizer = mn.optim.NormalizedSGD([parameter], lr=0.5, momentum=momentum)
+    parameter.grad = torch.full_like(parameter, size)
+    optimizer.step()
+    assert torch.equal(parameter.detach(), torch.full_like(parameter, 1 - 0.5 / 8))
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-30, 1e-20, 1.0, 1e25, 3e38])
+def test_steps_of_gradients_that_have_no_square(size: float) -> None:
+    parameter = nn.Parameter(torch.zeros(3, 3))
+    optimizer = mn.optim.NormalizedSGD([parameter], lr=0.3, momentum=0.0)
+    parameter.grad = torch.full_like(parameter, size)
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, -0.1))
+    clipped = nn.Parameter(torch.zeros(3, 3))
+    clipped.grad = torch.full_like(clipped, size)
+    mn.optim.ClippedSGD([clipped], lr=1e-3, max_step=0.3).step()
+    torch.testing.assert_close(clipped.detach(), torch.full_like(clipped, -min(1e-3 * size, 0.1)))
+
+
+def test_clipped_steps_in_half_precision() -> None:
+    """64 entries of 1e4 have no norm in float16; a step of 1e-6 is lost beside 1."""
+    for size, expected in ((1e4, 1 - 0.5 / 8), (1e-6, 1.0)):
+        parameter = nn.Parameter(torch.ones(64, dtype=torch.float16))
+        parameter.grad = torch.full_like(parameter, size)
+        mn.optim.ClippedSGD([parameter], lr=1.0, max_step=0.5).step()
+        assert torch.equal(parameter.detach(), torch.full_like(parameter, expected))

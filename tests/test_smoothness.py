@@ -147,7 +147,7 @@ def test_what_it_refuses() -> None:
     learner = mn.MetaLearner(made.make(), made.loss, prox=made.prox)
     with pytest.raises(mn.SettingsError, match="steps"):
         mn.smoothness(learner, made.tasks, steps=0)
-    with pytest.raises(mn.TasksError, match="two points"):
+    with pytest.raises(mn.SettingsError, match="two points"):
         mn.smoothness(learner, made.tasks, steps=1)
     with pytest.raises(mn.TasksError, match="no tasks"):
         mn.smoothness(learner, iter([]))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metanudge.batching import groups
 from metanudge.deposit import Told
-from metanudge.errors import NonFiniteError, NonFiniteWarning, TasksError, UnsolvedWarning
+from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, TasksError, UnsolvedWarning
 from metanudge.learner import MetaLearner
 from metanudge.optim import NormalizedSGD
 from metanudge.oracle.common import forked, seed_generators
@@ -113,8 +113,8 @@ def smoothness(
         steps: Meta-steps to take, >= 2.
 
     Raises:
-        SettingsError: ``steps`` is no whole number.
-        TasksError: Fewer than two steps; tasks that do not fit.
+        SettingsError: ``steps`` is no whole number, or below two.
+        TasksError: Tasks that do not fit.
         NonFiniteError: The optimizer did not move the parameters, or the gradient is not finite.
 
     Cost: two calls of ``backward`` a step. Memory: two copies of the parameters and of the optimizer's state.
@@ -131,7 +131,7 @@ def smoothness(
     """
     check_steps(steps)
     if steps < 2:
-        raise TasksError(f"a line needs at least two points, got steps={steps}")
+        raise SettingsError(f"a line needs at least two points, got steps={steps}")
     parameters = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
     with _restored(learner.model, optimizer):
         batch = next(iter(groups(tasks)), None)  # a loader may draw

@@ -57,5 +57,4 @@ class MAML:
         """Unroll and pull back."""
         theta, shared = (leaves_per_task(problem, part) for part in (problem.theta, problem.losses.shared))
         segments = math.isqrt(solver.steps) if self.checkpoint else 1
-        problem.losses.count(2 * solver.steps)
-        return unroll(problem, solver, problem.losses.unrolled(shared), theta, shared, segments)
+        return unroll(problem, solver, problem.losses.unrolled(shared), theta, shared, segments, backward=2)

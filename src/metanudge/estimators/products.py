@@ -15,11 +15,16 @@ Products: TypeAlias = Literal["exact", "two_gradient"]
 
 
 def check_products(products: str, displacement: float | None) -> None:
-    """Raise a SettingsError for a name that is neither, or a displacement that is not positive."""
+    """Raise a SettingsError for a name that is neither, or a displacement that is not positive or has no use."""
     if products not in ("exact", "two_gradient"):
         raise SettingsError(f'products must be "exact" or "two_gradient", got {products!r}')
     if displacement is not None:
         check_positive(displacement=displacement)
+        if products == "exact":
+            raise SettingsError(
+                f"displacement={displacement!r} belongs to two-gradient products, and exact ones have none; give "
+                'products="two_gradient", or leave it out'
+            )
 
 
 def needs_of(products: Products) -> frozenset[Need]:

@@ -12,6 +12,7 @@ from metanudge import tree
 from metanudge.energy import Energy, InnerProblem
 from metanudge.estimators.base import solve_free
 from metanudge.estimators.products import Products, check_products, hessian_product, needs_of
+from metanudge.settings import check_steps
 from metanudge.solvers.loop import Solver, replay
 from metanudge.types import Estimate, HessianProduct, InnerGradients, LossGradients, Need, Params, Weights
 
@@ -46,14 +47,16 @@ class Tangent:
         \nabla_\theta F = -\lambda z, \qquad
         \nabla_w F = \partial_w f + \partial_w \partial_\phi \hat f \; z
 
-    The solver runs on this quadratic from z = 0, by the schedule that nudged solves have: for gradient descent and
-    Nesterov it is exactly the limit ν → 0 of ``FOBMAML``, without a ν to choose; with a converged solve it is the exact
-    meta-gradient.
+    The solver runs on this quadratic from z = 0, by the schedule that nudged solves have, so that there is no ν to
+    choose: for gradient descent and Nesterov ``Tangent(steps=2 * K)`` is exactly the limit ν → 0 of ``FOBMAML()``,
+    whose nudged solves take 2 K steps, where f̂ is quadratic or the free solve is done (a nudged solve from an
+    unfinished one moves on, and H with it). With a converged solve it is the exact meta-gradient.
     Cost per task: K + 2 + 2 K' gradients (one more for exact products). Memory: two activations ("exact") or one step.
 
     Args:
         products: "exact" Hessian products by double backward, or "two_gradient" ones.
         displacement: Relative displacement of two-gradient products; None for the cube root of the unit round-off.
+        steps: Steps K' on the quadratic; None for as many as the solver's.
 
     Raises:
         SettingsError: A value out of its range; exact products in place; or a learner with prox = 0.
@@ -73,8 +76,11 @@ class Tangent:
 
     products: Products = "exact"
     displacement: float | None = None
+    steps: int | None = None
 
     def __post_init__(self) -> None:
+        if self.steps is not None:
+            check_steps(self.steps)
         check_products(self.products, self.displacement)
 
     @property
@@ -88,7 +94,8 @@ class Tangent:
         product = hessian_product(problem, free, self.products, self.displacement)
         origin = tree.zeros(free.phi)
         energy = Energy(Linearized(problem.losses, product, free.slope), origin, problem.prox)
-        z = replay(solver, energy, origin, solver.settle(free.schedule, solver.steps))
+        steps = solver.steps if self.steps is None else self.steps
+        z = replay(solver, energy, origin, solver.settle(free.schedule, steps))
         gradient = tree.scale(-problem.prox, z)
         if problem.losses.shared:
             image = product(z)

@@ -22,7 +22,13 @@ def leaves_per_task(problem: InnerProblem, params: Params) -> Params:
 
 
 def unroll(
-    problem: InnerProblem, solver: Solver, losses: InnerGradients, theta: Params, shared: Params, segments: int
+    problem: InnerProblem,
+    solver: Solver,
+    losses: InnerGradients,
+    theta: Params,
+    shared: Params,
+    segments: int,
+    backward: int = 0,
 ) -> Estimate:
     r"""Differentiate f(φ_K(θ, w), w) through the K steps of the solver.
 
@@ -40,6 +46,7 @@ def unroll(
         theta: Leaves θ.
         shared: Leaves w.
         segments: How many; 1 keeps the graph of all steps at once.
+        backward: Gradients that the backward pass of a step counts as, where ``losses`` do not count them.
     """
     attached, plain = Energy(losses, theta, problem.prox), problem.energy()
     schedule = Schedule(solver.plan(plain, tree.detach(theta)), [])
@@ -74,6 +81,7 @@ def unroll(
         gradient = tree.add(gradient, dict(zip(wanted, pulled, strict=False)))
         cotangents = pulled[len(wanted) :]
     assert free is not None
+    problem.losses.count(backward * len(schedule.decisions))  # those taken: a solver may stop early
     gradient |= {name: gradient[name] + leaf for name, leaf in free.direct(problem).items()}
     return free.estimate(problem, gradient)
 

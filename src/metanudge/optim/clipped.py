@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch.optim.optimizer import ParamsT
 
-from metanudge.optim.common import call, total_norm
+from metanudge.optim.common import Length, call
 from metanudge.settings import check_positive
 
 
@@ -69,8 +69,8 @@ class ClippedSGD(torch.optim.Optimizer):
             if parameter.grad is not None
         ]
         if moved:
-            norm = total_norm(gradient for _, gradient, _ in moved)
+            length = Length.of(gradient for _, gradient, _ in moved)
             for parameter, gradient, group in moved:
-                size = (group["max_step"] / norm).clamp_max(group["lr"])  # a zero norm gives inf, clamped
-                parameter.sub_(gradient * size.to(gradient.device, gradient.dtype))
+                longest = group["max_step"] / length.ratio  # infinite where all is zero
+                length.moved(parameter, gradient, longest.minimum(group["lr"] * length.peak))
         return loss

@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from metanudge.oracle.common import accumulator, whole
 
-def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Norm of all entries, as a plain 0-d tensor; sharded tensors (DTensor, FSDP2) are summed over their ranks."""
-    norm: Tensor = torch.nn.utils.get_total_norm(list(tensors))
-    full = getattr(norm, "full_tensor", None)
-    return norm if full is None else full()
+
+class Length(NamedTuple):
+    """Norm of all entries, ``peak * ratio``, in float32 at least, 0-d each: neither over- nor underflows.
+
+    Attributes:
+        peak: The largest entry; one where there is none, or where it is not finite.
+        ratio: Norm of the entries over ``peak``; zero where all are.
+    """
+
+    peak: Tensor
+    ratio: Tensor
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> Length:
+        """Of all entries together; sharded tensors (DTensor, FSDP2) are looked at over their ranks."""
+        entries = list(tensors)
+        largest = wide(whole(torch.nn.utils.get_total_norm(entries, norm_type=torch.inf)))
+        peak = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
+        norms = [torch.linalg.vector_norm(wide(leaf) / peak.to(leaf.device)) for leaf in entries]
+        ratio = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+        return cls(peak, whole(ratio).to(peak.device))
+
+    def moved(self, parameter: Tensor, along: Tensor, size: Tensor) -> None:
+        """``parameter`` by ``-size`` times ``along / peak``, in place."""
+        unit = wide(along) / self.peak.to(along.device)
+        parameter.sub_((unit * size.to(unit.device, unit.dtype)).to(parameter.dtype))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.to(accumulator(tensor.dtype))
 
 
 def call(closure: Callable[[], float] | None) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch.optim.optimizer import ParamsT
 
-from metanudge.optim.common import call, total_norm
+from metanudge.optim.common import Length, call
 from metanudge.settings import check_fraction, check_positive
 
 
@@ -76,8 +76,8 @@ class NormalizedSGD(torch.optim.Optimizer):
                 momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 moved.append((parameter, momentum, group))
         if moved:
-            norm = total_norm(momentum for _, momentum, _ in moved)
-            inverse = torch.where(norm > 0, 1 / norm, torch.zeros_like(norm))
+            length = Length.of(momentum for _, momentum, _ in moved)
+            inverse = torch.where(length.ratio > 0, 1 / length.ratio, torch.zeros_like(length.ratio))
             for parameter, momentum, group in moved:
-                parameter.sub_(momentum * (group["lr"] * inverse).to(momentum.device, momentum.dtype))
+                length.moved(parameter, momentum, group["lr"] * inverse)
         return loss

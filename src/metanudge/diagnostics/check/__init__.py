@@ -12,7 +12,7 @@ from metanudge.diagnostics.check.reference import References
 from metanudge.diagnostics.check.result import Check, CheckRow, Recommendation
 from metanudge.diagnostics.check.search import recommend, search
 from metanudge.diagnostics.check.sweep import Sweep
-from metanudge.errors import SettingsError
+from metanudge.errors import SettingsError, TasksError
 from metanudge.estimators import ESTIMATORS
 from metanudge.learner import MetaLearner
 from metanudge.minibatches import as_minibatches
@@ -64,7 +64,7 @@ def check(
         progress: Called with what comes next, in words; None for silence.
 
     Raises:
-        TasksError: Tasks that do not fit.
+        TasksError: Tasks that do not fit, or whose support sets are ``mn.Minibatches``.
         SettingsError: prox = 0, where there is no exact meta-gradient; a model that can not be copied; names of no
             estimator; numbers that are none.
         NonFiniteError: No task has a finite exact meta-gradient.
@@ -93,7 +93,14 @@ def check(
             "give the learner prox > 0"
         )
     with forked(device_of(learner.model)):  # a loader may draw
-        bench = Bench(learner, first(learner, tasks, max_tasks))
+        chosen = first(learner, tasks, max_tasks)
+        if any(as_minibatches(task.support) is not None for task in chosen):
+            raise TasksError(
+                "check compares with the exact meta-gradient of a task, and a support set seen through mn.Minibatches "
+                "has none, as every step is on another problem; give check whole support sets, support=mn.Batch(...), "
+                "of a few tasks (a learner in place takes microbatch= where they do not fit at once)"
+            )
+        bench = Bench(learner, chosen)
         bends = kinked(bench)
         tell = progress or (lambda _: None)
         references = References(bench, reference_steps, bends)
@@ -105,7 +112,7 @@ def check(
         advisable = not good and (good is not None or not bends)
         if advisable:
             search(sweep, bends)
-    noise = why_random(learner.model, any(as_minibatches(task.support) is not None for task in bench.tasks))
+    noise = why_random(learner.model, False)
     return Check(
         sweep.rows,
         reference.how,

@@ -24,7 +24,7 @@ OBJECTIVE = (
 
 RANDOM = (
     "The support loss is random from step to step ({}), so what follows compares different problems and means little: "
-    "call model.eval() first, and give whole support sets."
+    "call model.eval() first."
 )
 
 WARM = (
