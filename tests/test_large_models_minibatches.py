@@ -201,3 +201,28 @@ def test_minibatches_out_of_place_are_told_where_they_belong() -> None:
     stacked = mn.MetaLearner(network(), squared_error, solver=DESCENT)
     with pytest.raises(mn.TasksError, match='execution="in_place"'):
         stacked.backward([mn.Tasks(support, QUERY)])
+
+
+def off(solver: object, seed: int) -> float:
+    """Of the meta-gradient of four linear regressions in minibatches of 8 from the closed form."""
+    tasks = mn.tasks.linear(4, features=10, shots=64, scales=1.0, anisotropy=1.0, seed=seed)
+    model = nn.Linear(10, 1, bias=False).to(DTYPE)
+    nn.init.zeros_(model.weight)
+    orders = [torch.randperm(64, generator=torch.Generator().manual_seed(k)).split(8) for k in range(64)]
+    places = [place for order in orders for place in order]
+
+    def support(i: int) -> mn.Minibatches:
+        x, y = tasks.support.inputs[i], tasks.support.targets[i]
+        return mn.Minibatches([mn.Batch(x[place], y[place]) for place in places])
+
+    single = [mn.Tasks(support(i), mn.Batch(tasks.query.inputs[i], tasks.query.targets[i])) for i in range(4)]
+    learner = mn.MetaLearner(model, squared_error, prox=0.5, solver=solver, execution="in_place")
+    learner.backward(single)
+    return distance(flat_gradient(model), mn.tasks.linear_meta_gradient(tasks, torch.zeros(10, dtype=DTYPE), 0.5))
+
+
+@pytest.mark.filterwarnings("ignore::metanudge.UnsolvedWarning")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_more_steps_on_minibatches_do_not_freeze(seed: int) -> None:
+    """Secants between minibatches raised L without end, and 128 steps left more of the error than 16."""
+    assert off(mn.Nesterov(128), seed) < min(off(mn.Nesterov(16), seed), 0.5)

@@ -223,6 +223,11 @@ class HessianProduct(Protocol):
 class InnerGradients(Protocol):
     """What an inner solver needs to know of the losses."""
 
+    @property
+    def sampled(self) -> bool:
+        """Whether f̂ is another function at every step, as it is seen through minibatches."""
+        return False
+
     def gradient(self, weights: Weights, phi: Params, step: int) -> Params:
         """Gradient in ``phi`` of a weighted sum; ``step`` selects the random state, the same for every node."""
         ...

@@ -53,6 +53,11 @@ class TwoGradientLosses(InnerGradients):
     displacement: float
     shared: Params
 
+    @property
+    def sampled(self) -> bool:
+        """As the free problem."""
+        return self.energy.losses.sampled
+
     def gradient(self, weights: Weights, phi: Params, step: int) -> Params:
         """∇f̂: unrolled problems are never nudged."""
         names = tuple(phi)

@@ -58,6 +58,10 @@ class LiveLosses(InnerGradients):
         shared = {name: self.live.parameters[name].detach() for name in self.shared_names}
         object.__setattr__(self, "shared", shared)
 
+    @property
+    def sampled(self) -> bool:  # noqa: D102
+        return as_minibatches(self.task.support) is not None
+
     def gradient(self, weights: Weights, phi: Params, step: int) -> Params:  # noqa: D102
         return self._differentiate(weights, phi, tuple(phi), step, minibatch=step)[1]
 

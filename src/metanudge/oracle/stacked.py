@@ -34,7 +34,7 @@ from metanudge.types import Batch, HessianProduct, InnerGradients, LossFunction,
 
 
 @dataclass(frozen=True)
-class StackedLosses:
+class StackedLosses(InnerGradients):
     """A stack of tasks under vmap. Parameters travel packed, lanes are ``[T, N]`` (types.py).
 
     Attributes:

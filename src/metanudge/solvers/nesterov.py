@@ -75,6 +75,9 @@ class Nesterov:
     <∇E(y_k), x_{k+1} - x_k> > 0 the momentum is dropped. Nudged solves from the start replay step sizes, restarts and
     stops of the free solve; those from its solution its restarts, with its last step size, and take all ``steps``.
 
+    Of a support set in minibatches L is twice what the first one shows, and stays: between the gradients of two
+    minibatches a secant is noise, and would raise L without end. The automatic β is 0 there, as momentum adds noise up.
+
     Cost: one gradient of the energy a step, and ``power_iterations + 1`` support gradients for L.
     Memory: phi and seven copies.
 
@@ -130,12 +133,15 @@ class Nesterov:
         if not isinstance(self.lr, str):
             return None
         with torch.no_grad():
-            return lipschitz_constant(energy, tree.detach(start), self.power_iterations, step=0)
+            found = lipschitz_constant(energy, tree.detach(start), self.power_iterations, step=0)
+        return found._replace(constant=2 * found.constant) if energy.losses.sampled else found
 
     def init(self, energy: Energy, start: Params, plan: Curvature | None) -> State:
         """Begin at rest."""
+        if plan is None or energy.losses.sampled:
+            return State(start, start, None, None)
         # a secant of no length, which tells nothing: the first step has the form of the others
-        return State(start, start, None, None if plan is None else Secant(plan.constant, start, start))
+        return State(start, start, None, Secant(plan.constant, start, start))
 
     def step(
         self, energy: Energy, plan: Curvature | None, state: State, index: int, decision: Decision | None
@@ -186,7 +192,7 @@ class Nesterov:
             if self.tol is not None:
                 active = active & (energy.relative_residual(pull, energy.push(y)) > self.tol)
             decision = self._decision(active, uphill & active, lr, self._momentum(energy, lr, index))
-        told = None if constant is None else (constant, tree.detach(pull))
+        told = None if constant is None or last is None else (constant, tree.detach(pull))
         return *self._move(x, y, ahead, decision), told, decision
 
     def _decision(self, active: Tensor, uphill: Tensor, lr: Tensor | float, momentum: Tensor | float) -> Decision:
@@ -212,6 +218,8 @@ class Nesterov:
     def _momentum(self, energy: Energy, lr: Tensor | float, index: int) -> Tensor | float:
         if not isinstance(self.momentum, str):
             return self.momentum
+        if energy.losses.sampled:
+            return torch.zeros_like(lr) if isinstance(lr, Tensor) else 0.0
         if energy.prox == 0:
             return index / (index + 3)
         root = (lr * energy.prox) ** 0.5
