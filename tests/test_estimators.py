@@ -22,6 +22,7 @@ from problems import (
     curvature,
     distance,
     estimate,
+    flat_gradient,
     ridge,
     slope,
 )
@@ -665,3 +666,27 @@ def test_bad_settings_are_refused(make: object, words: str) -> None:
 def test_without_proximal_term_the_proximal_estimators_are_refused(estimator: object) -> None:
     with pytest.raises(mn.SettingsError, match=r"prox is 0.*Give prox > 0"):
         estimate(ridge(), estimator, mn.GradientDescent(2, lr=0.1), prox=0.0)
+
+
+@pytest.mark.parametrize("unit", [0.01, 100.0])
+@pytest.mark.parametrize("nudge", ["linear", "full"])
+def test_a_stencil_in_another_unit_is_the_same_scheme(unit: float, nudge: str) -> None:
+    """The nodes it evaluates at, and so the estimate, depend on nu times nodes alone."""
+    other = mn.Stencil((-unit, unit), (-0.5 / unit, 0.5 / unit), 2)
+    made, found = PROBLEMS["logistic"](), []
+    model = made.make()
+    for scheme in ("symmetric", other):
+        learner = mn.MetaLearner(
+            model,
+            made.loss,
+            prox=made.prox,
+            solver=mn.GradientDescent(20, lr=0.1),
+            estimator=mn.FOBMAML(scheme, nudge=nudge),
+        )
+        model.zero_grad()
+        found.append((learner.backward(made.tasks), flat_gradient(model)))
+    (step, expected), (scaled, gradient) = found
+    assert scaled.nu * unit == pytest.approx(step.nu)
+    torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-9)
+    if nudge == "linear":
+        assert scaled.error_bound == pytest.approx(step.error_bound, rel=1e-5)

@@ -816,6 +816,22 @@ def test_examples_in_a_row_are_no_missing_axis() -> None:
     mn.MetaLearner(Scalars(1, 1), squared_error, prox=2.0).backward(mn.Tasks(batch, batch))
 
 
+def test_float16_is_for_the_live_module() -> None:
+    model = nn.Linear(2, 1).half()
+    assert "'in_place'" in repr(mn.MetaLearner(model, squared_error))
+    with pytest.raises(mn.SettingsError, match="float16"):
+        mn.MetaLearner(model, squared_error, execution="vectorized")
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [(nn.LazyLinear(2), "call the model on a batch once"), (nn.Linear(2, 1, dtype=torch.complex64), "is complex")],
+)
+def test_parameters_without_shape_or_order_are_refused(model: nn.Module, told: str) -> None:
+    with pytest.raises(mn.SettingsError, match=told):
+        mn.MetaLearner(model, squared_error)
+
+
 def test_errors_are_of_one_family() -> None:
     for kind in (mn.SettingsError, mn.TasksError, mn.LossError, mn.NonFiniteError):
         assert issubclass(kind, mn.MetanudgeError)

@@ -356,3 +356,10 @@ def test_class_folders(tmp_path):
         mn.tasks.image_folders(tmp_path, "test")
     with pytest.raises(mn.SettingsError, match="split must be"):
         mn.tasks.image_folders(tmp_path, "dev")
+
+
+@pytest.mark.parametrize("family", [mn.tasks.linear, mn.tasks.logistic])
+@pytest.mark.parametrize("wrong", [{"scales": 0.0}, {"anisotropy": -1.0}])
+def test_scales_are_positive(family, wrong):
+    with pytest.raises(mn.SettingsError, match="above 0"):
+        family(1, **wrong)

@@ -280,6 +280,7 @@ def choose_execution(
     """
     if name not in ("auto", "vectorized", "in_place"):
         raise SettingsError(f'execution must be "auto", "vectorized" or "in_place", got {name!r}')
+    narrow = any(model.get_parameter(key).dtype == torch.float16 for key in selection.adapted)
     if name == "auto":
         compiled = any(isinstance(module, torch._dynamo.OptimizedModule) for module in model.modules())
         adapted = sum(model.get_parameter(key).numel() for key in selection.adapted)
@@ -290,8 +291,13 @@ def choose_execution(
             or adapted > LARGE
             or microbatch is not None
         )
-        name = "in_place" if alone else "vectorized"
+        name = "in_place" if alone or narrow else "vectorized"
     if name == "vectorized":
+        if narrow:
+            raise SettingsError(
+                "in float16 the squares of gradients vanish, and the vectorized execution computes in the precision of "
+                'the parameters; give execution="in_place", which sums in float32, or bfloat16 or float32 parameters'
+            )
         if microbatch is not None:
             raise SettingsError("microbatch belongs to the in-place execution; in a stack, chunk_size limits the tasks")
         return Vectorized(model, losses, chunk_size, norm, Programs() if compile else None)

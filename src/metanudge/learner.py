@@ -50,10 +50,10 @@ class MetaLearner:
         estimator: How the meta-gradient is formed; None for ``FOBMAML()``.
         execution: "vectorized" (all tasks at once under vmap), "in_place" (the live module, ``.backward()`` only), or
             "auto": in place when the solver is a torch optimizer, the model is compiled or sharded, more than ten
-            million parameters are adapted, or ``microbatch`` is given; otherwise vectorised.
+            million parameters or some in float16 are adapted, or ``microbatch`` is given; otherwise vectorised.
         adapt_only: Parameters the inner problem adapts: names of parameters or modules (``"head"``), patterns
             (``"*.bias"``), or a predicate ``(name, parameter) -> bool``; None for all. Other trainable parameters are
-            shared by all tasks and get their own exact meta-gradient; frozen ones cost nothing.
+            shared by all tasks and get their own meta-gradient (from FOMAML a part); frozen ones cost nothing.
         chunk_size: Tasks at once in the vectorised execution; None for all.
         microbatch: Examples of a task in one forward pass of the in-place execution, whose losses have to be means over
             the examples: gradients are added up over the pieces. None for all at once.

@@ -37,8 +37,8 @@ def select_parameters(model: nn.Module, adapt_only: AdaptOnly | None) -> Selecti
     """Split the trainable parameters of ``model``; frozen ones (``requires_grad=False``) belong to neither part.
 
     Raises:
-        SettingsError: Nothing is trainable, a trainable parameter has a hook, a pattern matches no parameter, or
-            nothing is left to adapt.
+        SettingsError: Nothing is trainable, a trainable parameter has a hook, is complex or without shape, a pattern
+            matches no parameter, or nothing is left to adapt.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
@@ -47,6 +47,16 @@ def select_parameters(model: nn.Module, adapt_only: AdaptOnly | None) -> Selecti
             "give at least one parameter requires_grad=True"
         )
     for name, parameter in trainable.items():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise SettingsError(
+                f"the parameter {name} of a lazy module has no shape yet; call the model on a batch once, then make "
+                "the MetaLearner"
+            )
+        if parameter.is_complex():
+            raise SettingsError(
+                f"the parameter {name} is complex, and norms and inner products here are real; hold its real and "
+                "imaginary parts as a real parameter (torch.view_as_real)"
+            )
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise SettingsError(
                 f"the parameter {name} has a hook (register_hook, register_post_accumulate_grad_hook), which would act "

@@ -36,7 +36,8 @@ class FOBMAML:
     inner problem; it is the better one at equal cost (results/solves).
 
     ν by default, per task. Let s = λ l / ||∇f(φ(0))||, the nudge that would displace φ by its own length l, that of the
-    parameters which the query gradient touches (``Energy.length``), so that d = ν / s is the relative displacement;
+    parameters which the query gradient touches (``Energy.length``), so that d = ν / s is the relative displacement (of
+    the node nearest to 0, whatever unit a stencil is written in);
     round-off contributes about ε / d and truncation d^p. With the linear nudge d = ε^(1/(p+1)), where the two meet, or
     (ρ/10)^(1/p) if that is larger, but at most 1/20, ρ being the residual: truncation then stays far below what an
     unfinished solve leaves anyway, and the larger displacement averages over kinks and sharp bends of the loss. With
@@ -171,17 +172,17 @@ class FOBMAML:
         return 2 * solver.steps if self.nudge == "linear" else solver.steps
 
     def _nudge_size(self, problem: InnerProblem, free: FreeSolve) -> tuple[Tensor, Tensor]:
-        """ν, and the relative displacement r = ν / s."""
-        energy, order = problem.energy(), self.stencil.order
+        """ν, and the relative displacement d = n ν / s of the nearest node n."""
+        energy, order, nearest = problem.energy(), self.stencil.order, self.stencil.nearest
         length, slope = energy.length(free.phi, free.slope, free.way, free.start_loss), free.slope_norm
         seen = slope > torch.finfo(slope.dtype).tiny ** 0.5  # any ν will do where the query gradient vanishes
         s = torch.where(seen, length * problem.prox / slope, torch.ones_like(slope))
         if self.nu != "auto":
             nu = torch.full_like(s, self.nu)
-            return nu, nu / s
+            return nu, nearest * nu / s
         least = problem.unit(free.phi) ** (1 / (order + 1))
         if self.nudge == "full":
-            nu = least * torch.minimum(s, s ** (1 / (order + 1)))
-            return nu, nu / s
+            near = least * torch.minimum(s, s ** (1 / (order + 1)))
+            return near / nearest, near / s
         displacement = (free.residual / 10).pow(1 / order).clamp(least, max(least, 1 / 20))
-        return displacement * s, displacement
+        return displacement * s / nearest, displacement

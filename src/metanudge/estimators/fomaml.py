@@ -18,7 +18,8 @@ class FOMAML:
     .. math::
         g = \nabla f(\phi_K) = (I + H / \lambda) \nabla F \quad \text{at a converged } \phi_K
 
-    Its bias does not vanish with the steps: descent with it stops where mean ∇f(φ) = 0, not where ∇F = 0.
+    Its bias does not vanish with the steps: descent with it stops where mean ∇f(φ) = 0, not where ∇F = 0. Shared
+    parameters (``adapt_only``) get ∂f/∂w alone, without the way by which they move φ.
     Cost per task: K + 2 gradients. Memory: one step.
 
     Source: Finn, Abbeel & Levine, ICML 2017.

@@ -10,7 +10,14 @@ import torch
 from metanudge import tree
 from metanudge.energy import InnerProblem
 from metanudge.estimators.base import solve_free
-from metanudge.estimators.products import Products, check_products, hessian_product, needs_of
+from metanudge.estimators.products import (
+    Products,
+    check_products,
+    hessian_product,
+    implicit_system,
+    needs_of,
+    with_shared,
+)
 from metanudge.settings import check_positive, check_steps
 from metanudge.solvers.loop import Solver
 from metanudge.types import Estimate, HessianProduct, LossGradients, Need, Params
@@ -69,18 +76,9 @@ class IMAML:
         """Solve the free problem, then the linear system."""
         free = solve_free(problem, solver)
         product = hessian_product(problem, free, self.products, self.displacement)
-
-        def system(vector: Params) -> Params:
-            image = product(vector)
-            return tree.tree_map(lambda v, h: v + h / problem.prox, vector, {name: image[name] for name in vector})
-
+        system = implicit_system(problem, product)
         v = conjugate_gradients(problem.losses, system, free.slope, self.cg_steps, self.tol)
-        gradient = v
-        if problem.losses.shared:
-            image = product(v)
-            shared = {name: image[name] for name in problem.losses.shared}
-            gradient = v | tree.axpy(-1 / problem.prox, shared, free.direct(problem))
-        return free.estimate(problem, gradient)
+        return free.estimate(problem, with_shared(problem, free, product, v))
 
 
 def conjugate_gradients(losses: LossGradients, system: HessianProduct, right: Params, steps: int, tol: float) -> Params:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
+from metanudge import tree
 from metanudge.curvature import default_displacement, two_gradient_product
 from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError
 from metanudge.estimators.base import FreeSolve
 from metanudge.settings import check_positive
-from metanudge.types import HessianProduct, Need
+from metanudge.types import HessianProduct, Need, Params
 
 Products: TypeAlias = Literal["exact", "two_gradient"]
 
@@ -30,6 +31,25 @@ def check_products(products: str, displacement: float | None) -> None:
 def needs_of(products: Products) -> frozenset[Need]:
     """What the choice asks of the execution, beside the proximal problem."""
     return frozenset({Need.PROXIMAL_TERM} | ({Need.DOUBLE_BACKWARD} if products == "exact" else set()))
+
+
+def implicit_system(problem: InnerProblem, product: HessianProduct) -> HessianProduct:
+    """``v -> (I + H / λ) v``."""
+
+    def system(vector: Params) -> Params:
+        image = product(vector)
+        return tree.tree_map(lambda v, h: v + h / problem.prox, vector, {name: image[name] for name in vector})
+
+    return system
+
+
+def with_shared(problem: InnerProblem, free: FreeSolve, product: HessianProduct, v: Params) -> Params:
+    """∇F in all parameters, from v = ∇F in θ: for shared ones ∂f/∂w - 1/λ ∂w ∂φ f̂ v, by one product more."""
+    if not problem.losses.shared:
+        return v
+    image = product(v)
+    shared = {name: image[name] for name in problem.losses.shared}
+    return v | tree.axpy(-1 / problem.prox, shared, free.direct(problem))
 
 
 def hessian_product(

@@ -37,6 +37,11 @@ class Stencil:
     order: int
 
     @property
+    def nearest(self) -> float:
+        """Distance from 0 of the node nearest to it: the unit in which the stencil is written."""
+        return min(abs(node) for node in self.nodes if node != 0)
+
+    @property
     def values(self) -> tuple[float, ...]:
         """Lagrange's weights v_k of the value at zero: h(0) = Σ v_k h(n_k ν) + O(ν^N), N the number of nodes."""
         return tuple(math.prod(other / (other - node) for other in self.nodes if other != node) for node in self.nodes)

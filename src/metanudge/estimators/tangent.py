@@ -11,7 +11,7 @@ from torch import Tensor
 from metanudge import tree
 from metanudge.energy import Energy, InnerProblem
 from metanudge.estimators.base import solve_free
-from metanudge.estimators.products import Products, check_products, hessian_product, needs_of
+from metanudge.estimators.products import Products, check_products, hessian_product, needs_of, with_shared
 from metanudge.settings import check_steps
 from metanudge.solvers.loop import Solver, replay
 from metanudge.types import Estimate, HessianProduct, InnerGradients, LossGradients, Need, Params, Weights
@@ -96,8 +96,4 @@ class Tangent:
         energy = Energy(Linearized(problem.losses, product, free.slope), origin, problem.prox)
         steps = solver.steps if self.steps is None else self.steps
         z = replay(solver, energy, origin, solver.settle(free.schedule, steps))
-        gradient = tree.scale(-problem.prox, z)
-        if problem.losses.shared:
-            image = product(z)
-            gradient |= tree.add({name: image[name] for name in problem.losses.shared}, free.direct(problem))
-        return free.estimate(problem, gradient)
+        return free.estimate(problem, with_shared(problem, free, product, tree.scale(-problem.prox, z)))

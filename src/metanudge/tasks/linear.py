@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metanudge.errors import SettingsError
-from metanudge.settings import check_steps
+from metanudge.settings import check_positive, check_steps
 from metanudge.tasks.heterogeneous import Family, draw_scores
 from metanudge.types import Batch, Tasks
 
@@ -63,6 +63,7 @@ def linear(
     """
     for name, size in (("number", number), ("features", features), ("shots", shots), ("queries", queries)):
         check_steps(size, name)
+    check_positive(scales=scales, anisotropy=anisotropy)
     if not 0 <= noise < math.inf:
         raise SettingsError(f"noise is a standard deviation of at least 0, got {noise!r}")
     family = Family(features, shots + queries, common, difference, scales, anisotropy, seed)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metanudge.errors import SettingsError
-from metanudge.settings import check_steps
+from metanudge.settings import check_positive, check_steps
 from metanudge.tasks.heterogeneous import Family, draw_scores
 from metanudge.types import Batch, Tasks
 
@@ -52,6 +52,9 @@ def logistic(
         first: Index of the first task.
         dtype: Of inputs and targets.
 
+    Raises:
+        SettingsError: A value out of its range.
+
     Example:
         >>> import torch, metanudge as mn
         >>> from metanudge.tasks.logistic import logistic, logistic_loss, logistic_model
@@ -66,6 +69,7 @@ def logistic(
     """
     for name, size in (("number", number), ("features", features), ("shots", shots), ("queries", queries)):
         check_steps(size, name)
+    check_positive(scales=scales, anisotropy=anisotropy)
     if not 0 <= flips < 0.5:
         raise SettingsError(f"flips is a share of labels below 1/2, got {flips!r}")
     family = Family(features, shots + queries, common, difference, scales, anisotropy, seed)

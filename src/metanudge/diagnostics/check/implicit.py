@@ -12,7 +12,7 @@ from metanudge import tree
 from metanudge.energy import InnerProblem
 from metanudge.estimators.base import judge
 from metanudge.estimators.imaml import conjugate_gradients
-from metanudge.estimators.products import needs_of
+from metanudge.estimators.products import implicit_system, needs_of, with_shared
 from metanudge.solvers.loop import Solver, solve
 from metanudge.types import Estimate, HessianProduct, Need, Params
 
@@ -46,12 +46,7 @@ class Implicit:
         free = judge(problem, newton(problem, phi, solver.steps), schedule, solver.steps)
         product = problem.losses.hessian_product(free.phi, free.step)
         v, left = linear(problem, product, free.slope, 1e-8)
-        gradient = v
-        if problem.losses.shared:
-            image = product(v)
-            shared = {name: image[name] for name in problem.losses.shared}
-            gradient = v | tree.axpy(-1 / problem.prox, shared, free.direct(problem))
-        return free.estimate(problem, gradient, error=left)
+        return free.estimate(problem, with_shared(problem, free, product, v), error=left)
 
 
 def newton(problem: InnerProblem, phi: Params, step: int, most: int = 10) -> Params:
@@ -78,12 +73,7 @@ def linear(problem: InnerProblem, product: HessianProduct, right: Params, tol: f
 
     By conjugate gradients, begun again on what is left, as long as that helps. Returns x, and the norm of what is left.
     """
-    norm = problem.energy().norm
-
-    def system(vector: Params) -> Params:
-        image = product(vector)
-        return tree.tree_map(lambda v, h: v + h / problem.prox, vector, {name: image[name] for name in vector})
-
+    norm, system = problem.energy().norm, implicit_system(problem, product)
     x, rest = tree.zeros(right), right
     tol = max(tol, 1e4 * torch.finfo(norm(right).dtype).eps)
     for length in LENGTHS:
