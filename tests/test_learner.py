@@ -142,6 +142,7 @@ def test_reproducible_under_a_seed() -> None:
         assert not torch.equal(run(1, execution), run(2, execution))
 
 
+@pytest.mark.filterwarnings("ignore:the model is in train mode")
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_steps_differ_and_cost_the_generator_one_draw(execution: str) -> None:
     """The policy: a step takes one number from the global generator, whatever the model draws."""

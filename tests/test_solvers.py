@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ class Plain:
     support: list[Function]
     query: list[Function] | None = None
     asked: list[Tensor] = field(default_factory=list)
+    sampled: ClassVar[bool] = False
 
     def gradient(self, weights: dict[Role, float | Tensor], phi: Params, step: int) -> Params:
         with torch.enable_grad():
@@ -413,12 +414,17 @@ class Noisy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(3, 1).double()
-        self.drawn: list[tuple[bool, float]] = []
+        self.held: tuple[list[float]] = ([],)  # lists of the module's own are emptied again
 
     def forward(self, x: Tensor) -> Tensor:
         noise = torch.rand((), dtype=x.dtype)
         self.drawn.append(float(noise))
         return self.linear(x) + noise
+
+    @property
+    def drawn(self) -> list[float]:
+        """In order."""
+        return self.held[0]
 
 
 @pytest.mark.parametrize("scheme", ["forward", "symmetric", "fourth_order"])

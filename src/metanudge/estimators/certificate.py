@@ -17,8 +17,8 @@ class Nudged(NamedTuple):
     """What the nudged solves gave, interpolated over their nodes.
 
     Attributes:
-        nu: ν, ``[*L]``.
-        displacement: Relative displacement of the solution, ``[*L]``.
+        nu: ν of the nudged point nearest to 0, ``[*L]``.
+        displacement: Relative displacement of the solution there, ``[*L]``.
         noise: What round-off of the solutions may add to ||λ u||, ``[*L]``.
         derivative: u = dφ/dν.
         force: r, what is left of the forces: dν-derivative of ∂E/∂φ at the nudged points; 0 for perfect solves.
@@ -39,12 +39,16 @@ class Nudged(NamedTuple):
         cls,
         problem: InnerProblem,
         nu: Tensor,
+        nearest: float,
         displacement: Tensor,
         noise: Tensor,
         derivative: tuple[Params, ...],
         middle: tuple[Params, ...],
     ) -> Nudged:
-        """From ∂E/∂ω and ∂E/∂φ at the nudged points: their derivative times ν, and their value, at ν = 0."""
+        """From ∂E/∂ω and ∂E/∂φ at the nudged points: their derivative times ν, and their value, at ν = 0.
+
+        ``nearest`` is the stencil's node that is nearest to 0.
+        """
         theta = problem.losses.spread(problem.theta)
 
         def moved(partial: Params) -> Params:
@@ -52,7 +56,7 @@ class Nudged(NamedTuple):
             return {name: -partial[name] / problem.prox for name in theta}
 
         u, force = moved(tree.scale(1 / nu, derivative[0])), tree.scale(1 / nu, derivative[1])
-        return cls(nu, displacement, noise, u, force, tree.add(moved(middle[0]), theta), middle[1])
+        return cls(nearest * nu, displacement, noise, u, force, tree.add(moved(middle[0]), theta), middle[1])
 
 
 class Parts(NamedTuple):

@@ -155,7 +155,7 @@ class FOBMAML:
         error = None
         if certified:
             middle = sums[1]
-            nudged = Nudged.of(problem, nu, displacement, noise, derivative, middle)
+            nudged = Nudged.of(problem, nu, self.stencil.nearest, displacement, noise, derivative, middle)
             error = self.certificate(problem, free, nudged).bound()
         gradient = tree.spend(lambda leaf: tree.over(1 / nu, leaf) * leaf, derivative[0])
         if self.nudge == "linear":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Length(NamedTuple):
     def of(cls, tensors: Iterable[Tensor]) -> Length:
         """Of all entries together; sharded tensors (DTensor, FSDP2) are looked at over their ranks."""
         entries = list(tensors)
-        largest = wide(whole(torch.nn.utils.get_total_norm(entries, norm_type=torch.inf)))
+        largest = _largest(entries)
         peak = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
         norms = [torch.linalg.vector_norm(wide(leaf) / peak.to(leaf.device)) for leaf in entries]
         ratio = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
@@ -36,6 +36,19 @@ class Length(NamedTuple):
         """``parameter`` by ``-size`` times ``along / peak``, in place."""
         unit = wide(along) / self.peak.to(along.device)
         parameter.sub_((unit * size.to(unit.device, unit.dtype)).to(parameter.dtype))
+
+
+def _largest(entries: Sequence[Any]) -> Tensor:
+    """The largest magnitude, over the ranks that hold parts of sharded tensors; a rank may hold none of some."""
+    parts = [leaf.to_local() if hasattr(leaf, "to_local") else leaf for leaf in entries]
+    tops = [wide(part.abs().amax()) if part.numel() else wide(part.new_zeros(())) for part in parts]
+    top = torch.stack([one.to(tops[0].device) for one in tops]).amax()
+    mesh = next((leaf.device_mesh for leaf in entries if hasattr(leaf, "device_mesh")), None)
+    if mesh is None:
+        return top
+    from torch.distributed.tensor import DTensor, Partial
+
+    return whole(DTensor.from_local(top, mesh, [Partial("max")] * mesh.ndim, run_check=False))
 
 
 def wide(tensor: Tensor) -> Tensor:
