@@ -175,11 +175,8 @@ class LiveLosses(InnerGradients):
                 return called(self._batch(read, step, minibatch), read, function)
 
         def called(given: Batch, read: Role, function: LossFunction) -> Tensor:
-            try:
-                with told_of_misfits(self.live.model, read, given):
-                    return scalar_loss(function, self.live.model, given)
-            finally:
-                self.live.written.undo()
+            with told_of_misfits(self.live.model, read, given):
+                return scalar_loss(function, self.live.model, given)
 
         return self.norm.evaluate(role, function, self.losses[Role.SUPPORT], at)
 

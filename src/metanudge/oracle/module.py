@@ -93,8 +93,8 @@ class LiveModule:
         return whole(parts) / size
 
     def reset_buffers(self, *, copies: bool = False) -> None:
-        """Undo what forward passes wrote; or lay out copies of buffers, and leave those of a living graph alone."""
-        self.written.undo()  # checkpoints write anew in the backward pass
+        """Undo what the last evaluation wrote; or lay out copies of buffers, and leave a living graph's alone."""
+        self.written.undo()  # before the next one, as checkpoints write in the backward pass too
         for module, name, buffer, saved in self.buffers:
             module._buffers[name] = saved.clone() if copies and saved is not None else buffer
             if not copies and buffer is not None and saved is not None:
