@@ -25,6 +25,18 @@ def test_an_example_trains(name: str) -> None:
     assert example["main"](steps=3)[1] < before
 
 
+def test_the_blocks_of_the_page_for_those_who_come_from_elsewhere_run() -> None:
+    """The first compares MAML with the loop by hand, the second asserts that its inner problems are solved."""
+    page = (EXAMPLES.parent / "docs" / "migrating.md").read_text()
+    found: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, found)
+    assert found["by_hand"][0].abs().max() > 0
+    assert found["step"].dropped_tasks == 0
+
+
 def test_the_blocks_of_the_page_on_large_models_run() -> None:
     page = (EXAMPLES.parent / "docs" / "large_models.md").read_text()
     found: dict[str, object] = {}
