@@ -794,6 +794,15 @@ def test_inputs_by_keyword_and_outputs_with_logits(execution: str) -> None:
     torch.testing.assert_close(found.values[0, 0], (logits.argmax(-1) == batch.targets[0]).double().mean())
 
 
+def test_a_dict_may_be_one_argument() -> None:
+    class Whole(nn.Linear):
+        def forward(self, given: dict[str, Tensor]) -> Tensor:
+            return super().forward(given["x"])
+
+    batch = mn.Batch({"x": torch.randn(2, 6, 3)}, torch.randint(2, (2, 6)))
+    mn.MetaLearner(Whole(3, 2), mn.metrics.cross_entropy).evaluate(mn.Tasks(batch, batch), mn.metrics.accuracy)
+
+
 @pytest.mark.parametrize(
     ("model", "shape"),
     [(nn.Linear(8, 5), (10, 8)), (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(0), nn.Linear(18, 5)), (10, 1, 5, 5))],

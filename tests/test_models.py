@@ -813,3 +813,53 @@ def test_what_a_checkpoint_writes_anew_is_thrown_away() -> None:
     assert model.inner.features is None
     assert not model.inner.history
     copy.deepcopy(model)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_queries_that_see_nothing_give_zeros_under_dropout() -> None:
+    """Left padding and a causal mask: softmax over nothing is no number, and torch gives zeros."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True, dtype=torch.float64)
+            self.head = nn.Linear(8, 2, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            length = x.shape[-2]
+            causal = torch.ones(length, length, dtype=torch.bool).triu(1)
+            padding = (torch.arange(length) < 1).expand(x.shape[:-1])
+            return self.head(self.block(x, src_mask=causal, src_key_padding_mask=padding)[..., -1, :])
+
+    torch.manual_seed(0)
+    before = F.scaled_dot_product_attention
+    step = mn.MetaLearner(Padded(), mn.metrics.squared_error, prox=20.0).backward(sequences())
+    assert step.dropped_tasks == 0
+    assert F.scaled_dot_product_attention is before
+    masks = torch.tensor([[False, False], [True, False]])
+    query, key, value = torch.randn(3, 1, 2, 4, dtype=torch.float64)
+    expected = F.scaled_dot_product_attention(query, key, value, masks)
+    torch.testing.assert_close(attention(query, key, value, masks), expected)
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.smooth_l1_loss, F.huber_loss])
+def test_losses_of_torch_under_dropout(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """One nu more or less: the masks of a task's nodes are the same, so the estimates are alike."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 1)).double()
+    batch = mn.Batch(torch.randn(2, 4, 3, dtype=DTYPE), torch.randn(2, 4, 1, dtype=DTYPE))
+    found = []
+    for nu in (1e-4, 1e-5):
+        learner = mn.MetaLearner(
+            model,
+            lambda model, batch: loss(model(batch.inputs), batch.targets),
+            prox=5.0,
+            solver=mn.GradientDescent(4, lr=0.05),
+            estimator=mn.FOBMAML(nu=nu),
+            execution="vectorized",
+        )
+        model.zero_grad()
+        torch.manual_seed(1)
+        learner.backward(mn.Tasks(batch, batch))
+        found.append(flat_gradient(model))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)

@@ -319,6 +319,8 @@ def test_permutations_leave_labels_that_name_no_class():
             assert torch.equal(targets == -100, labels == -100)
             assert targets.sort(-1).values.tolist() == [[-100, 0, 1, 2]] * 2
     assert torch.equal(labels, torch.tensor([[0, 1, 2, -100], [-100, 2, 0, 1]]))
+    signs = mn.Batch(torch.zeros(1, 4, 1), torch.tensor([[-1, 1, -1, 1]]))
+    assert len({str(one.query.targets) for one in permuted(mn.Tasks(signs, signs), 6, 0)}) == 2
 
 
 def test_mini_imagenet_is_split_by_its_tables(tmp_path):

@@ -42,7 +42,8 @@ def looked_at(model: nn.Module, stacks: Iterable[Tasks], seen: set[Shapes]) -> s
     for stack in stacks:
         if layer is None or as_minibatches(stack.support) is not None or shapes_of([stack]) <= seen:
             continue
-        if all(isinstance(batch.inputs, Tensor) and _is_one(batch.inputs.shape[1:], layer) for batch in stack):
+        inputs = [batch.inputs for batch in stack]
+        if all(isinstance(one, Tensor) and one.is_floating_point() and _is_one(one.shape[1:], layer) for one in inputs):
             number, *shape = stack.support.inputs.shape
             warn(
                 f"each of {number} tasks has one input of shape {tuple(shape)} without an axis of examples, as the "

@@ -21,6 +21,8 @@ RISE = 1e3
 """How many times its usual size a query loss has to be before a user is told."""
 USUAL = 100
 """Steps, the first ones, of which the middle one tells what is usual: a first step that is small by chance does not."""
+FEW = 10
+"""Fewer steps have no middle worth the name: the largest tells."""
 PATIENCE = 10
 """Meta-steps in a row without one finite task after which a training gives up."""
 
@@ -39,9 +41,16 @@ class Watch:
         self.run, self.max_norm, self.every, self.kept = run, max_norm, every, kept
         self._resumed = len(run.history)
         self._first = next((r.query_loss for r in run.history if math.isfinite(r.query_loss)), math.nan)
-        self._high = self._told = False
+        self._rises, self._told = 0, False
+        held = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+        self._watched = [parameter for parameter in held if parameter.requires_grad and _finite([parameter])]
 
-    def moved(self, step: MetaStep, parameters: Sequence[Tensor]) -> None:
+    @property
+    def _high(self) -> bool:
+        """Whether the query loss has risen, and not in one step alone, whose tasks may be odd ones."""
+        return self._rises > 1
+
+    def moved(self, step: MetaStep) -> None:
         """Look at a step that was taken.
 
         Raises:
@@ -49,10 +58,10 @@ class Watch:
         """
         if math.isnan(self._first):
             self._first = step.query_loss
-        sums = [whole(parameter.detach().sum(dtype=torch.float64)) for parameter in parameters]  # NaN, inf pass through
-        if not bool(torch.stack(sums).isfinite().all()):
+        if not _finite(self._watched):
             raise NonFiniteError(self._diverged("the model's parameters are not finite any more"))
-        self._high = rose(self._first, [record.query_loss for record in self.run.history[:USUAL]], step.query_loss)
+        early = [record.query_loss for record in self.run.history[:USUAL]]
+        self._rises = self._rises + 1 if rose(self._first, early, step.query_loss) else 0
         if self._high and not self._told:
             self._told = True
             warn(
@@ -105,8 +114,14 @@ class Watch:
 
 
 def rose(first: float, early: Sequence[float], now: float) -> bool:
-    """Whether a query loss is far above what is usual: the first one, and the middle one of the early ones."""
+    """Whether a query loss is far above the first one, and what is usual of the early ones."""
     if not now > RISE * abs(first):
         return False
-    usual = statistics.median_low([abs(loss) for loss in early if math.isfinite(loss)] or [abs(first)])
+    sizes = [abs(loss) for loss in early if math.isfinite(loss)] or [abs(first)]
+    usual = max(sizes) if len(sizes) < FEW else statistics.median_low(sizes)
     return now > RISE * max(abs(first), usual) > 0
+
+
+def _finite(parameters: Sequence[Tensor]) -> bool:
+    sums = [whole(parameter.detach().sum(dtype=torch.float64)) for parameter in parameters]  # NaN, inf pass through
+    return not sums or bool(torch.stack([one.to(sums[0].device) for one in sums]).isfinite().all())

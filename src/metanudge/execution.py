@@ -296,7 +296,8 @@ def choose_execution(
         if narrow:
             raise SettingsError(
                 "in float16 the squares of gradients vanish, and the vectorized execution computes in the precision of "
-                'the parameters; give execution="in_place", which sums in float32, or bfloat16 or float32 parameters'
+                "the parameters; give execution='in_place', which sums in float32, or bfloat16 or float32 parameters, "
+                "which estimators that differentiate twice need in any case"
             )
         if microbatch is not None:
             raise SettingsError("microbatch belongs to the in-place execution; in a stack, chunk_size limits the tasks")

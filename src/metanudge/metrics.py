@@ -6,6 +6,7 @@ so they work for Hugging Face's models.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from metanudge.types import Batch, LossFunction
 
 def called(metric: LossFunction | None) -> str:
     """A metric in words; None is the query loss."""
-    return "query loss" if metric is None else getattr(metric, "__name__", "metric").replace("_", " ")
+    return "query loss" if metric is None else (getattr(metric, "__name__", None) or "metric").replace("_", " ")
 
 
 def _same_shape(first: str, a: Tensor, second: str, b: Tensor) -> None:
@@ -30,9 +31,18 @@ def _same_shape(first: str, a: Tensor, second: str, b: Tensor) -> None:
 
 
 def _predicted(model: nn.Module, inputs: Any) -> Tensor:
-    found = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    found = model(**inputs) if isinstance(inputs, Mapping) and _takes(model, inputs) else model(inputs)
     predictions: Tensor = getattr(found, "logits", found)
     return predictions
+
+
+def _takes(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether the model has arguments of these names, rather than one for them all."""
+    try:
+        inspect.signature(model.forward).bind(**inputs)
+    except TypeError:
+        return False
+    return True
 
 
 def accuracy(model: nn.Module, batch: Batch) -> Tensor:

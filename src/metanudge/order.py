@@ -68,7 +68,7 @@ def digest_of(tasks: Any, drawn_from: Any) -> str | None:
     """A digest of all ``tasks``; None where they come from a dataset that draws them anew at every look."""
     if is_dataset(drawn_from) and first_task(drawn_from) is None:
         return None
-    return _digest(tasks)
+    return _digest(tasks if isinstance(tasks, Tasks) else list(tasks))
 
 
 def _digest(task: Any) -> str | None:

@@ -43,10 +43,14 @@ def permuted(tasks: Tasks | Sequence[Tasks], number: int, first: int) -> Iterato
             ]
 
 
+IGNORED = -100
+"""A label that names no class: what ``cross_entropy`` leaves out unless it is told otherwise."""
+
+
 def _renamed(support: Tensor, query: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The labels of one task under another naming of the classes it has; negative ones name no class (ignore_index)."""
+    """The labels of one task under another naming of the classes it has."""
     both = torch.cat([support, query])
-    named = both >= 0
+    named = both != IGNORED
     classes, places = torch.unique(both[named], return_inverse=True)
     both[named] = classes[torch.randperm(len(classes), generator=generator).to(classes.device)][places]
     return both[: len(support)], both[len(support) :]

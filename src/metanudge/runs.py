@@ -12,7 +12,7 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, Subset
 
-from metanudge.anew import discard
+from metanudge.anew import discard, discard_logs
 from metanudge.checkpoint import LAST, ROUNDED, check_done, steps_done
 from metanudge.config import TABLES, Config
 from metanudge.errors import SettingsError
@@ -57,6 +57,7 @@ def train(config: Config, fresh: bool, progress: bool, console: Console) -> list
     if fresh:  # all seeds at once: stopped before the last one, nothing goes on from what was to be left
         for seed in config.whole.seeds:
             discard(config.out / f"seed-{seed}")
+            discard_logs(config.out / f"seed-{seed}")
     write(config.out / SEEDS, json.dumps(sorted({*before, *config.whole.seeds})).encode() + b"\n")
     write(config.out / CONFIG, config.text.encode())
     return [_train(config, seed, fresh, progress, console) for seed in config.whole.seeds]

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 
 from metanudge import parts
-from metanudge.anew import discard
+from metanudge.anew import discard, discard_logs
 from metanudge.batching import singles
 from metanudge.checkpoint import BEST, LAST, Run, qualified_name
 from metanudge.divergence import Watch
@@ -183,8 +183,9 @@ def fit(
         run.load(folder / LAST, steps)
     device = next(learner.model.parameters()).device
     held = moved(held, device)
-    if folder is not None and not resume:
-        discard(folder)
+    anew = folder is not None and not resume
+    if anew and folder is not None:
+        discard_logs(folder)
     found: Evaluation | None = None
     told = False  # of a validation that is NaN
     begun, done = time.perf_counter() - run.seconds, len(run.history)
@@ -194,6 +195,9 @@ def fit(
     with Logs(folder, run.history, tensorboard) as logs, bar(run, shown) as tell:
         for indices, batch in order.batches(tasks, done, steps, workers, device):
             step = _step(run, watch, batch, indices, tasks_at_once, max_norm)
+            if anew and folder is not None:  # what could not take a step does not cost what was trained before
+                discard(folder)
+                anew = False
             lr = float(optimizer.param_groups[0]["lr"])
             if scheduler is not None:
                 scheduler.step()
@@ -281,5 +285,5 @@ def _step(
     if max_norm is not None:
         nn.utils.clip_grad_norm_(parameters, max_norm)
     run.optimizer.step()
-    watch.moved(step, parameters)
+    watch.moved(step)
     return step

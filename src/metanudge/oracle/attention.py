@@ -9,7 +9,8 @@ Written out, with the dropout that they do run, it is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +22,7 @@ from torch.overrides import TorchFunctionMode
 class DrawingAttention(TorchFunctionMode):
     """While it is active, attention that drops weights is written out; every other function is what it was.
 
-    ``nn.MultiheadAttention`` writes it out itself where it is asked for the weights. (What a function calls inside is
-    not seen by a mode.)
+    A mode does not see what a function calls inside, so within that of ``nn.MultiheadAttention`` the name is replaced.
     """
 
     def __torch_function__(
@@ -34,10 +34,31 @@ class DrawingAttention(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward and not kwargs.get("need_weights", True):
-            return func(*args, **{**kwargs, "need_weights": True})[0], None
-        if func is F.scaled_dot_product_attention and (kwargs.get("dropout_p") or (args[4:] or (0.0,))[0]):
+            with _replaced():
+                return func(*args, **kwargs)
+        if func is _BUILT_IN and _drops(args, kwargs):
             return attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+_BUILT_IN = F.scaled_dot_product_attention
+
+
+@contextmanager
+def _replaced() -> Iterator[None]:
+    def drawing(*args: Any, **kwargs: Any) -> Tensor:
+        found: Tensor = (attention if _drops(args, kwargs) else _BUILT_IN)(*args, **kwargs)
+        return found
+
+    F.scaled_dot_product_attention = drawing
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = _BUILT_IN
+
+
+def _drops(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    return bool(kwargs.get("dropout_p") or (args[4:] or (0.0,))[0])
 
 
 def attention(
@@ -59,4 +80,6 @@ def attention(
     if attn_mask is not None:
         hidden = attn_mask.dtype == torch.bool
         scores = scores.where(attn_mask, -torch.inf) if hidden else scores + attn_mask
-    return F.dropout(scores.softmax(-1), dropout_p) @ value
+    hidden_rows = scores.isneginf().all(-1, keepdim=True)  # of queries that see nothing: torch gives zeros
+    weights = scores.masked_fill(hidden_rows, 0.0).softmax(-1).masked_fill(hidden_rows, 0.0)
+    return F.dropout(weights, dropout_p) @ value

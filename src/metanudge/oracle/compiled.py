@@ -72,7 +72,7 @@ def plain_attributes(module: nn.Module) -> tuple[str, ...]:
 
 def _is_plain(value: object) -> bool:
     if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
+        return len(value) <= 1000 and all(map(_is_plain, value))  # a vocabulary is no setting
     return value is None or isinstance(value, _PLAIN)
 
 

@@ -241,9 +241,11 @@ class StackedLosses(InnerGradients):
                     if self.call.steady:
                         raise LossError(_DRAWS) from error
                     self.call.draws = True
-            over_nodes = vmap(one, in_dims=(0, 0, None), randomness="same")
+            # the data of every node too: losses of torch do not run where one vmap alone maps the targets
+            repeated = tree_map(lambda leaf: leaf.unsqueeze(1).repeat(1, nodes, *[1] * (leaf.ndim - 1)), data)
+            over_nodes = vmap(one, randomness="same")
             with DrawingAttention():
-                return vmap(over_nodes, randomness="different")(lanes, buffers, data)
+                return vmap(over_nodes, randomness="different")(lanes, buffers, repeated)
 
     def _buffers(self, roles: Iterable[Role], nodes: int) -> dict[Role, dict[str, Tensor]]:
         """A copy of every buffer a lane, so that what a forward pass writes there is its own and is thrown away."""

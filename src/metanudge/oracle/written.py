@@ -11,6 +11,10 @@ _OWN = frozenset(vars(nn.Module())) - {"_buffers", "_non_persistent_buffers_set"
 """Containers of every module that forward passes do not write to; FSDP2 does, to the parameters'."""
 
 
+MANY = 1000
+"""Things in a container above which it is left alone: a vocabulary, not what a forward pass writes."""
+
+
 class Written(NamedTuple):
     """What the modules of a model held: attributes, buffers, and what was in their lists, dicts and sets.
 
@@ -31,7 +35,9 @@ class Written(NamedTuple):
             attributes = vars(module)
             held.append(attributes)
             held += [
-                value for name, value in attributes.items() if type(value) in (list, dict, set) and name not in _OWN
+                value
+                for name, value in attributes.items()
+                if type(value) in (list, dict, set) and name not in _OWN and len(value) <= MANY
             ]
         return cls([(container, container.copy()) for container in held])
 
