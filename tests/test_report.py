@@ -93,6 +93,16 @@ def test_a_study_that_fails_leaves_old_results_alone(tmp_path, console):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
+@pytest.mark.usefixtures("threads")
+def test_an_extra_study_is_run_where_it_is_asked_for(tmp_path, console):
+    toy = TOY.studies["toy"]
+    experiment = TOY._replace(studies={"toy": toy, "more": TOY.studies["failing"]._replace(extra=True)})
+    reproduce(experiment, tmp_path, quick=True, seed=0, only=(), console=console)
+    assert list(json.loads((tmp_path / "metrics.json").read_text())["run"]) == ["toy"]
+    with pytest.raises(mn.NonFiniteError):
+        reproduce(experiment, tmp_path, quick=True, seed=0, only=("more",), console=console)
+
+
 def test_an_unknown_study_is_refused_before_any_work(tmp_path, console):
     with pytest.raises(mn.SettingsError, match="no study 'other'; there is toy, failing"):
         reproduce(TOY, tmp_path / "out", quick=True, seed=0, only=("other",), console=console)

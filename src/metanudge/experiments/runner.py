@@ -35,7 +35,7 @@ def reproduce(
         out: Folder to write into; made if missing. The report is not written before every study has ended.
         quick: Use every study's quick form.
         seed: Seed of every study.
-        only: Names of studies, whose results then replace those in ``out``; empty for all.
+        only: Names of studies, whose results then replace those in ``out``; empty for all but the extra ones.
         console: Where progress and the claims are shown.
 
     Raises:
@@ -47,7 +47,7 @@ def reproduce(
             raise SettingsError(f"{experiment.name} has no study {name!r}; {nearest(name, experiment.studies)}")
     check_seed(seed)
     check_folder(out)
-    names = only or tuple(experiment.studies)
+    names = only or tuple(name for name, entry in experiment.studies.items() if not entry.extra)
     settings = {}
     for name in names:
         kind = experiment.studies[name].settings

@@ -48,6 +48,8 @@ EXPERIMENT = Experiment(
     title="Every estimator on the sinusoid",
     studies={
         "results": Entry(ComparisonSettings, lambda given, tell: run("sinusoid_tanh", "tanh", "results", given, tell)),
-        "relu": Entry(ComparisonSettings, lambda given, tell: run("sinusoid_relu", "ReLU", "relu", given, tell)),
+        "relu": Entry(
+            ComparisonSettings, lambda given, tell: run("sinusoid_relu", "ReLU", "relu", given, tell), extra=True
+        ),
     },
 )

@@ -48,10 +48,12 @@ class Entry(NamedTuple):
     Attributes:
         settings: A frozen dataclass with a ``seed`` and a classmethod ``quick``.
         run: From settings to the finished study.
+        extra: Whether it is run only where it is asked for by name.
     """
 
     settings: type[Any]
     run: Callable[[Any, Advance], Study]
+    extra: bool = False
 
 
 class Experiment(NamedTuple):
