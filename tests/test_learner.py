@@ -956,9 +956,9 @@ def test_many_parameters_are_solved_in_place(monkeypatch: pytest.MonkeyPatch) ->
     made = PROBLEMS["ridge"]()
     assert learner_of(made).execution.name == "vectorized"
     number = sum(parameter.numel() for parameter in made.make().parameters())
-    monkeypatch.setattr("metanudge.execution.LARGE", number - 1)
+    monkeypatch.setattr("metanudge.choosing.LARGE", number - 1)
     assert learner_of(made).execution.name == "in_place"
-    monkeypatch.setattr("metanudge.execution.LARGE", number)
+    monkeypatch.setattr("metanudge.choosing.LARGE", number)
     assert learner_of(made).execution.name == "vectorized"
 
 

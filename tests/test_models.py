@@ -624,6 +624,22 @@ def layer(dropout: float) -> nn.Module:
     return nn.Sequential(block, nn.Flatten(-2), nn.Linear(24, 2, dtype=torch.float64))
 
 
+def nudged(model: nn.Module, loss: object, tasks: mn.Tasks, nu: float, prox: float, lr: float) -> Tensor:
+    """The estimate in a stack, under the same draws whatever the nudge."""
+    learner = mn.MetaLearner(
+        model,
+        loss,
+        prox=prox,
+        solver=mn.GradientDescent(4, lr=lr),
+        estimator=mn.FOBMAML(nu=nu),
+        execution="vectorized",
+    )
+    model.zero_grad()
+    torch.manual_seed(1)
+    learner.backward(tasks)
+    return flat_gradient(model)
+
+
 def sequences() -> mn.Tasks:
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(2, 2, 6, 3, 8, generator=generator, dtype=torch.float64)
@@ -652,26 +668,12 @@ def test_a_transformer_in_eval_mode_has_no_fast_path_to_fail_on() -> None:
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_attention_with_dropout_draws_alike_for_every_nudge() -> None:
     torch.manual_seed(0)
-    model, tasks, found = layer(dropout=0.3), sequences(), []
-    for nu in (1e-4, 1e-5):
-        learner = mn.MetaLearner(
-            model,
-            mn.metrics.squared_error,
-            prox=20.0,
-            solver=mn.GradientDescent(4, lr=0.02),
-            estimator=mn.FOBMAML(nu=nu),
-            execution="vectorized",
-        )
-        model.zero_grad()
-        torch.manual_seed(1)
-        learner.backward(tasks)
-        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    model, tasks = layer(dropout=0.3), sequences()
     # masks of their own would differ by O(1), and the quotient by that over nu
+    found = [nudged(model, mn.metrics.squared_error, tasks, nu, prox=20.0, lr=0.02) for nu in (1e-4, 1e-5)]
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
-    model.eval()
-    model.zero_grad()
-    learner.backward(tasks)
-    assert (found[0] - torch.cat([p.grad.flatten() for p in model.parameters()])).norm() > 0.01 * found[0].norm()
+    without = nudged(model.eval(), mn.metrics.squared_error, tasks, 1e-5, prox=20.0, lr=0.02)
+    assert (found[0] - without).norm() > 0.01 * found[0].norm()
 
 
 @pytest.mark.parametrize("settings", [{}, {"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}])
@@ -848,18 +850,9 @@ def test_losses_of_torch_under_dropout(loss: Callable[[Tensor, Tensor], Tensor])
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 1)).double()
     batch = mn.Batch(torch.randn(2, 4, 3, dtype=DTYPE), torch.randn(2, 4, 1, dtype=DTYPE))
-    found = []
-    for nu in (1e-4, 1e-5):
-        learner = mn.MetaLearner(
-            model,
-            lambda model, batch: loss(model(batch.inputs), batch.targets),
-            prox=5.0,
-            solver=mn.GradientDescent(4, lr=0.05),
-            estimator=mn.FOBMAML(nu=nu),
-            execution="vectorized",
-        )
-        model.zero_grad()
-        torch.manual_seed(1)
-        learner.backward(mn.Tasks(batch, batch))
-        found.append(flat_gradient(model))
+
+    def of_batch(model: nn.Module, batch: mn.Batch) -> Tensor:
+        return loss(model(batch.inputs), batch.targets)
+
+    found = [nudged(model, of_batch, mn.Tasks(batch, batch), nu, prox=5.0, lr=0.05) for nu in (1e-4, 1e-5)]
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from metanudge.batching import as_stacks, check_stack, leaves, wrapped
+from metanudge.choosing import is_sharded
 from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError, TasksError
-from metanudge.execution import is_sharded
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle import BatchNorm
 from metanudge.solvers import Solver

@@ -166,7 +166,6 @@ class InnerProblem:
         prox: λ >= 0.
         tasks: How many tasks the lanes hold.
         start: Where the free solve begins, a lane a task; None for θ.
-        sampled: Whether f̂ is seen through minibatches, so that nothing can be certified.
         round_off: Relative round-off of gradients, where it is above that of the numbers they come in.
     """
 
@@ -175,8 +174,12 @@ class InnerProblem:
     prox: float
     tasks: int = 1
     start: Params | None = None
-    sampled: bool = False
     round_off: float = 0.0
+
+    @property
+    def sampled(self) -> bool:
+        """Whether f̂ is seen through minibatches, so that nothing can be certified."""
+        return self.losses.sampled
 
     def energy(self, nu: Tensor | None = None, slope: Params | None = None) -> Energy:
         """E(·; θ, ν); free without ``nu``, linearly nudged with ``slope``."""

@@ -15,12 +15,13 @@ from metanudge import settings
 from metanudge.accumulation import FiniteMean, summarize
 from metanudge.adaptation import Shapes, adapted_copy, alone, check_copyable, curves, looked_at
 from metanudge.batching import as_stacks, groups
+from metanudge.choosing import check_needs, choose_execution
 from metanudge.deposit import Given, Told, add_to_grad, in_order, not_adapted, verdict
 from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError, TasksError
 from metanudge.estimators import ESTIMATORS, FOBMAML, Estimator
 from metanudge.estimators.base import told_to_go_first_order
-from metanudge.execution import Execution, Lent, check_needs, choose_execution
+from metanudge.execution import Execution, Lent
 from metanudge.metrics import called
 from metanudge.oracle import BatchNorm, Policy, Tally, device_of
 from metanudge.permutations import permuted

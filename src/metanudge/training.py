@@ -183,9 +183,9 @@ def fit(
         run.load(folder / LAST, steps)
     device = next(learner.model.parameters()).device
     held = moved(held, device)
-    anew = folder is not None and not resume
-    if anew and folder is not None:
-        discard_logs(folder)
+    anew = None if resume else folder
+    if anew is not None:
+        discard_logs(anew)
     found: Evaluation | None = None
     told = False  # of a validation that is NaN
     begun, done = time.perf_counter() - run.seconds, len(run.history)
@@ -195,9 +195,9 @@ def fit(
     with Logs(folder, run.history, tensorboard) as logs, bar(run, shown) as tell:
         for indices, batch in order.batches(tasks, done, steps, workers, device):
             step = _step(run, watch, batch, indices, tasks_at_once, max_norm)
-            if anew and folder is not None:  # what could not take a step does not cost what was trained before
-                discard(folder)
-                anew = False
+            if anew is not None:  # what could not take a step does not cost what was trained before
+                discard(anew)
+                anew = None
             lr = float(optimizer.param_groups[0]["lr"])
             if scheduler is not None:
                 scheduler.step()

@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metanudge.errors import LossError
+from metanudge.oracle.written import LARGEST
 from metanudge.types import PyTree
 from metanudge.warned import warn
 
@@ -72,7 +73,7 @@ def plain_attributes(module: nn.Module) -> tuple[str, ...]:
 
 def _is_plain(value: object) -> bool:
     if isinstance(value, tuple | list):
-        return len(value) <= 1000 and all(map(_is_plain, value))  # a vocabulary is no setting
+        return len(value) <= LARGEST and all(map(_is_plain, value))  # a vocabulary is no setting
     return value is None or isinstance(value, _PLAIN)
 
 

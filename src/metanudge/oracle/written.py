@@ -11,7 +11,7 @@ _OWN = frozenset(vars(nn.Module())) - {"_buffers", "_non_persistent_buffers_set"
 """Containers of every module that forward passes do not write to; FSDP2 does, to the parameters'."""
 
 
-MANY = 1000
+LARGEST = 1000
 """Things in a container above which it is left alone: a vocabulary, not what a forward pass writes."""
 
 
@@ -37,7 +37,7 @@ class Written(NamedTuple):
             held += [
                 value
                 for name, value in attributes.items()
-                if type(value) in (list, dict, set) and name not in _OWN and len(value) <= MANY
+                if type(value) in (list, dict, set) and name not in _OWN and len(value) <= LARGEST
             ]
         return cls([(container, container.copy()) for container in held])
 

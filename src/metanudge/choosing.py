@@ -1,0 +1,87 @@
+"""Which execution a learner runs in, and what its parts can not have there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+
+import torch
+from torch import nn
+
+from metanudge.errors import SettingsError
+from metanudge.estimators import Estimator
+from metanudge.execution import Execution, InPlace, Vectorized
+from metanudge.oracle import BatchNorm, Programs
+from metanudge.selection import Selection
+from metanudge.solvers.loop import Solver
+from metanudge.types import LossFunction, Need, Role
+
+
+def check_needs(missing: Set[Need], *parts: Estimator | Solver) -> None:
+    """Raise a SettingsError for an estimator or solver that needs what is missing."""
+    for part in parts:
+        for need in part.needs & missing:
+            raise SettingsError(f"{type(part).__name__} can not run here: {need.reason}. {need.cure}")
+
+
+LARGE = 10_000_000
+"""Adapted parameters above which "auto" takes the live module: a stack holds that many a task and node."""
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 or the like holds parameters as DTensors."""
+    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+
+
+def choose_execution(
+    name: str,
+    model: nn.Module,
+    losses: Mapping[Role, LossFunction],
+    norm: BatchNorm,
+    selection: Selection,
+    solver: Solver,
+    chunk_size: int | None,
+    microbatch: int | None,
+    compile: bool,
+) -> Execution:
+    """Make the execution asked for; "auto" is documented at ``MetaLearner``.
+
+    Raises:
+        SettingsError: An unknown name, or a setting of the other execution.
+    """
+    if name not in ("auto", "vectorized", "in_place"):
+        raise SettingsError(f'execution must be "auto", "vectorized" or "in_place", got {name!r}')
+    narrow = any(model.get_parameter(key).dtype == torch.float16 for key in selection.adapted)
+    if name == "auto":
+        compiled = any(isinstance(module, torch._dynamo.OptimizedModule) for module in model.modules())
+        adapted = sum(model.get_parameter(key).numel() for key in selection.adapted)
+        alone = (
+            Need.LIVE_MODULE in solver.needs
+            or compiled
+            or is_sharded(model)
+            or adapted > LARGE
+            or microbatch is not None
+        )
+        name = "in_place" if alone or narrow else "vectorized"
+    if name == "vectorized":
+        if narrow:
+            raise SettingsError(
+                "in float16 the squares of gradients vanish, and the vectorized execution computes in the precision of "
+                "the parameters; give execution='in_place', which sums in float32, or bfloat16 or float32 parameters, "
+                "which estimators that differentiate twice need in any case"
+            )
+        if microbatch is not None:
+            raise SettingsError("microbatch belongs to the in-place execution; in a stack, chunk_size limits the tasks")
+        return Vectorized(model, losses, chunk_size, norm, Programs() if compile else None)
+    if compile:
+        raise SettingsError(
+            "compile belongs to the vectorized execution; in place the model is used as it is: give MetaLearner "
+            "torch.compile(model)"
+        )
+    if chunk_size is not None:
+        raise SettingsError("chunk_size belongs to the vectorized execution; in place there is one task at a time")
+    if microbatch is not None and norm.policy in ("transductive", "support"):
+        raise SettingsError(
+            f'batch_norm="{norm.policy}" normalises by a whole batch, of which microbatch={microbatch} shows a piece '
+            'at a time; give batch_norm="frozen", leave microbatch out, or take GroupNorm or LayerNorm'
+        )
+    return InPlace(model, losses, microbatch, norm)
