@@ -568,7 +568,7 @@ def test_cost_in_calls_of_the_loss(estimator: object) -> None:
 
     step = step_of(estimator, "in_place", counted)
     assert sum(calls) == step.gradient_evaluations == 3 * COSTS[estimator]
-    assert len(calls) - sum(calls) == 3  # once a task without a gradient: did the solve end below its start?
+    assert len(calls) == sum(calls)  # f̂(θ), by which a solve is found to diverge, is seen in passing
 
 
 def test_cost_of_the_curvature_estimate() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import metanudge as mn
+from metanudge.types import Role
 from problems import ESTIMATORS, ONE_SIDED, PROBLEMS, SOLVERS, Problem, distance, estimate, flat_gradient, single_tasks
 
 
@@ -242,3 +243,40 @@ def test_lbfgs_is_refused() -> None:
     with pytest.raises(mn.SettingsError, match=r"L-BFGS.*use Nesterov"):
         mn.MetaLearner(model, made.loss, solver=solver).backward(made.tasks)
     assert torch.equal(model.weight.detach().reshape(-1), made.theta)
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["batch", "minibatches"])
+def test_the_loss_at_the_start_is_seen_in_passing(sampled: bool) -> None:
+    """In place: f̂(θ) of a gradient there is that of a forward pass, with its dropout; one elsewhere does not count."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Dropout(), torch.nn.Linear(16, 1)).double()
+    drawn, calls, seen = torch.randn(8, 3, dtype=torch.float64), [], []
+    batch = mn.Batch(drawn[:, :2], drawn[:, 2:])
+    support = mn.Minibatches([batch, batch]) if sampled else batch
+
+    def loss(model: torch.nn.Module, batch: mn.Batch) -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        return mn.metrics.squared_error(model, batch)
+
+    class Looks(mn.FOMAML):
+        def __call__(self, problem: mn.InnerProblem, solver: mn.Solver) -> mn.Estimate:
+            losses, theta = problem.losses, problem.theta
+            for point in ({name: 2 * leaf for name, leaf in theta.items()}, theta):
+                losses.gradient({Role.SUPPORT: 1.0}, point, 0)
+                calls.clear()
+                seen.append((losses.loss(Role.SUPPORT, theta), len(calls)))
+            return super().__call__(problem, solver)
+
+    learner = mn.MetaLearner(
+        model,
+        loss,
+        prox=1.0,
+        solver=mn.GradientDescent(2, lr=0.1),
+        estimator=Looks(),
+        execution="in_place",
+        microbatch=3,
+    )
+    learner.backward([mn.Tasks(support, batch)])
+    (forward, some), (passed, none) = seen
+    assert (some, none) == (3, 0)  # microbatches of 8 examples
+    torch.testing.assert_close(passed, forward, rtol=1e-14, atol=0)

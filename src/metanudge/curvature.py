@@ -26,7 +26,7 @@ def far(energy: Energy, phi: Params, value: Tensor, gradient: Params) -> Tensor:
     """``Energy.length`` from the support loss at ``phi`` and its gradient there."""
     norm = energy.norm(gradient)
     reach = norm / energy.prox if energy.prox > 0 else value.abs() / tree.or_one(norm)
-    return energy.length(phi, gradient, reach, value)
+    return energy.length(phi, gradient, norm, reach, value)
 
 
 def two_gradient_product(

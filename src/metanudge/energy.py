@@ -21,12 +21,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, stack, where
 
 from metanudge import tree
 from metanudge.types import InnerGradients, LossGradients, Params, PyTree, Role
+
+
+class Balance(NamedTuple):
+    """How near φ is to a solution.
+
+    Attributes:
+        residual: ``Energy.relative_residual``, ``[*L]``.
+        pull: Norm of the losses' force, ``[*L]``.
+        way: ||φ - θ||, ``[*L]``.
+    """
+
+    residual: Tensor
+    pull: Tensor
+    way: Tensor
 
 
 @dataclass(frozen=True)
@@ -80,10 +94,10 @@ class Energy:
 
     def spend_push(self, phi: Params) -> Params:
         """-λ (φ - θ), leaf by leaf in the place of φ, which is emptied: of a large model there is no room for both."""
-        return tree.spend(lambda p, t: -self._spring(p, t), phi, self.theta)
+        return tree.spend(lambda p, t: self._spring(t, p), phi, self.theta)
 
-    def _spring(self, phi: Tensor, theta: Tensor) -> Tensor:
-        return self.prox * (phi - theta)
+    def _spring(self, end: Tensor, centre: Tensor) -> Tensor:
+        return self.prox * (end - centre)
 
     def forces(self, phi: Params, step: int) -> tuple[Params, Params]:
         """The two parts of ∂E/∂φ, which balance at the solution."""
@@ -104,8 +118,8 @@ class Energy:
         """
         return self._ratio(self.norm(tree.add(pull, push)), self.norm(pull), self.norm(push))
 
-    def balance(self, pull: Params, phi: Params) -> tuple[Tensor, Tensor]:
-        """The relative residual, and ||φ - θ||, leaf by leaf: no copy of the parameters is made."""
+    def balance(self, pull: Params, phi: Params) -> Balance:
+        """The relative residual and what it is made of, leaf by leaf: no copy of the parameters is made."""
 
         def norms(name: str) -> list[Tensor]:
             force, way = {name: pull[name]}, {name: phi[name] - self.theta[name]}
@@ -113,15 +127,15 @@ class Energy:
             return [self.losses.inner(leaf, leaf) for leaf in (rest, force, way)]
 
         rest, forward, way = (stack(column).sum(0).sqrt() for column in zip(*map(norms, pull), strict=True))
-        return self._ratio(rest, forward, self.prox * way), way
+        return Balance(self._ratio(rest, forward, self.prox * way), forward, way)
 
-    def touched(self, a: Params, by: Params) -> Tensor:
-        """Norm of ``a`` in the parameters that the gradient ``by`` touches, ``[*L]``; leaf by leaf, no copy is made.
+    def touched(self, a: Params, by: Params, norm: Tensor) -> Tensor:
+        """Norm of ``a`` in the parameters that the gradient ``by``, of this ``norm``, touches, ``[*L]``.
 
         Far below its root mean square a gradient is round-off, as that of a bias before a BatchNorm layer, where it is
-        not zero by chance. (That of θ: what is computed in narrow precision may be added up in a wider one.)
+        not zero by chance. (That of θ: what is computed in narrow precision may be added up in a wider one.) Leaf by
+        leaf, so that no copy is made.
         """
-        norm = self.norm(by)
         number = sum(leaf.numel() for leaf in by.values()) / norm.numel()
         least = tree.round_off(self.theta) ** (2 / 3) / number**0.5 * norm
 
@@ -131,16 +145,16 @@ class Energy:
 
         return stack([square(name) for name in by if name in a]).sum(0).sqrt()
 
-    def length(self, phi: Params, gradient: Params, reach: Tensor, start_loss: Tensor) -> Tensor:
+    def length(self, phi: Params, gradient: Params, norm: Tensor, reach: Tensor, start_loss: Tensor) -> Tensor:
         r"""What is far for φ, in its own unit, ``[*L]``: displacements are measured by it.
 
-        The norm of the parameters that ``gradient`` touches, but at least ε^(1/4) times the way ``reach`` that the
-        support loss drives φ from θ, so that a φ of nothing but round-off is no scale. Where neither is there, at a
-        stationary φ = 0, the loss ``start_loss``, f̂(θ), has to give it: a tenth of \sqrt{2 |f̂(θ)| / λ}, as far as
-        a solution can lie from θ where f̂ >= 0.
+        The norm of the parameters that ``gradient``, of this ``norm``, touches, but at least ε^(1/4) times the way
+        ``reach`` that the support loss drives φ from θ, so that a φ of nothing but round-off is no scale. Where
+        neither is there, at a stationary φ = 0, the loss ``start_loss``, f̂(θ), has to give it: a tenth of
+        \sqrt{2 |f̂(θ)| / λ}, as far as a solution can lie from θ where f̂ >= 0.
         """
         unit = tree.round_off(self.theta)
-        length = self.touched(phi, gradient).maximum(unit**0.25 * reach)
+        length = self.touched(phi, gradient, norm).maximum(unit**0.25 * reach)
         if self.prox > 0:
             other = (2 * start_loss.abs() / self.prox).sqrt() / 10
             length = where(length > unit**0.75 * other, length, other)

@@ -114,7 +114,7 @@ def _residuals(problem: InnerProblem, kept: Tensor, solver: Solver, first: int) 
         state = advance(solver, energy, schedule, state, range(taken, upto))
         phi = solver.point(state)
         _, pull = problem.losses.value_and_gradient(Role.SUPPORT, phi, upto)
-        yield upto, _mean(energy.balance(pull, phi)[0], kept)
+        yield upto, _mean(energy.balance(pull, phi).residual, kept)
         taken, upto = upto, min(math.ceil(GROWTH * upto), solver.steps)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metanudge import tree
-from metanudge.energy import InnerProblem
+from metanudge.energy import Balance, Energy, InnerProblem
 from metanudge.errors import LossError
 from metanudge.solvers.loop import Solver, solve
 from metanudge.types import Estimate, Need, Params, Role, Schedule
@@ -99,6 +99,10 @@ class FreeSolve(NamedTuple):
         """∇f(φ(0)) in the adapted parameters alone."""
         return {name: self.query_gradient[name] for name in self.phi}
 
+    def length(self, problem: InnerProblem) -> Tensor:
+        """What is far for φ(0), ``[*L]`` (``Energy.length``)."""
+        return problem.energy().length(self.phi, self.slope, self.slope_norm, self.way, self.start_loss)
+
     def direct(self, problem: InnerProblem) -> Params:
         """∂f/∂w(φ(0)): what the shared parameters do to the query loss without moving φ."""
         return {name: self.query_gradient[name] for name in problem.losses.shared}
@@ -151,11 +155,11 @@ def judge(problem: InnerProblem, phi: Params, schedule: Schedule, step: int) -> 
     """Evaluate both losses, and the residual, at the solution."""
     losses, energy = problem.losses, problem.energy()
     support_loss, pull = losses.value_and_gradient(Role.SUPPORT, phi, step)
-    residual, way = energy.balance(pull, phi)
-    size = energy.touched(energy.theta, pull)
+    balance = energy.balance(pull, phi)
+    start_loss = losses.loss(Role.SUPPORT, losses.spread(problem.theta))
+    diverged = _diverged(energy, pull, balance, start_loss, support_loss)
     del pull  # a large model has no room for it beside the query gradient
     query_loss, query_gradient = losses.value_and_all_gradients(Role.QUERY, phi, step)
-    start_loss = losses.loss(Role.SUPPORT, losses.spread(problem.theta))
     return FreeSolve(
         phi,
         schedule,
@@ -164,20 +168,24 @@ def judge(problem: InnerProblem, phi: Params, schedule: Schedule, step: int) -> 
         energy.norm({name: query_gradient[name] for name in phi}),
         query_loss,
         support_loss,
-        residual,
-        way,
+        balance.residual,
+        balance.way,
         start_loss,
-        _diverged(energy.prox, size, way, start_loss, support_loss),
+        diverged,
     )
 
 
-def _diverged(prox: float, size: Tensor, way: Tensor, start_loss: Tensor, support_loss: Tensor) -> Tensor:
-    """Whether E(φ) is far above E(θ), ``way`` being ||φ - θ||: by more than ten times |f̂(θ)|.
+def _diverged(energy: Energy, pull: Params, balance: Balance, start_loss: Tensor, support_loss: Tensor) -> Tensor:
+    """Whether E(φ) is far above E(θ): by more than ten times |f̂(θ)|.
 
     And by more than round-off, or a draw of dropout, would do where f̂(θ) is nearly zero: by more than what it costs to
-    move a tenth of ``size``, ||θ|| in the parameters that the support loss touches; or where that costs nothing, λ
-    being 0, after a way of more than half of it.
+    move a tenth of the norm of θ in the parameters that the support loss touches; or where that costs nothing, λ being
+    0, after a way of more than half of it.
     """
-    rise = support_loss - start_loss + prox / 2 * way**2
-    far = rise > 10 * start_loss.abs() + prox / 2 * (size / 10) ** 2
-    return far if prox > 0 else far & (way > size / 2)
+    rise = support_loss - start_loss + energy.prox / 2 * balance.way**2
+    more = rise - 10 * start_loss.abs()
+    if not (more > 0).any():  # nearly always; the norm takes several passes over the parameters
+        return more > 0
+    size = energy.touched(energy.theta, pull, balance.pull)
+    far = more > energy.prox / 2 * (size / 10) ** 2
+    return far if energy.prox > 0 else far & (balance.way > size / 2)

@@ -123,12 +123,12 @@ def measure(problem: InnerProblem, free: FreeSolve, nudged: Nudged, order: int) 
     slope = free.slope_norm
     tiny = torch.finfo(slope.dtype).tiny
 
-    size = energy.touched(nudged.middle, free.slope)
+    size = energy.touched(nudged.middle, free.slope, slope)
     unit = problem.unit(free.phi)
     # a way shorter than round-off is none: what it did to the query gradient is no rate
     gone = norm(tree.subtract(nudged.middle, free.phi)).maximum(unit * size)
     pull = losses.value_and_gradient(Role.SUPPORT, nudged.middle, free.step)[1]
-    residual, _ = energy.balance(pull, nudged.middle)
+    residual = energy.balance(pull, nudged.middle).residual
     force = tree.add(pull, energy.push(nudged.middle))
     del pull
     left = (norm(force) / problem.prox / gone.clamp_min(tiny)).clamp_max(1e6)

@@ -173,8 +173,8 @@ class FOBMAML:
 
     def _nudge_size(self, problem: InnerProblem, free: FreeSolve) -> tuple[Tensor, Tensor]:
         """ν, and the relative displacement d = n ν / s of the nearest node n."""
-        energy, order, nearest = problem.energy(), self.stencil.order, self.stencil.nearest
-        length, slope = energy.length(free.phi, free.slope, free.way, free.start_loss), free.slope_norm
+        order, nearest = self.stencil.order, self.stencil.nearest
+        length, slope = free.length(problem), free.slope_norm
         seen = slope > torch.finfo(slope.dtype).tiny ** 0.5  # any ν will do where the query gradient vanishes
         s = torch.where(seen, length * problem.prox / slope, torch.ones_like(slope))
         if self.nu != "auto":

@@ -60,5 +60,5 @@ def hessian_product(
         return problem.losses.hessian_product(free.phi, free.step)
     if displacement is None:
         displacement = default_displacement(problem.unit(problem.theta))
-    length = problem.energy().length(free.phi, free.slope, free.way, free.start_loss)
+    length = free.length(problem)
     return two_gradient_product(problem.losses, free.phi, free.step, length, displacement)

@@ -41,6 +41,7 @@ class LiveLosses(InnerGradients):
         random: Seeds.
         tally: Counter.
         norm: What BatchNorm layers normalise by.
+        passed: f̂(θ), once a gradient has been taken there, so that no forward pass is spent on it.
     """
 
     live: LiveModule
@@ -53,6 +54,7 @@ class LiveLosses(InnerGradients):
     tally: Tally
     norm: BatchNorm
     shared: Params = field(init=False)
+    passed: list[Tensor] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         shared = {name: self.live.parameters[name].detach() for name in self.shared_names}
@@ -75,6 +77,8 @@ class LiveLosses(InnerGradients):
         return self._value(function, role, phi, None)
 
     def loss(self, role: Role, phi: Params) -> Tensor:  # noqa: D102
+        if role is Role.SUPPORT and self.passed and all(leaf is self.live.values[name] for name, leaf in phi.items()):
+            return self.passed[0]
         return self._value(self.losses[role], role, phi, self.microbatch)
 
     def hessian_product(self, phi: Params, step: int) -> HessianProduct:  # noqa: D102
@@ -138,6 +142,8 @@ class LiveLosses(InnerGradients):
                 self._widen(wanted, sums)
         require_gradient(sums.get(name, self.live.parameters[name].grad) for name in wanted)
         self.tally.gradients += len(losses)
+        if step == minibatch == 0 and Role.SUPPORT in losses and not self.passed and self.live.untouched():
+            self.passed.append(losses[Role.SUPPORT])
         total = self.live.over_ranks(sum_of(weights, losses))
         return total, {name: sums[name] if name in sums else self._taken(name) for name in wanted}
 

@@ -73,6 +73,13 @@ class LiveModule:
                     self.parameters[name].copy_(value)
         torch.clear_autocast_cache()
 
+    def untouched(self) -> bool:
+        """Whether the adapted parameters are what they were; under FSDP2, where a rank sees a part, it can not tell."""
+        return not self.sharded and all(
+            torch.equal(self.parameters[name], value.to(self.parameters[name].dtype))
+            for name, value in self.values.items()
+        )
+
     def watch(self, wanted: Sequence[str]) -> None:
         """Let ``.backward()`` fill the gradients of ``wanted``, and, unless FSDP2 manages them, of nothing else."""
         names = set(wanted)
