@@ -12,6 +12,7 @@ from torch import Tensor
 from metanudge import tree
 from metanudge.energy import InnerProblem
 from metanudge.oracle.common import accumulator
+from metanudge.ranks import Ranks
 from metanudge.types import Estimate, Evaluation, Params
 
 
@@ -24,18 +25,6 @@ class Numbers(NamedTuple):
     error_bound: float
     amplified_tasks: int
     nu: float
-
-
-class Lengths(NamedTuple):
-    """Means over the kept tasks of ||error|| and ||g||; in parts of a step they add up, their ratios do not."""
-
-    error: float
-    size: float
-
-    @property
-    def bound(self) -> float:
-        """``MetaStep.error_bound``."""
-        return self.error / self.size if self.size else self.error * math.inf if self.error else 0.0
 
 
 class FiniteMean:
@@ -88,16 +77,24 @@ class FiniteMean:
         self._numbers = self._numbers.to(numbers) + numbers.where(mask, 0.0).sum(1)
         return mask
 
+    def over(self, ranks: Ranks) -> None:
+        """Take in the sums of the other ranks."""
+        if ranks.size == 1:
+            return
+        self.total = sum(ranks.counts(self.total))
+        self._gradient = {name: leaf.contiguous() for name, leaf in self._gradient.items()}
+        ranks.sum([self._kept, self._numbers, *self._gradient.values()])
+
     def spend(self) -> Iterator[tuple[str, Tensor]]:
         """The mean meta-gradient by parameter name; each sum is let go when it has been used."""
         for name in list(self._gradient):
-            yield name, self._gradient.pop(name) / self.kept
+            yield name, self._gradient.pop(name).div_(self.kept)
 
-    def numbers(self) -> tuple[Numbers, Lengths]:
-        """Means over the kept tasks."""
+    def numbers(self) -> Numbers:
+        """Means over the kept tasks; of the error bound the ratio of two, ||error|| to ||g||."""
         query_loss, support_loss, residual, nu, error, size, amplified = (self._numbers / self.kept).tolist()
-        lengths = Lengths(error, size)
-        return Numbers(query_loss, support_loss, residual, lengths.bound, round(amplified * self.kept), nu), lengths
+        bound = error / size if size else error * math.inf if error else 0.0
+        return Numbers(query_loss, support_loss, residual, bound, round(amplified * self.kept), nu)
 
 
 def summarize(values: Tensor, metric: str = "query loss") -> Evaluation:

@@ -185,6 +185,11 @@ def split(tasks: Tasks, size: int | None) -> Iterator[tuple[Tasks, int]]:
         yield tree_map(lambda leaf, first=first: leaf[first : first + step], tasks), min(step, number - first)
 
 
+def smaller(tasks: Tasks, size: int | None) -> list[Tasks]:
+    """The same cut, where one of minibatches is a single task already."""
+    return [tasks] if as_minibatches(tasks.support) else [stack for stack, _ in split(tasks, size)]
+
+
 def single(tasks: Tasks) -> Iterator[Tasks]:
     """The tasks of a stack, one after the other, without the task axis."""
     if as_minibatches(tasks.support):

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from metanudge import advice
-from metanudge.accumulation import FiniteMean, Lengths, Numbers
+from metanudge.accumulation import FiniteMean, Numbers
 from metanudge.batching import not_finite
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, UnsolvedWarning
 from metanudge.estimators import Estimator
 from metanudge.oracle.common import whole
 from metanudge.probe import Probe, needed
+from metanudge.ranks import Ranks
 from metanudge.solvers import Solver
 from metanudge.types import Need, Tasks
 from metanudge.warned import warn
@@ -62,15 +63,11 @@ class Told:
         residual: Mean residual, the last ten steps or so; NaN before the first.
         bound: The same of the error bound, geometrically.
         dropout: Whether of dropout in an evaluation or adaptation.
-        first: Place of the first task, where what is given is a part of a meta-step's tasks.
-        lengths: Of the last step, of which its error bound was made.
     """
 
-    first: int = 0
     kinds: set[type[Warning]] = field(default_factory=set)
     residual: float = math.nan
     bound: float = math.nan
-    lengths: Lengths = field(default_factory=lambda: Lengths(math.nan, math.nan))
     dropout: bool = False
 
     def of_dropout(self, model: nn.Module, where: str) -> None:
@@ -101,37 +98,38 @@ class Parts(Protocol):
     estimator: Estimator
     solver: Solver
     prox: float
+    ranks: Ranks
 
 
 def verdict(
     mean: FiniteMean,
+    lost: int,
     probes: list[Probe],
     given: Given,
     parts: Parts,
     told: Told,
-) -> tuple[Numbers, int]:
-    """Means over the kept tasks, and how many were dropped; warns, once, of what is not as it should be.
+) -> Numbers:
+    """Means over the kept tasks; warns, once, of ``lost`` tasks of this rank, and of means not as they should be.
 
     Raises:
         NonFiniteError: No task is left.
     """
     estimator, solver, prox = parts.estimator, parts.solver, parts.prox
-    dropped = mean.total - mean.kept
     if mean.kept == 0:
         raise NonFiniteError(
             f"none of the {mean.total} tasks had a solve that did not diverge and a finite loss and meta-gradient, "
-            f"so nothing was changed: {_lost(probes, given, solver, prox, told.first)}"
+            f"so nothing was changed: {_lost(probes, given, solver, prox)}"
         )
-    numbers, told.lengths = mean.numbers()
+    numbers = mean.numbers()
     told.take(numbers)
-    if dropped and NonFiniteWarning not in told.kinds:
+    if lost and NonFiniteWarning not in told.kinds:
         _tell_once(
             told,
             NonFiniteWarning,
-            f"{_lost(probes, given, solver, prox, told.first)}. They were left out of the mean "
+            f"{_lost(probes, given, solver, prox)}. They were left out of the mean "
             "(MetaStep.dropped_tasks counts them from now on)",
         )
-    if Need.PROXIMAL_TERM in estimator.needs and UnsolvedWarning not in told.kinds:
+    if Need.PROXIMAL_TERM in estimator.needs and UnsolvedWarning not in told.kinds and parts.ranks.first:
         residual, bound = told.residual, told.bound
         if residual > advice.ROUGH or bound > advice.LOOSE:
             noise = advice.noise(parts.model, any(probe.sampled for probe in probes))
@@ -140,19 +138,18 @@ def verdict(
         elif 2 * numbers.amplified_tasks > mean.kept:
             lr = advice.fixed_lr(solver)
             _tell_once(told, UnsolvedWarning, advice.amplified(numbers.amplified_tasks, mean.kept, prox, lr))
-    return numbers, dropped
+    return numbers
 
 
-def _lost(probes: list[Probe], given: Given, solver: Solver, prox: float, first: int) -> str:
-    """Which tasks were left out and why, and what would mend it; places are told from ``first`` on."""
+def _lost(probes: list[Probe], given: Given, solver: Solver, prox: float) -> str:
+    """Which tasks were left out and why, and what would mend it."""
     kept = torch.cat([probe.kept.reshape(-1).cpu() for probe in probes]).tolist()
     lost = sorted(place for place, keeps in zip(given.places, kept, strict=True) if not keeps)
     bad = {place: where for place, where in not_finite(*given).items() if place in lost}
     said = []
     if bad:
-        placed = {first + place: where for place, where in bad.items()}
-        said.append(f"{advice.bad_data(placed, len(kept))}: mend these or leave them out")
-    if others := [first + place for place in lost if place not in bad]:
+        said.append(f"{advice.bad_data(bad, len(kept))}: mend these or leave them out")
+    if others := [place for place in lost if place not in bad]:
         said.append(f"{advice.diverged(others, len(kept))}: {advice.calmer(solver, prox)}")
     return ". ".join(said)
 

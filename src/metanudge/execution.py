@@ -52,7 +52,13 @@ class Execution(Protocol):
         ...
 
     def lend(
-        self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally, repeated: bool = False
+        self,
+        selection: Selection,
+        stacks: list[Tasks],
+        prox: float,
+        tally: Tally,
+        first: int = 0,
+        repeated: bool = False,
     ) -> AbstractContextManager[Lent]:
         """Use the model for a step. On leaving it is as before, and so is the random state, but for one draw.
 
@@ -61,13 +67,14 @@ class Execution(Protocol):
             stacks: The tasks.
             prox: λ.
             tally: Counts.
+            first: Tasks of the same step that ranks before this one have, for the random state.
             repeated: Whether many such steps will follow, so that compiling pays.
         """
         ...
 
 
 @contextmanager
-def _kept(model: nn.Module, norm: BatchNorm) -> Iterator[RandomState]:
+def _kept(model: nn.Module, norm: BatchNorm, first: int) -> Iterator[RandomState]:
     """Keep modes and random state; BatchNorm layers follow their policy.
 
     One draw is taken from the user's generator, so that steps differ and ``torch.manual_seed`` decides them all.
@@ -77,7 +84,7 @@ def _kept(model: nn.Module, norm: BatchNorm) -> Iterator[RandomState]:
     modes = [(module, module.training) for module in model.modules()]
     try:
         with forked(device), norm.lent():
-            yield RandomState(seed, device)
+            yield RandomState(seed, device, first)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -115,9 +122,15 @@ class Vectorized:
 
     @contextmanager
     def lend(  # noqa: D102
-        self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally, repeated: bool = False
+        self,
+        selection: Selection,
+        stacks: list[Tasks],
+        prox: float,
+        tally: Tally,
+        first: int = 0,
+        repeated: bool = False,
     ) -> Iterator[Lent]:
-        with _kept(self.model, self.norm) as random:
+        with _kept(self.model, self.norm, first) as random:
             yield self._lent(selection, stacks, prox, tally, repeated, random)
 
     def _lent(
@@ -201,9 +214,15 @@ class InPlace:
 
     @contextmanager
     def lend(  # noqa: D102
-        self, selection: Selection, stacks: list[Tasks], prox: float, tally: Tally, repeated: bool = False
+        self,
+        selection: Selection,
+        stacks: list[Tasks],
+        prox: float,
+        tally: Tally,
+        first: int = 0,
+        repeated: bool = False,
     ) -> Iterator[Lent]:
-        with _kept(self.model, self.norm) as random:
+        with _kept(self.model, self.norm, first) as random:
             live = LiveModule.take(self.model, selection.adapted)
             try:
                 yield self._lent(live, selection, stacks, prox, tally, random)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metanudge import settings
 from metanudge.accumulation import FiniteMean, summarize
 from metanudge.adaptation import Shapes, adapted_copy, alone, check_copyable, curves, looked_at
-from metanudge.batching import as_stacks, groups
+from metanudge.batching import as_stacks, groups, smaller
 from metanudge.choosing import check_needs, choose_execution
 from metanudge.deposit import Given, Told, add_to_grad, in_order, not_adapted, verdict
 from metanudge.energy import InnerProblem
@@ -26,11 +26,15 @@ from metanudge.metrics import called
 from metanudge.oracle import BatchNorm, Policy, Tally, device_of
 from metanudge.permutations import permuted
 from metanudge.probe import Probe
+from metanudge.ranks import Ranks
 from metanudge.selection import AdaptOnly, Selection, listed, select_parameters
 from metanudge.solvers import SOLVERS, Nesterov, Solver
 from metanudge.solvers.loop import solve
 from metanudge.types import Batch, Evaluation, LossFunction, MetaStep, Need, Role, Tasks
 from metanudge.warm_start import WarmStart
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # which some builds of torch lack
 
 
 class MetaLearner:
@@ -69,6 +73,10 @@ class MetaLearner:
             that differentiate twice, nor for models that draw random numbers or write to their inputs.
             What Python decides in the loss is frozen at the first step; parameters, buffers, numbers that modules hold
             and tensors changed in place are not.
+        process_group: Processes (``torch.distributed.group.WORLD``) that share the tasks of a meta-step, with the same
+            model on each: ``backward`` is given this rank's tasks, as many as it likes, leaves the mean over those of
+            all ranks in ``.grad`` of each, and reports on all. All ranks have to call it; where one fails, the others
+            wait for it in vain.
 
     Raises:
         SettingsError: Settings that can not work, alone or together, with the reason and the cure.
@@ -101,6 +109,7 @@ class MetaLearner:
         warm_start: WarmStart | None = None,
         batch_norm: Policy | None = None,
         compile: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         settings.check_model(model)
         settings.check_losses(loss=loss, query_loss=query_loss)
@@ -120,6 +129,7 @@ class MetaLearner:
             execution, model, self.losses, self.norm, selection, self.solver, chunk_size, microbatch, compile
         )
         self._selection()
+        self.ranks = Ranks.of(process_group, model, warm_start is not None)
         self._told = Told()
         self._seen: set[Shapes] = set()
 
@@ -186,20 +196,31 @@ class MetaLearner:
         Cost: that of the estimator, times the number of tasks. Vectorised, before UnsolvedWarning, unless it is
             ignored, up to 20 solves, once.
         """
+        return self._backward(tasks, indices, None)
+
+    def _backward(self, tasks: Tasks | Sequence[Tasks], indices: Sequence[int] | None, at_once: int | None) -> MetaStep:
+        """``backward``, ``at_once`` tasks at a time."""
         stacks, places = as_stacks(tasks, device_of(self.model))
         self._seen |= looked_at(self.model, stacks, self._seen)
+        stacks = [part for stack in stacks for part in smaller(stack, at_once)]
         order = iter(in_order(indices, places, self.warm_start is not None))
-        tally, mean = Tally(), FiniteMean()
+        tally, mean, rank = Tally(), FiniteMean(), self.ranks.rank
         probes: list[Probe] = []
-        with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, tally, repeated=True) as lent:
+        first = sum(self.ranks.counts(len(places))[:rank])
+        with (
+            torch.no_grad(),
+            self.execution.lend(self._selection(), stacks, self.prox, tally, first, repeated=True) as lent,
+        ):
             solved = [self._add(mean, probes, lent, one, list(islice(order, one.tasks))) for one in lent.problems]
-            gradients = tally.gradients  # without those of advice
-            numbers, dropped = verdict(mean, probes, Given(stacks, places), self, self._told)
+            lost = mean.total - mean.kept
+            mean.over(self.ranks)
+            gradients = sum(self.ranks.counts(tally.gradients))  # without those of advice
+            numbers = verdict(mean, lost, probes, Given(stacks, places), self, self._told)
         del lent, probes  # and with them what the estimates were made of
         if self.warm_start is not None:  # which may refuse: nothing has been changed yet
             known = [index for indices_of_one, _ in solved for index in indices_of_one]
             self.warm_start.put(known, torch.cat([rows for _, rows in solved]))
-        return MetaStep(*numbers, add_to_grad(self.model, mean), dropped, gradients)
+        return MetaStep(*numbers, add_to_grad(self.model, mean), mean.total - mean.kept, gradients)
 
     def _add(
         self, mean: FiniteMean, probes: list[Probe], lent: Lent, problem: InnerProblem, known: list[int]

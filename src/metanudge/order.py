@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from metanudge.batching import is_dataset
 from metanudge.errors import SettingsError, TasksError
+from metanudge.ranks import ALONE, Ranks
 from metanudge.tasks.episodes import collate
 from metanudge.tasks.seeding import stream
 from metanudge.types import Batch, Tasks
@@ -21,11 +22,16 @@ from metanudge.types import Batch, Tasks
 class Order(Sampler[list[int]]):
     """Which tasks every meta-step takes: consecutive ones of an endless set, shuffled epochs of a finite one."""
 
-    def __init__(self, number: int | None, size: int, seed: int) -> None:
+    def __init__(self, number: int | None, size: int, seed: int, ranks: Ranks = ALONE) -> None:
         if number is not None and number < size:
             more = f"give tasks_per_step={number} or fewer, or more tasks" if number else "give some"
             raise SettingsError(f"a meta-step takes {size} different tasks, but there are {number}; {more}")
-        self.number, self.size, self.seed = number, size, seed
+        if size < ranks.size:
+            raise SettingsError(
+                f"{ranks.size} ranks share the tasks of a meta-step, and there are {size}; give tasks_per_step="
+                f"{ranks.size} or more"
+            )
+        self.number, self.size, self.seed, self.ranks = number, size, seed, ranks
         self.first = self.last = 0
 
     def at(self, step: int) -> list[int]:
@@ -38,13 +44,14 @@ class Order(Sampler[list[int]]):
         return [int(index) for index in shuffled[place * self.size : (place + 1) * self.size]]
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The steps asked for."""
-        return (self.at(step) for step in range(self.first, self.last))
+        """This rank's tasks in the steps asked for."""
+        own = self.ranks.part(self.size)
+        return (self.at(step)[own.start : own.stop] for step in range(self.first, self.last))
 
     def batches(
         self, tasks: Dataset[Tasks] | Sequence[Tasks], first: int, last: int, workers: int, device: torch.device
     ) -> Iterator[tuple[list[int], Tasks | list[Tasks]]]:
-        """Meta-steps first .. last - 1: indices, and the tasks. Torch's own random state is left alone."""
+        """Meta-steps first .. last - 1: this rank's indices, and tasks. Torch's own random state is left alone."""
         self.first, self.last = first, last
         whole: Any = tasks  # of a list, DataLoader's types know nothing
         loader: Any = DataLoader(

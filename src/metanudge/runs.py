@@ -89,7 +89,7 @@ def _check(config: Config) -> None:
     learner, _, scheduler = _parts(config, seed)
     check_scheduler(scheduler)
     tasks, fixed = tasks_of(config, "train", seed), first(tasks_of(config, "validation"), config.validation.tasks)
-    Order(length(tasks), given.tasks_per_step, seed)
+    Order(length(tasks), given.tasks_per_step, seed, learner.ranks)
     learner.model.eval()
     learner.evaluate([moved(one[0], device_of(config)) for one in (tasks, fixed) if length(one) != 0], config.metric)
 

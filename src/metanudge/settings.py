@@ -97,9 +97,9 @@ def check_model(model: object) -> None:
             if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
                 raise SettingsError(
                     f"the model is wrapped by {kind.__name__}, which averages gradients over processes (or devices) "
-                    "within every inner solve, and so mixes their tasks. Give the plain module (ddp.module), give "
-                    "every rank its own tasks, and average .grad over the ranks by torch.distributed.all_reduce after "
-                    "backward; or shard it by FSDP2, torch.distributed.fsdp.fully_shard (docs/large_models.md)"
+                    "within every inner solve, and so mixes their tasks. Give the plain module (ddp.module) and "
+                    "process_group=torch.distributed.group.WORLD, and every rank its own tasks; or shard it by FSDP2, "
+                    "torch.distributed.fsdp.fully_shard (docs/large_models.md)"
                 )
 
 

@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 
-from metanudge import parts
 from metanudge.anew import discard, discard_logs
 from metanudge.batching import singles
 from metanudge.checkpoint import BEST, LAST, Run, qualified_name
@@ -102,7 +101,7 @@ def fit(
             of single tasks, or a stack of tasks. What is drawn is moved to the model's device.
         steps: Meta-steps in all, resumed ones included.
         tasks_per_step: Tasks of a meta-step.
-        tasks_at_once: Tasks of one ``backward``, to save memory; their meta-gradients are averaged. None for all.
+        tasks_at_once: Tasks solved, and evaluated, at once, to save memory (a smaller ``chunk_size``); None for all.
         scheduler: Stepped after every meta-step; not ``ReduceLROnPlateau``, which needs a score at each.
         max_norm: Clip the meta-gradient to this norm; None for no clipping.
         validation: Fixed tasks (a stack, or a list or finite map-style dataset of single ones), evaluated every
@@ -162,7 +161,8 @@ def fit(
     check_scheduler(scheduler)
     if isinstance(tasks, Tasks):
         tasks = singles(tasks)
-    order = Order(length(tasks), tasks_per_step, seed)
+    ranks = learner.ranks
+    order = Order(length(tasks), tasks_per_step, seed, ranks)
     sign = -1.0 if larger_is_better(better, metric) else 1.0
     folder = None if out is None else Path(out)
     check_tensorboard(folder, tensorboard)
@@ -181,9 +181,15 @@ def fit(
     run = Run(learner, optimizer, scheduler, protocol, more)
     if folder is not None and resume and (folder / LAST).is_file():
         run.load(folder / LAST, steps)
+    if not ranks.agree([len(run.history)]):
+        raise SettingsError(
+            "the ranks do not all see the same checkpoint, so they would begin at different steps; out must be a "
+            "folder that all of them read, or None"
+        )
+    mine = folder if ranks.first else None  # where this process writes
     device = next(learner.model.parameters()).device
     held = moved(held, device)
-    anew = None if resume else folder
+    anew = None if resume else mine
     if anew is not None:
         discard_logs(anew)
     found: Evaluation | None = None
@@ -191,8 +197,8 @@ def fit(
     begun, done = time.perf_counter() - run.seconds, len(run.history)
     watch = Watch(run, max_norm, every, None if folder is None else (folder / LAST, folder / BEST))
     lost = folder is not None and resume and done == 0 and (folder / TABLE).is_file()  # killed before a checkpoint
-    shown = Shown(steps, every, called(metric), progress, lost)
-    with Logs(folder, run.history, tensorboard) as logs, bar(run, shown) as tell:
+    shown = Shown(steps, every, called(metric), progress and ranks.first, lost)
+    with Logs(mine, run.history, tensorboard and ranks.first) as logs, bar(run, shown) as tell:
         for indices, batch in order.batches(tasks, done, steps, workers, device):
             step = _step(run, watch, batch, indices, tasks_at_once, max_norm)
             if anew is not None:  # what could not take a step does not cost what was trained before
@@ -215,10 +221,11 @@ def fit(
             tell(record, found)
             if pause and found is not None and (improves(found.mean, run.best, sign) or run.best_step == 0):
                 run.best, run.best_step = found.mean, number
-                if folder is not None:
-                    write_pretrained(learner, folder / BEST, {"step": number, "validation": found.mean}, whole=False)
-            if pause and folder is not None:
-                run.save(folder / LAST)
+                if mine is not None:
+                    write_pretrained(learner, mine / BEST, {"step": number, "validation": found.mean}, whole=False)
+            if pause and mine is not None:
+                run.save(mine / LAST)
+    ranks.wait()  # for what the first one writes
     if found is None and held is not None:  # nothing was left to do
         found = validate(learner, held, metric, tasks_at_once or tasks_per_step)
     return Fit(run.history, found, run.best, run.best_step, run.skipped)
@@ -274,7 +281,8 @@ def _step(
     run.optimizer.zero_grad()
     parameters = [parameter for parameter in run.learner.model.parameters() if parameter.requires_grad]
     try:
-        step = parts.backward(run.learner, batch, indices, at_once, parameters)
+        given = indices if run.learner.warm_start is not None else None
+        step = run.learner._backward(batch, given, at_once)
     except NonFiniteError as error:
         run.skipped += 1
         run.in_a_row += 1

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
+from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
 from metanudge import metrics
+from metanudge.accumulation import summarize
 from metanudge.batching import as_stacks, check_stack, is_dataset, leaves, listed, not_finite, split
 from metanudge.errors import NonFiniteWarning, SettingsError, TasksError
 from metanudge.learner import MetaLearner
@@ -71,24 +73,38 @@ def tell_not_finite(found: Evaluation, tasks: Tasks | Sequence[Tasks], step: int
 def validate(
     learner: MetaLearner, tasks: Tasks | Sequence[Tasks], metric: LossFunction | None, at_once: int
 ) -> Evaluation:
-    """Evaluate without dropout, ``at_once`` tasks at a time; the training's random state and mode stay."""
-    model = learner.model
+    """Evaluate without dropout, ``at_once`` tasks at a time; the training's random state and mode stay.
+
+    Ranks share the tasks; where there are not enough for each to have one, everyone takes them all.
+    """
+    model, ranks = learner.model, learner.ranks
+    number = check_stack(tasks, leaves(tasks)[0].device) if isinstance(tasks, Tasks) else len(tasks)
+    shared = 1 < ranks.size <= number
+    own = ranks.part(number) if shared else range(number)
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         with forked(device_of(model)):
-            return learner.evaluate(_pieces(tasks, at_once), metric)
+            found = learner.evaluate(_pieces(tasks, own, at_once), metric)
     finally:
         for module, mode in modes:
             module.training = mode
+    if not shared:
+        return found
+    values = found.values.new_zeros(number, found.values.shape[1])
+    values[own.start : own.stop] = found.values
+    values = values.to(ranks.device)
+    ranks.sum([values])
+    return summarize(values.cpu(), found.metric)
 
 
-def _pieces(tasks: Tasks | Sequence[Tasks], size: int) -> Iterator[Any]:
+def _pieces(tasks: Tasks | Sequence[Tasks], own: range, size: int) -> Iterator[Any]:
+    """The ``own`` ones of the tasks, ``size`` at a time."""
     if isinstance(tasks, Tasks):
-        check_stack(tasks, leaves(tasks)[0].device)
-        yield from (piece for piece, _ in split(tasks, size))
+        mine: Tasks = tree_map(lambda leaf: leaf[own.start : own.stop], tasks)
+        yield from (piece for piece, _ in split(mine, size))
     else:
-        yield from (tasks[first : first + size] for first in range(0, len(tasks), size))
+        yield from (tasks[first : min(first + size, own.stop)] for first in range(own.start, own.stop, size))
 
 
 def larger_is_better(better: Better, metric: LossFunction | None) -> bool:

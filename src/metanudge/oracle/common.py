@@ -25,14 +25,21 @@ class Tally:
 
 @dataclass(frozen=True)
 class RandomState:
-    """Common random numbers: an evaluation's random state is a function of its task, loss and step alone."""
+    """Common random numbers: an evaluation's random state is a function of its task, loss and step alone.
+
+    Attributes:
+        seed: Of the meta-step.
+        device: Of the model.
+        first: Tasks of the meta-step that other processes have, before those of this one.
+    """
 
     seed: int
     device: torch.device
+    first: int = 0
 
     def enter(self, task: int, role: Role, step: int) -> None:
         """Seed the generators a model on ``device`` draws from."""
-        seed = (self.seed + 1_000_003 * task + 2 * step + role.value) % 2**63
+        seed = (self.seed + 1_000_003 * (self.first + task) + 2 * step + role.value) % 2**63
         seed_generators(seed, self.device)
 
     def aside(self) -> AbstractContextManager[None]:

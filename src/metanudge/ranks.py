@@ -1,0 +1,117 @@
+"""Many processes, one meta-step: every rank solves tasks of its own, and one sum over the ranks makes the mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from metanudge.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a learner; one alone without a group.
+
+    Attributes:
+        group: A ``torch.distributed`` process group, or None.
+        device: Where what is summed has to be.
+    """
+
+    group: Any
+    device: torch.device
+
+    @classmethod
+    def of(cls, group: Any, model: nn.Module, warm: bool) -> Ranks:
+        """Of a learner's ``process_group``.
+
+        Raises:
+            SettingsError: No process group, or one that this process is not in; a model that is not the same on all
+                ranks, or is sharded; a warm start.
+        """
+        device = next(model.parameters()).device
+        ranks = cls(group, device)
+        if group is None:
+            return ranks
+        if not isinstance(group, distributed.ProcessGroup):
+            raise SettingsError(
+                f"process_group must be a torch.distributed.ProcessGroup that this process is in, or None, got "
+                f"{group!r}; call torch.distributed.init_process_group() and give torch.distributed.group.WORLD"
+            )
+        if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+            raise SettingsError(
+                "the model is sharded by FSDP2, whose ranks work on the same tasks; process_group gives every rank "
+                "tasks of its own, and needs the whole model on each. Leave one of them out"
+            )
+        if warm:
+            raise SettingsError(
+                "warm_start keeps the solutions of tasks in one process, and process_group may give a task to another "
+                "one each time; leave one of them out"
+            )
+        if not ranks.agree(_digest(model)):
+            raise SettingsError(
+                "the ranks hold different parameters, so a mean of their meta-gradients is none; make the model with "
+                "the same seed on every rank (torch.manual_seed(0) before), or load the same weights"
+            )
+        return ranks
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return 1 if self.group is None else distributed.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """Which this one is, from 0."""
+        return 0 if self.group is None else distributed.get_rank(self.group)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and tells."""
+        return self.rank == 0
+
+    def sum(self, tensors: Iterable[Tensor]) -> None:
+        """Give every tensor, in place, its sum over the ranks. Cost: that of their bytes once around."""
+        if self.group is not None:
+            for work in [distributed.all_reduce(tensor, group=self.group, async_op=True) for tensor in tensors]:
+                work.wait()
+
+    def counts(self, number: int) -> list[int]:
+        """The ``number`` of every rank."""
+        counts = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        counts[self.rank] = number
+        self.sum([counts])
+        return [int(count) for count in counts.tolist()]
+
+    def agree(self, numbers: Sequence[float]) -> bool:
+        """Whether all ranks hold the same ``numbers``; NaN is the same as NaN."""
+        if self.group is None:
+            return True
+        given = torch.tensor(numbers, dtype=torch.float64, device=self.device).nan_to_num()
+        ends = torch.stack([given, -given])
+        distributed.all_reduce(ends, distributed.ReduceOp.MAX, group=self.group)
+        return bool((ends[0] == -ends[1]).all())
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.agree([0.0])
+
+    def part(self, number: int) -> range:
+        """This rank's of ``number`` places: consecutive ones, and for each as many as can be."""
+        return range(number * self.rank // self.size, number * (self.rank + 1) // self.size)
+
+
+ALONE = Ranks(None, torch.device("cpu"))
+"""A process that shares its tasks with no other."""
+
+
+def _digest(model: nn.Module) -> list[float]:
+    """Numbers by which two models are told apart, as many of every model."""
+    parameters = [parameter.detach() for parameter in model.parameters()]
+    weighted = [place * parameter.double().sum() for place, parameter in enumerate(parameters, 1)]
+    squares = [parameter.double().square().sum() for parameter in parameters]
+    sizes = [float(len(parameters)), float(sum(parameter.numel() for parameter in parameters))]
+    return sizes + [float(torch.stack(found).sum()) for found in (weighted, squares)]

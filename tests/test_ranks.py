@@ -1,0 +1,252 @@
+"""Many processes that share the tasks of a meta-step find what one process finds."""
+
+from __future__ import annotations
+
+import math
+import os
+import runpy
+import socket
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import Dataset
+
+import metanudge as mn
+from metanudge.ranks import ALONE, Ranks
+
+DOUBLE = torch.float64
+ENDLESS = mn.tasks.episodes(mn.tasks.sinusoid, shots=4, queries=4, dtype=DOUBLE)
+PART = {0: slice(0, 3), 1: slice(3, 5)}
+"""Of five tasks."""
+STEPS: dict[str, dict[str, Any]] = {
+    "vectorized": {},
+    "chunks": {"chunk_size": 2},
+    "in_place": {"execution": "in_place", "solver": mn.Nesterov(5)},
+    "shared_body": {"adapt_only": "3", "estimator": mn.FOBMAML(nudge="full", nu=0.1)},
+    "maml": {"estimator": mn.MAML(), "solver": mn.GradientDescent(3, lr=0.01)},
+    "dropout": {"execution": "in_place", "solver": mn.Nesterov(5)},
+}
+
+
+def network(name: str = "") -> nn.Module:
+    torch.manual_seed(1)
+    between = nn.Dropout(0.3) if name == "dropout" else nn.Identity()
+    return nn.Sequential(nn.Linear(1, 8), nn.Tanh(), between, nn.Linear(8, 1)).to(DOUBLE)
+
+
+def five() -> mn.Tasks:
+    return mn.tasks.sinusoid(5, shots=4, queries=4, dtype=DOUBLE)
+
+
+def cut(tasks: mn.Tasks, part: slice) -> mn.Tasks:
+    return mn.Tasks(*(mn.Batch(*(leaf[part] for leaf in batch)) for batch in tasks))
+
+
+def stepped(name: str, tasks: mn.Tasks | list[mn.Tasks], group: Any = None) -> tuple[tuple[float, ...], Tensor]:
+    """What a step reports, and leaves in ``.grad``."""
+    model = network(name)
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=2.0, process_group=group, **STEPS.get(name, {}))
+    torch.manual_seed(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mn.UnsolvedWarning)
+        step = learner.backward(tasks)
+    return tuple(step), torch.cat([parameter.grad.reshape(-1) for parameter in model.parameters()])
+
+
+class Broken(Dataset):
+    """Tasks of which some, by index, hold a NaN."""
+
+    def __init__(self, *broken: int) -> None:
+        self.broken = broken
+
+    def __getitem__(self, index: int) -> mn.Tasks:
+        task = ENDLESS[index]
+        if index in self.broken:
+            task.support.inputs[0] = math.nan
+        return task
+
+
+def told(act: Any) -> str:
+    """The error that ``act`` raises, or what it warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            act()
+        except mn.MetanudgeError as error:
+            return f"{type(error).__name__}: {error}"
+    return " ".join(str(warning.message) for warning in caught if warning.category is mn.NonFiniteWarning)
+
+
+def trained(steps: int, group: Any = None, out: Path | None = None, **more: Any) -> dict[str, Any]:
+    """A training of two meta-steps of five tasks each between validations."""
+    model = network()
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=2.0, process_group=group)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    settings = {"tasks_per_step": 5, "validation": cut(five(), slice(0, 5)), "every": 2, "progress": False} | more
+    fitted = mn.fit(learner, optimizer, ENDLESS, steps=steps, out=out, **settings)
+    return {
+        "history": [tuple(record._replace(seconds=0.0)) for record in fitted.history],
+        "values": fitted.validation.values,
+        "parameters": torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()]),
+        "best": fitted.best,
+        "files": sorted(path.name for path in out.iterdir()) if out else [],
+    }
+
+
+def refusals(rank: int, group: Any, folder: Path) -> dict[str, str]:
+    """What ranks are told."""
+
+    def learner(model: nn.Module, **settings: Any) -> mn.MetaLearner:
+        return mn.MetaLearner(model, mn.metrics.squared_error, process_group=group, **settings)
+
+    def odd() -> None:
+        model = network()
+        with torch.no_grad():
+            model[0].weight += rank
+        learner(model)
+
+    def elsewhere() -> None:
+        if rank == 0:
+            trained(2, None, folder / "own-0")
+        trained(4, group, folder / f"own-{rank}")
+
+    return {
+        "odd": told(odd),
+        "sharded": told(lambda: learner(fully_shard(network()))),
+        "warm": told(lambda: learner(network(), warm_start=mn.WarmStart())),
+        "few": told(lambda: trained(1, group, tasks_per_step=1)),
+        "elsewhere": told(elsewhere),
+        "nan": told(lambda: stepped("vectorized", [Broken(0, 1)[3 * rank + i] for i in range(2)], group)),
+        "all nan": told(lambda: stepped("vectorized", [Broken(0, 1, 3, 4)[3 * rank + i] for i in range(2)], group)),
+    }
+
+
+def example(rank: int, port: int) -> tuple[float, float]:
+    """Run it with the environment that torchrun makes."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    path = Path(__file__).parent.parent / "examples" / "many_processes.py"
+    losses: tuple[float, float] = runpy.run_path(str(path))["main"](steps=5)
+    return losses
+
+
+def worker(rank: int, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {"example": example(rank, port)}
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    group, out = distributed.group.WORLD, Path(folder)
+    results |= {name: stepped(name, cut(five(), PART[rank]), group) for name in STEPS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mn.NonFiniteWarning)
+        results["dropped"] = stepped("dropped", [Broken(1, 4)[index] for index in range(5)[PART[rank]]], group)
+    results["whole"] = trained(5, group, out / "whole")
+    trained(2, group, out / "killed")
+    results["resumed"] = trained(5, group, out / "killed")
+    results["few validation tasks"] = trained(2, group, validation=cut(five(), slice(0, 1)))["values"]
+    results["refusals"] = refusals(rank, group, out)
+    torch.save(results, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(worker, (str(folder), port), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def same(found: tuple[tuple[float, ...], Tensor], one: tuple[tuple[float, ...], Tensor], rtol: float) -> None:
+    torch.testing.assert_close(found[1], one[1], rtol=rtol, atol=rtol * float(one[1].norm()))
+    assert found[0] == pytest.approx(one[0], rel=max(rtol, 1e-7), nan_ok=True)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_two_processes_find_what_one_finds(name: str, ranks: list[dict[str, Any]]) -> None:
+    one = stepped(name, five())
+    for rank in ranks:
+        same(rank[name], one, 1e-9)  # the finite difference divides round-off by its width
+    assert torch.equal(ranks[0][name][1], ranks[1][name][1])
+    assert ranks[0][name][0] == pytest.approx(ranks[1][name][0], rel=0, nan_ok=True)
+
+
+@pytest.mark.filterwarnings("ignore::metanudge.errors.NonFiniteWarning")
+def test_the_mean_is_over_the_tasks_that_were_kept(ranks: list[dict[str, Any]]) -> None:
+    """Two of three on one rank and one of two on the other: each of the three counts a third."""
+    one = stepped("dropped", [Broken(1, 4)[index] for index in range(5)])
+    assert one[0][mn.MetaStep._fields.index("dropped_tasks")] == 2
+    for rank in ranks:
+        same(rank["dropped"], one, 1e-9)
+
+
+def test_a_training_is_that_of_one_process(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    one = trained(5, out=tmp_path / "one")
+    for found in (rank["whole"] for rank in ranks):
+        torch.testing.assert_close(found["parameters"], one["parameters"], rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(found["values"], one["values"], rtol=1e-6, atol=1e-8)
+        for now, then in zip(found["history"], one["history"], strict=True):
+            assert now == pytest.approx(then, rel=1e-6, nan_ok=True)
+        assert found["best"] == pytest.approx(one["best"], rel=1e-6)
+    assert ranks[0]["whole"]["files"] == one["files"] == ["best", "last.pt", "log.csv", "log.jsonl"]
+
+
+def test_a_training_of_many_goes_on_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert torch.equal(rank["resumed"]["parameters"], rank["whole"]["parameters"])
+        assert [str(record) for record in rank["resumed"]["history"]] == [
+            str(record) for record in rank["whole"]["history"]
+        ]
+    assert torch.equal(ranks[0]["whole"]["parameters"], ranks[1]["whole"]["parameters"])
+
+
+def test_fewer_validation_tasks_than_ranks(ranks: list[dict[str, Any]]) -> None:
+    one = trained(2, validation=cut(five(), slice(0, 1)))["values"]
+    for rank in ranks:
+        torch.testing.assert_close(rank["few validation tasks"], one, rtol=1e-6, atol=1e-8)
+
+
+def test_what_ranks_are_told(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        found = rank["refusals"]
+        assert "SettingsError: the ranks hold different parameters" in found["odd"]
+        assert "SettingsError: the model is sharded by FSDP2" in found["sharded"]
+        assert "SettingsError: warm_start keeps" in found["warm"]
+        assert "SettingsError: 2 ranks share the tasks of a meta-step, and there are 1" in found["few"]
+        assert "SettingsError: the ranks do not all see the same checkpoint" in found["elsewhere"]
+        assert "NonFiniteError: none of the 4 tasks" in found["all nan"]
+    first, second = (rank["refusals"]["nan"] for rank in ranks)
+    assert "2 of 2 tasks" in first
+    assert second == ""  # whose tasks are whole
+
+
+def test_the_example_trains(ranks: list[dict[str, Any]]) -> None:
+    before, after = ranks[0]["example"]
+    assert after < before
+    assert ranks[1]["example"] == ranks[0]["example"]
+
+
+def test_a_group_by_name_is_refused() -> None:
+    with pytest.raises(mn.SettingsError, match=r"torch.distributed.ProcessGroup.*group.WORLD"):
+        mn.MetaLearner(network(), mn.metrics.squared_error, process_group="world")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("number", "size"), [(5, 2), (7, 3), (3, 3), (2, 3), (25, 8)])
+def test_the_parts_make_the_whole(number: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranks, "size", size)
+    found: list[int] = []
+    sizes = []
+    for rank in range(size):
+        monkeypatch.setattr(Ranks, "rank", rank)
+        part = ALONE.part(number)
+        found += part
+        sizes.append(len(part))
+    assert found == list(range(number))
+    assert max(sizes) - min(sizes) <= 1
