@@ -6,6 +6,8 @@ import math
 import os
 import runpy
 import socket
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Dataset
 
 import metanudge as mn
+from metanudge.cli import main
+from metanudge.files import load_state
+from metanudge.oracle.common import whole
 from metanudge.ranks import ALONE, Ranks
 
 DOUBLE = torch.float64
@@ -117,7 +123,7 @@ def refusals(rank: int, group: Any, folder: Path) -> dict[str, str]:
 
     return {
         "odd": told(odd),
-        "sharded": told(lambda: learner(fully_shard(network()))),
+        "sharded": told(lambda: learner(fully_shard(network()))),  # over the same ranks
         "warm": told(lambda: learner(network(), warm_start=mn.WarmStart())),
         "few": told(lambda: trained(1, group, tasks_per_step=1)),
         "elsewhere": told(elsewhere),
@@ -154,6 +160,37 @@ def worker(rank: int, folder: str, port: int) -> None:
     distributed.destroy_process_group()
 
 
+def sharded_worker(rank: int, folder: str) -> None:
+    """Two rows of two: the rows divide the tasks, the ranks of a row the examples and the model."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=4)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tasks", "shards"))
+    row, place = divmod(rank, 2)
+    model = network().float()
+    fully_shard(model[0], mesh=mesh["shards"])
+    fully_shard(model, mesh=mesh["shards"])
+    part = slice(2 * place, 2 * place + 2)
+    tasks = mn.Tasks(*(mn.Batch(*(leaf[:, part].float() for leaf in batch)) for batch in cut(five(), PART[row])))
+    torch.save(lean_step(model, tasks, mesh["tasks"].get_group()), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def lean_step(model: nn.Module, tasks: mn.Tasks, group: Any = None) -> tuple[tuple[float, ...], Tensor]:
+    learner = mn.MetaLearner(
+        model,
+        mn.metrics.squared_error,
+        prox=2.0,
+        solver=mn.TorchOptimizer(lambda parameters: torch.optim.SGD(parameters, lr=0.05), steps=3),
+        estimator=mn.FOBMAML(nudge="full", nu=0.3, start="initialization", certify=False),
+        execution="in_place",
+        process_group=group,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mn.UnsolvedWarning)
+        step = learner.backward(tasks)
+    return tuple(step), torch.cat([whole(parameter.grad).reshape(-1) for parameter in model.parameters()])
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
@@ -162,6 +199,15 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         port = free.getsockname()[1]
     multiprocessing.spawn(worker, (str(folder), port), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_rows_of_ranks_that_share_a_model(tmp_path: Path) -> None:
+    multiprocessing.spawn(sharded_worker, (str(tmp_path),), nprocs=4)
+    one = lean_step(network().float(), mn.Tasks(*(mn.Batch(*(leaf.float() for leaf in batch)) for batch in five())))
+    for rank in range(4):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert float((found[1] - one[1]).norm() / one[1].norm()) < 1e-6
+        assert found[0] == pytest.approx(one[0], rel=1e-5, nan_ok=True)
 
 
 def same(found: tuple[tuple[float, ...], Tensor], one: tuple[tuple[float, ...], Tensor], rtol: float) -> None:
@@ -216,8 +262,8 @@ def test_fewer_validation_tasks_than_ranks(ranks: list[dict[str, Any]]) -> None:
 def test_what_ranks_are_told(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         found = rank["refusals"]
-        assert "SettingsError: the ranks hold different parameters" in found["odd"]
-        assert "SettingsError: the model is sharded by FSDP2" in found["sharded"]
+        assert "SettingsError: the ranks of process_group hold different parameters" in found["odd"]
+        assert 'mesh["tasks"].get_group()' in found["sharded"]
         assert "SettingsError: warm_start keeps" in found["warm"]
         assert "SettingsError: 2 ranks share the tasks of a meta-step, and there are 1" in found["few"]
         assert "SettingsError: the ranks do not all see the same checkpoint" in found["elsewhere"]
@@ -250,3 +296,57 @@ def test_the_parts_make_the_whole(number: int, size: int, monkeypatch: pytest.Mo
         sizes.append(len(part))
     assert found == list(range(number))
     assert max(sizes) - min(sizes) <= 1
+
+
+SETTINGS = """
+seeds = [0, 1]
+[tasks]
+name = "sinusoid"
+shots = 4
+queries = 4
+[model]
+name = "mlp"
+inputs = 1
+outputs = 1
+hidden = [6]
+[learner]
+loss = "squared_error"
+[solver]
+name = "nesterov"
+steps = 3
+[training]
+steps = 4
+tasks_per_step = 3
+every = 2
+[validation]
+tasks = 5
+"""
+COMMAND = "import sys; from metanudge.cli import main; sys.exit(main())"
+
+
+def test_the_command_under_torchrun(tmp_path: Path) -> None:
+    config = tmp_path / "small.toml"
+    config.write_text(f'dtype = "float64"\n{SETTINGS}')
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    said = []
+    for name, start in (("one", []), ("two", torchrun)):
+        command = [
+            *start,
+            sys.executable,
+            "-c",
+            COMMAND,
+            "train",
+            str(config),
+            "--out",
+            str(tmp_path / name),
+            "--quiet",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert said[0].count("seed 0: 4 steps") == said[1].count("seed 0: 4 steps") == 1  # one of the two speaks
+    for seed in (0, 1):
+        one, two = (load_state(tmp_path / name / f"seed-{seed}" / "last.pt")["model"] for name in ("one", "two"))
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=1e-6, atol=1e-9)
+    assert main(["evaluate", str(tmp_path / "two"), "--tasks", "5"]) == 0

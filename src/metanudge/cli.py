@@ -18,6 +18,7 @@ from metanudge.errors import SettingsError
 from metanudge.failures import told
 from metanudge.loading import load_learner
 from metanudge.progress import line
+from metanudge.ranks import ALONE, Ranks, joined
 from metanudge.runs import train
 from metanudge.scoring import evaluate
 from metanudge.settings import check_folder, nearest
@@ -61,7 +62,10 @@ class Reproduce:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Meta-train by a settings file, with every seed into OUT/seed-N; killed, it goes on from the last checkpoint."""
+    """Meta-train by a settings file, with every seed into OUT/seed-N; killed, it goes on from the last checkpoint.
+
+    Under torchrun the processes share the tasks of every meta-step.
+    """
 
     config: tyro.conf.Positional[Path]
     """A TOML file: tables tasks, model, learner, training, and optionally solver, estimator, optimizer, scheduler,
@@ -78,7 +82,10 @@ class Train:
     def run(self, console: Console) -> int:
         """Read, and train."""
         config = read_config(self.config, self.out, self.seeds)
-        train(config, self.fresh, not self.quiet, console)
+        with joined() as group:
+            ranks = Ranks(group, ALONE.model)
+            console.quiet = not ranks.first
+            train(config, self.fresh, not self.quiet, console, ranks)
         console.print(f"Written to [bold]{config.out}[/bold]; metanudge evaluate {config.out}", highlight=False)
         return 0
 

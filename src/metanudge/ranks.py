@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +20,11 @@ class Ranks:
 
     Attributes:
         group: A ``torch.distributed`` process group, or None.
-        device: Where what is summed has to be.
+        model: The same on each; or, where FSDP2 shards it, the same part of it.
     """
 
     group: Any
-    device: torch.device
+    model: nn.Module
 
     @classmethod
     def of(cls, group: Any, model: nn.Module, warm: bool) -> Ranks:
@@ -30,21 +32,15 @@ class Ranks:
 
         Raises:
             SettingsError: No process group, or one that this process is not in; a model that is not the same on all
-                ranks, or is sharded; a warm start.
+                ranks; a warm start.
         """
-        device = next(model.parameters()).device
-        ranks = cls(group, device)
+        ranks = cls(group, model)
         if group is None:
             return ranks
         if not isinstance(group, distributed.ProcessGroup):
             raise SettingsError(
                 f"process_group must be a torch.distributed.ProcessGroup that this process is in, or None, got "
                 f"{group!r}; call torch.distributed.init_process_group() and give torch.distributed.group.WORLD"
-            )
-        if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
-            raise SettingsError(
-                "the model is sharded by FSDP2, whose ranks work on the same tasks; process_group gives every rank "
-                "tasks of its own, and needs the whole model on each. Leave one of them out"
             )
         if warm:
             raise SettingsError(
@@ -53,10 +49,17 @@ class Ranks:
             )
         if not ranks.agree(_digest(model)):
             raise SettingsError(
-                "the ranks hold different parameters, so a mean of their meta-gradients is none; make the model with "
-                "the same seed on every rank (torch.manual_seed(0) before), or load the same weights"
+                "the ranks of process_group hold different parameters, so a mean of their meta-gradients is none; make "
+                "the model with the same seed on every rank (torch.manual_seed(0) before), or load the same weights. "
+                "Of a model that FSDP2 shards, give the group of the ranks that hold the same part: "
+                'mesh["tasks"].get_group() of a mesh with two dimensions, the other one for fully_shard'
             )
         return ranks
+
+    @property
+    def device(self) -> torch.device:
+        """Where what is summed has to be."""
+        return next(self.model.parameters()).device
 
     @property
     def size(self) -> int:
@@ -76,7 +79,8 @@ class Ranks:
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Give every tensor, in place, its sum over the ranks. Cost: that of their bytes once around."""
         if self.group is not None:
-            for work in [distributed.all_reduce(tensor, group=self.group, async_op=True) for tensor in tensors]:
+            held = map(_local, tensors)
+            for work in [distributed.all_reduce(tensor, group=self.group, async_op=True) for tensor in held]:
                 work.wait()
 
     def counts(self, number: int) -> list[int]:
@@ -97,21 +101,43 @@ class Ranks:
 
     def wait(self) -> None:
         """Until all ranks are here."""
-        self.agree([0.0])
+        if self.group is not None:
+            distributed.barrier(self.group)
 
     def part(self, number: int) -> range:
         """This rank's of ``number`` places: consecutive ones, and for each as many as can be."""
         return range(number * self.rank // self.size, number * (self.rank + 1) // self.size)
 
 
-ALONE = Ranks(None, torch.device("cpu"))
+ALONE = Ranks(None, nn.Identity())
 """A process that shares its tasks with no other."""
+
+
+@contextmanager
+def joined() -> Iterator[Any]:
+    """The group of the processes that ``torchrun`` started, while the block lasts; None where it started none."""
+    if not distributed.is_available() or not distributed.is_torchelastic_launched():
+        yield None
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which "cuda" means from here on
+    distributed.init_process_group()
+    try:
+        yield distributed.group.WORLD
+    finally:
+        distributed.destroy_process_group()
 
 
 def _digest(model: nn.Module) -> list[float]:
     """Numbers by which two models are told apart, as many of every model."""
-    parameters = [parameter.detach() for parameter in model.parameters()]
+    parameters = [_local(parameter.detach()) for parameter in model.parameters()]
     weighted = [place * parameter.double().sum() for place, parameter in enumerate(parameters, 1)]
     squares = [parameter.double().square().sum() for parameter in parameters]
     sizes = [float(len(parameters)), float(sum(parameter.numel() for parameter in parameters))]
     return sizes + [float(torch.stack(found).sum()) for found in (weighted, squares)]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that FSDP2 shards; of others, all."""
+    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found

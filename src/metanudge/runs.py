@@ -22,6 +22,7 @@ from metanudge.learner import MetaLearner
 from metanudge.logs import check_tensorboard
 from metanudge.metrics import called
 from metanudge.order import Order, length, moved
+from metanudge.ranks import ALONE, Ranks
 from metanudge.settings import check_folder
 from metanudge.tasks.image_folders import Split
 from metanudge.training import Fit, check_scheduler, check_training, fit
@@ -41,8 +42,8 @@ of which ``fit`` warns."""
 FIXED = ("device", "dtype", *TABLES)  # but seeds and out
 
 
-def train(config: Config, fresh: bool, progress: bool, console: Console) -> list[Fit]:
-    """Train with every seed into OUT/seed-N, each from its last checkpoint on, if there is one.
+def train(config: Config, fresh: bool, progress: bool, console: Console, ranks: Ranks = ALONE) -> list[Fit]:
+    """Train with every seed into OUT/seed-N, each from its last checkpoint on, if there is one; the first rank writes.
 
     Raises:
         SettingsError: Settings that can not work; a folder that holds a training with others.
@@ -51,16 +52,23 @@ def train(config: Config, fresh: bool, progress: bool, console: Console) -> list
     others = tuple(seed for seed in trained(config.out) if seed not in config.whole.seeds)
     if others or not fresh:
         _check_same(config, fresh, others)
-    _check(config)
+    _check(config, ranks)
+    ranks.wait()  # until all have seen what there was
+    if ranks.first:
+        _begin(config, others if fresh else seeds_of(config.out), fresh)
+    ranks.wait()
+    return [_train(config, seed, fresh, progress, console, ranks) for seed in config.whole.seeds]
+
+
+def _begin(config: Config, before: tuple[int, ...], fresh: bool) -> None:
+    """Write down what is asked for, beside the seeds ``before``, and remove what is to be begun anew."""
     config.out.mkdir(parents=True, exist_ok=True)
-    before = others if fresh else seeds_of(config.out)
     if fresh:  # all seeds at once: stopped before the last one, nothing goes on from what was to be left
         for seed in config.whole.seeds:
             discard(config.out / f"seed-{seed}")
             discard_logs(config.out / f"seed-{seed}")
     write(config.out / SEEDS, json.dumps(sorted({*before, *config.whole.seeds})).encode() + b"\n")
     write(config.out / CONFIG, config.text.encode())
-    return [_train(config, seed, fresh, progress, console) for seed in config.whole.seeds]
 
 
 def seeds_of(out: Path) -> tuple[int, ...]:
@@ -81,12 +89,12 @@ def seeds_of(out: Path) -> tuple[int, ...]:
         ) from error
 
 
-def _check(config: Config) -> None:
+def _check(config: Config, ranks: Ranks) -> None:
     """Tell what can not work before anything is written: settings, and whether model, loss and tasks fit each other."""
     given, seed = config.training, config.whole.seeds[0]
     check_training(given.steps, given.tasks_per_step, given.tasks_at_once, given.max_norm, given.every, given.workers)
     check_tensorboard(config.out, given.tensorboard)
-    learner, _, scheduler = _parts(config, seed)
+    learner, _, scheduler = _parts(config, seed, ranks)
     check_scheduler(scheduler)
     tasks, fixed = tasks_of(config, "train", seed), first(tasks_of(config, "validation"), config.validation.tasks)
     Order(length(tasks), given.tasks_per_step, seed, learner.ranks)
@@ -94,16 +102,16 @@ def _check(config: Config) -> None:
     learner.evaluate([moved(one[0], device_of(config)) for one in (tasks, fixed) if length(one) != 0], config.metric)
 
 
-def _parts(config: Config, seed: int) -> tuple[MetaLearner, torch.optim.Optimizer, LRScheduler | None]:
+def _parts(config: Config, seed: int, ranks: Ranks) -> tuple[MetaLearner, torch.optim.Optimizer, LRScheduler | None]:
     """What is trained, and by what, as this seed begins."""
     torch.manual_seed(seed)
-    learner = learner_of(config)
+    learner = learner_of(config, ranks.group)
     optimizer = config.optimizer(learner.model.parameters())
     return learner, optimizer, None if config.scheduler is None else config.scheduler(optimizer)
 
 
-def _train(config: Config, seed: int, fresh: bool, progress: bool, console: Console) -> Fit:
-    learner, optimizer, scheduler = _parts(config, seed)
+def _train(config: Config, seed: int, fresh: bool, progress: bool, console: Console, ranks: Ranks) -> Fit:
+    learner, optimizer, scheduler = _parts(config, seed, ranks)
     given = config.training
     fixed = first(tasks_of(config, "validation"), config.validation.tasks)
     found = fit(
@@ -135,7 +143,7 @@ def _train(config: Config, seed: int, fresh: bool, progress: bool, console: Cons
     return found
 
 
-def learner_of(config: Config) -> MetaLearner:
+def learner_of(config: Config, group: Any = None) -> MetaLearner:
     """The learner, on a new model drawn from torch's random state."""
     settings = config.settings
     model = config.model().to(getattr(torch, config.whole.dtype))
@@ -153,6 +161,7 @@ def learner_of(config: Config) -> MetaLearner:
         batch_norm=settings.batch_norm,
         compile=settings.compile,
         warm_start=WarmStart() if settings.warm_start else None,
+        process_group=group,
     )
 
 
