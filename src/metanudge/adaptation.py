@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from metanudge.batching import as_stacks, check_stack, leaves, wrapped
+from metanudge.batching import as_stacks
+from metanudge.checks import check_stack, leaves, wrapped
 from metanudge.choosing import is_sharded
 from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError, TasksError

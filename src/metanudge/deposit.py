@@ -13,7 +13,7 @@ from torch import nn
 
 from metanudge import advice
 from metanudge.accumulation import FiniteMean, Numbers
-from metanudge.batching import not_finite
+from metanudge.checks import not_finite
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, UnsolvedWarning
 from metanudge.estimators import Estimator
 from metanudge.oracle.common import whole

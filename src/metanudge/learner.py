@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metanudge import settings
 from metanudge.accumulation import FiniteMean, summarize
 from metanudge.adaptation import Shapes, adapted_copy, alone, check_copyable, curves, looked_at
-from metanudge.batching import as_stacks, groups, smaller
+from metanudge.batching import as_stacks, smaller
 from metanudge.choosing import check_needs, choose_execution
 from metanudge.deposit import Given, Told, add_to_grad, in_order, not_adapted, verdict
 from metanudge.energy import InnerProblem
@@ -30,6 +30,7 @@ from metanudge.ranks import Ranks
 from metanudge.selection import AdaptOnly, Selection, listed, select_parameters
 from metanudge.solvers import SOLVERS, Nesterov, Solver
 from metanudge.solvers.loop import solve
+from metanudge.sources import groups
 from metanudge.types import Batch, Evaluation, LossFunction, MetaStep, Need, Role, Tasks
 from metanudge.warm_start import WarmStart
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from metanudge.batching import is_dataset
 from metanudge.errors import SettingsError, TasksError
 from metanudge.ranks import ALONE, Ranks
+from metanudge.sources import is_dataset
 from metanudge.tasks.episodes import collate
 from metanudge.tasks.seeding import stream
 from metanudge.types import Batch, Tasks

@@ -12,10 +12,12 @@ from torch.utils.data import Dataset
 
 from metanudge import metrics
 from metanudge.accumulation import summarize
-from metanudge.batching import as_stacks, check_stack, is_dataset, leaves, listed, not_finite, split
+from metanudge.batching import as_stacks, split
+from metanudge.checks import check_stack, leaves, not_finite
 from metanudge.errors import NonFiniteWarning, SettingsError, TasksError
 from metanudge.learner import MetaLearner
 from metanudge.oracle.common import device_of, forked
+from metanudge.sources import is_dataset, listed
 from metanudge.types import Evaluation, LossFunction, Tasks
 from metanudge.warned import warn
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
-from metanudge.batching import check_stack
+from metanudge.checks import check_stack
 from metanudge.errors import NonFiniteError
 from metanudge.oracle import Call
 from metanudge.packing import Packing

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metanudge.batching import groups
 from metanudge.deposit import Told
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, TasksError, UnsolvedWarning
 from metanudge.learner import MetaLearner
 from metanudge.optim import NormalizedSGD
 from metanudge.oracle.common import forked, seed_generators
 from metanudge.settings import check_steps
+from metanudge.sources import groups
 from metanudge.types import Tasks
 
 if TYPE_CHECKING:

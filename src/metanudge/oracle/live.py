@@ -9,7 +9,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from metanudge.batching import check_device, leaves, pieces
+from metanudge.batching import pieces
+from metanudge.checks import check_device, leaves
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle.batch_norm import BatchNorm
 from metanudge.oracle.common import (

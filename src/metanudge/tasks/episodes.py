@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import Dataset
 
-from metanudge.batching import leaves as leaves_of
+from metanudge.checks import leaves as leaves_of
 from metanudge.errors import SettingsError, TasksError
 from metanudge.minibatches import as_minibatches
 from metanudge.settings import check_steps

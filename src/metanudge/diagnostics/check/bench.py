@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from metanudge.batching import as_stacks, groups, not_finite, single
+from metanudge.batching import as_stacks, single
+from metanudge.checks import not_finite
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, UnsolvedWarning
 from metanudge.estimators.base import Estimator
 from metanudge.learner import MetaLearner
 from metanudge.oracle.common import device_of, forked, seed_generators
 from metanudge.solvers import Solver
+from metanudge.sources import groups
 from metanudge.types import MetaStep, Role, Tasks
 
 

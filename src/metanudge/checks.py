@@ -1,0 +1,128 @@
+"""What tasks have to be: tensors in stacks, on the model's device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from metanudge.errors import TasksError
+from metanudge.minibatches import as_minibatches
+from metanudge.types import Batch, Tasks
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    """All tensors of a pytree.
+
+    Raises:
+        TasksError: A leaf is not a tensor.
+    """
+    found = tree_flatten(tree)[0]
+    for leaf in found:
+        if isinstance(leaf, np.ndarray):
+            raise TasksError(
+                "tasks hold tensors or pytrees of tensors, but found a numpy array of "
+                f"{leaf.dtype} {list(leaf.shape)}; make it a tensor: torch.from_numpy(array)"
+            )
+        if not isinstance(leaf, Tensor):
+            raise TasksError(f"tasks hold tensors or pytrees of tensors, but found {type(leaf).__name__}: {leaf!r:.80}")
+    return found
+
+
+def wrapped(given: object) -> str:
+    """How what is no batch becomes one."""
+    if isinstance(given, Mapping):
+        return "; inputs may be any pytree of tensors: mn.Batch(inputs={...}, targets=...)"
+    pair = isinstance(given, tuple | list) and len(given) == 2
+    return "; wrap it: mn.Batch(x, y)" if pair else ""
+
+
+def check_stack(tasks: Tasks, device: torch.device) -> int:
+    """Return the number of tasks stacked on the leading axis.
+
+    Raises:
+        TasksError: Not a stack of at least one task on ``device``.
+    """
+    if not isinstance(tasks, Tasks):
+        raise TasksError(f"expected mn.Tasks(support=..., query=...), got {type(tasks).__name__}")
+    sizes = set()
+    for part, batch in zip(Tasks._fields, tasks, strict=True):
+        if as_minibatches(batch):
+            raise TasksError(
+                f"the {part} of a stack can not be mn.Minibatches, which is the support of one task: give such tasks "
+                "as a list of mn.Tasks, without a task axis"
+            )
+        if not isinstance(batch, Batch):
+            raise TasksError(
+                f"the {part} of mn.Tasks must be mn.Batch(inputs, targets), got {type(batch).__name__}{wrapped(batch)}"
+            )
+        found = leaves(batch)
+        if not found:
+            raise TasksError(f"the {part} batch holds no tensor")
+        check_device(found, device)
+        for leaf in found:
+            if leaf.ndim == 0:
+                raise TasksError(f"a tensor of the {part} batch has no axis; tasks are stacked on the leading one")
+            sizes.add((part, leaf.shape[0]))
+    numbers = {size for _, size in sizes}
+    if len(numbers) > 1:
+        told = ", ".join(f"{part} {size}" for part, size in sorted(sizes))
+        raise TasksError(
+            f"the leading axis counts the tasks and must be the same in every tensor, but found {told}; "
+            "for tasks of different sizes give a list of mn.Tasks, one each, without a task axis"
+        )
+    (number,) = numbers
+    if number == 0:
+        raise TasksError("the stack of tasks is empty (leading axis 0); give at least one task")
+    for part, batch in zip(Tasks._fields, tasks, strict=True):
+        for leaf in leaves(batch):
+            if leaf.numel() == 0:
+                raise TasksError(
+                    f"a tensor of the {part} batch is empty, its shape is {tuple(leaf.shape)}; every task needs at "
+                    "least one example"
+                )
+    return number
+
+
+def check_axes(stack: Tasks) -> None:
+    """Raise a TasksError where every task would be one vector and one class index, neither with an axis of examples."""
+    for part, batch in zip(Tasks._fields, stack, strict=True):
+        inputs, targets = batch
+        if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor) or targets.is_floating_point():
+            continue
+        if inputs.ndim <= 2 and targets.ndim == 1:
+            raise TasksError(
+                f"the targets of the {part} batch have the shape {tuple(targets.shape)}: class indices of a stack of "
+                "tasks are [tasks, examples]. If these are the examples of one task, give it as a list, "
+                "[mn.Tasks(...)], or every tensor a leading axis, .unsqueeze(0)"
+            )
+
+
+def check_device(tensors: list[Tensor], device: torch.device) -> None:
+    """Raise a TasksError where a tensor is not on ``device``."""
+    for tensor in tensors:
+        if tensor.device != device:
+            raise TasksError(
+                f"the model is on {device} but a tensor of the tasks on {tensor.device}; move it with .to()"
+            )
+
+
+def not_finite(stacks: list[Tasks], places: list[int]) -> dict[int, str]:
+    """Of the tasks whose own tensors hold NaN or infinite numbers: place, and which tensors."""
+    found: dict[int, list[str]] = {}
+    first = 0
+    for stack in stacks:
+        number = 1 if as_minibatches(stack.support) else leaves(stack)[0].shape[0]
+        for part, batch in zip(Tasks._fields, stack, strict=True):
+            if as_minibatches(batch):
+                continue
+            for field, held in zip(Batch._fields, batch, strict=True):
+                wrong = [~leaf.isfinite().reshape(number, -1).all(1) for leaf in leaves(held)]
+                for row in torch.stack(wrong).any(0).nonzero().flatten().tolist() if wrong else []:
+                    found.setdefault(places[first + row], []).append(f"{part} {field}")
+        first += number
+    return {place: " and ".join(found[place]) for place in sorted(found)}
