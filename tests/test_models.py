@@ -364,11 +364,10 @@ def test_partials_at_the_nudged_points_see_the_noise_of_the_free_solution(nudge:
     )
     learner.backward([mn.Tasks(*(mn.Batch(x[0], y[0]) for x, y in vectors()))])
     support, query = seeds[steps], seeds[steps + 1]  # judged after the free steps
-    if nudge == "linear":  # start of the guard, then a step and the support partial at each of two nodes
-        first = steps + 3
+    first = steps + 2
+    if nudge == "linear":  # a step and the support partial at each of two nodes
         assert [seeds[first + 1], seeds[first + 3]] == [support, support]
     else:  # a step takes both gradients, and so does the partial
-        first = steps + 3
         assert [seeds[first + at] for at in (2, 3, 6, 7)] == [support, query] * 2
 
 

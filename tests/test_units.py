@@ -303,4 +303,5 @@ def test_a_gradient_of_round_off_in_bfloat16_touches_nothing() -> None:
     theta = {"weight": torch.ones(100).bfloat16(), "bias": torch.full((10,), 100.0).bfloat16()}
     gradient = {"weight": torch.ones(100), "bias": torch.full((10,), 1e-3)}
     energy = Energy(Losses(), theta, 1.0)
-    assert float(energy.touched({name: leaf.float() for name, leaf in theta.items()}, gradient)) == 10.0
+    wide = {name: leaf.float() for name, leaf in theta.items()}
+    assert float(energy.touched(wide, gradient, energy.norm(gradient))) == 10.0

@@ -77,7 +77,7 @@ class MetaLearner:
         process_group: Processes (``torch.distributed.group.WORLD``) that share the tasks of a meta-step, with the same
             model on each: ``backward`` is given this rank's tasks, as many as it likes, leaves the mean over those of
             all ranks in ``.grad`` of each, and reports on all. All ranks have to call it; where one fails, the others
-            wait for it in vain.
+            wait for it in vain. ``adapt`` and ``evaluate`` are every rank's own.
 
     Raises:
         SettingsError: Settings that can not work, alone or together, with the reason and the cure.
