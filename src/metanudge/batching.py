@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,10 +46,18 @@ def as_stacks(tasks: Tasks | Sequence[Tasks], device: torch.device) -> tuple[lis
         if as_minibatches(task.support):
             groups[place] = [place]
             continue
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves(task))
-        groups.setdefault((shapes, str(tree_flatten(task)[1])), []).append(place)
+        groups.setdefault(form(task), []).append(place)
     stacks = [_stacked([tasks[place] for place in group], device) for group in groups.values()]
     return stacks, [place for group in groups.values() for place in group]
+
+
+def form(task: Tasks) -> Hashable:
+    """Equal for tasks that can be stacked.
+
+    Raises:
+        TasksError: A leaf is not a tensor.
+    """
+    return str(tree_flatten(task)[1]), tuple((leaf.shape, leaf.dtype) for leaf in leaves(task))
 
 
 def _stacked(tasks: list[Tasks], device: torch.device) -> Tasks:

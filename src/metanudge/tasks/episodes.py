@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
-from metanudge.checks import leaves as leaves_of
+from metanudge.batching import form
 from metanudge.errors import SettingsError, TasksError
 from metanudge.minibatches import as_minibatches
 from metanudge.settings import check_steps
@@ -116,13 +116,7 @@ def collate(tasks: Sequence[Tasks]) -> Tasks | list[Tasks]:
         raise TasksError("there are no tasks to collate")
     if any(as_minibatches(task.support) for task in tasks):
         return list(tasks)
-    for task in tasks:
-        leaves_of(task)  # which tells of what is no tensor
-    shapes = {
-        (str(structure), tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-        for leaves, structure in map(tree_flatten, tasks)
-    }
-    if len(shapes) > 1:
+    if len(set(map(form, tasks))) > 1:
         return list(tasks)
     stack: Tasks = tree_map(lambda *same: torch.stack(same), *tasks)
     return stack
