@@ -15,7 +15,7 @@ from metanudge import tree
 from metanudge.batching import single, split
 from metanudge.energy import InnerProblem
 from metanudge.oracle import BatchNorm, Call, LiveLosses, LiveModule, Programs, RandomState, StackedLosses, Tally
-from metanudge.oracle.common import device_of, forked, round_off
+from metanudge.oracle.common import device_of, forked, round_off, same_modes
 from metanudge.oracle.compiled import Bound, plain_attributes
 from metanudge.packing import Packing
 from metanudge.selection import Selection
@@ -81,13 +81,8 @@ def _kept(model: nn.Module, norm: BatchNorm, first: int) -> Iterator[RandomState
     """
     device = device_of(model)
     seed = int(torch.randint(2**62, ()).item())
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with forked(device), norm.lent():
-            yield RandomState(seed, device, first)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with same_modes(model), forked(device), norm.lent():
+        yield RandomState(seed, device, first)
 
 
 NONE = BatchNorm(None, nn.Identity())

@@ -16,7 +16,7 @@ from metanudge.batching import as_stacks, split
 from metanudge.checks import check_stack, leaves, not_finite
 from metanudge.errors import NonFiniteWarning, SettingsError, TasksError
 from metanudge.learner import MetaLearner
-from metanudge.oracle.common import device_of, forked
+from metanudge.oracle.common import device_of, forked, same_modes
 from metanudge.sources import is_dataset, listed
 from metanudge.types import Evaluation, LossFunction, Tasks
 from metanudge.warned import warn
@@ -83,14 +83,9 @@ def validate(
     number = check_stack(tasks, leaves(tasks)[0].device) if isinstance(tasks, Tasks) else len(tasks)
     shared = 1 < ranks.size <= number
     own = ranks.part(number) if shared else range(number)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with same_modes(model), forked(device_of(model)):
         model.eval()
-        with forked(device_of(model)):
-            found = learner.evaluate(_pieces(tasks, own, at_once), metric)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        found = learner.evaluate(_pieces(tasks, own, at_once), metric)
     if not shared:
         return found
     values = found.values.new_zeros(number, found.values.shape[1])

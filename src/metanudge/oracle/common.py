@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,17 @@ def seed_generators(seed: int, device: torch.device) -> None:
 def forked(device: torch.device) -> AbstractContextManager[None]:
     """A context after which the random state of a model on ``device`` is as before."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+@contextmanager
+def same_modes(model: nn.Module) -> Iterator[None]:
+    """A block after which every module is in train or eval mode as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
