@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import runpy
 import socket
 import subprocess
@@ -43,6 +44,14 @@ def network(name: str = "") -> nn.Module:
     torch.manual_seed(1)
     between = nn.Dropout(0.3) if name == "dropout" else nn.Identity()
     return nn.Sequential(nn.Linear(1, 8), nn.Tanh(), between, nn.Linear(8, 1)).to(DOUBLE)
+
+
+def odd_network(rank: int) -> nn.Module:
+    """Another one on every rank."""
+    model = network()
+    with torch.no_grad():
+        model[0].weight += rank
+    return model
 
 
 def five() -> mn.Tasks:
@@ -88,13 +97,35 @@ def told(act: Any) -> str:
     return " ".join(str(warning.message) for warning in caught if warning.category is mn.NonFiniteWarning)
 
 
-def trained(steps: int, group: Any = None, out: Path | None = None, **more: Any) -> dict[str, Any]:
+class Anew(Dataset):
+    """Tasks that are others at every look."""
+
+    def __getitem__(self, index: int) -> mn.Tasks:
+        return mn.Tasks(*(mn.Batch(torch.randn(4, 1, dtype=DOUBLE), torch.randn(4, 1, dtype=DOUBLE)) for _ in "sq"))
+
+
+def starved(rank: int, group: Any) -> None:
+    """Unsolved problems, and the first rank loses all of its own."""
+    learner = mn.MetaLearner(network(), mn.metrics.squared_error, prox=0.01, solver=mn.Nesterov(2), process_group=group)
+    step = learner.backward([Broken(0, 1)[2 * rank + place] for place in range(2)])
+    assert step.dropped_tasks == 2
+    assert step.residual > 0.3
+
+
+def trained(
+    steps: int,
+    group: Any = None,
+    out: Path | None = None,
+    tasks: Any = ENDLESS,
+    model: nn.Module | None = None,
+    **more: Any,
+) -> dict[str, Any]:
     """A training of two meta-steps of five tasks each between validations."""
-    model = network()
+    model = network() if model is None else model
     learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=2.0, process_group=group)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     settings = {"tasks_per_step": 5, "validation": cut(five(), slice(0, 5)), "every": 2, "progress": False} | more
-    fitted = mn.fit(learner, optimizer, ENDLESS, steps=steps, out=out, **settings)
+    fitted = mn.fit(learner, optimizer, tasks, steps=steps, out=out, **settings)
     return {
         "history": [tuple(record._replace(seconds=0.0)) for record in fitted.history],
         "values": fitted.validation.values,
@@ -110,20 +141,22 @@ def refusals(rank: int, group: Any, folder: Path) -> dict[str, str]:
     def learner(model: nn.Module, **settings: Any) -> mn.MetaLearner:
         return mn.MetaLearner(model, mn.metrics.squared_error, process_group=group, **settings)
 
-    def odd() -> None:
-        model = network()
-        with torch.no_grad():
-            model[0].weight += rank
-        learner(model)
-
     def elsewhere() -> None:
+        model = network()
         if rank == 0:
             trained(2, None, folder / "own-0")
-        trained(4, group, folder / f"own-{rank}")
+        try:
+            trained(4, group, folder / f"own-{rank}", model=model)
+        finally:
+            assert all(map(torch.equal, model.parameters(), network().parameters()))
 
     return {
-        "odd": told(odd),
-        "sharded": told(lambda: learner(fully_shard(network()))),  # over the same ranks
+        "odd": told(lambda: learner(odd_network(rank)).backward(five())),
+        "sharded": told(lambda: learner(fully_shard(network())).backward(five())),  # over the same ranks
+        "anew": told(lambda: trained(1, group, tasks=Anew())),
+        "every": told(lambda: trained(2, group, every=1 + rank)),
+        "seed": told(lambda: trained(2, group, seed=2**40 + rank)),
+        "unsolved": told(lambda: starved(rank, group)),
         "warm": told(lambda: learner(network(), warm_start=mn.WarmStart())),
         "few": told(lambda: trained(1, group, tasks_per_step=1)),
         "elsewhere": told(elsewhere),
@@ -151,9 +184,20 @@ def worker(rank: int, folder: str, port: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", mn.NonFiniteWarning)
         results["dropped"] = stepped("dropped", [Broken(1, 4)[index] for index in range(5)[PART[rank]]], group)
+    if rank == 0:
+        trained(2, None, out / "alone")
+    distributed.barrier()
     results["whole"] = trained(5, group, out / "whole")
     trained(2, group, out / "killed")
     results["resumed"] = trained(5, group, out / "killed")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trained(4, group, out / "alone")  # which one process began
+    results["others"] = " ".join(str(warning.message) for warning in caught)
+    learner = mn.load_pretrained(
+        out / "whole" / "best", odd_network(rank), mn.metrics.squared_error, process_group=group
+    )
+    results["loaded"] = learner.backward(cut(five(), PART[rank]))
     results["few validation tasks"] = trained(2, group, validation=cut(five(), slice(0, 1)))["values"]
     results["refusals"] = refusals(rank, group, out)
     torch.save(results, f"{folder}/{rank}.pt")
@@ -169,6 +213,9 @@ def sharded_worker(rank: int, folder: str) -> None:
     model = network().float()
     fully_shard(model[0], mesh=mesh["shards"])
     fully_shard(model, mesh=mesh["shards"])
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, process_group=mesh["tasks"].get_group())
+    with pytest.raises(mn.SettingsError, match=r"torch\.distributed\.checkpoint"):
+        mn.fit(learner, torch.optim.SGD(model.parameters(), lr=0.1), ENDLESS, steps=1, out=f"{folder}/out")
     part = slice(2 * place, 2 * place + 2)
     tasks = mn.Tasks(*(mn.Batch(*(leaf[:, part].float() for leaf in batch)) for batch in cut(five(), PART[row])))
     torch.save(lean_step(model, tasks, mesh["tasks"].get_group()), f"{folder}/{rank}.pt")
@@ -253,6 +300,13 @@ def test_a_training_of_many_goes_on_bit_for_bit(ranks: list[dict[str, Any]]) -> 
     assert torch.equal(ranks[0]["whole"]["parameters"], ranks[1]["whole"]["parameters"])
 
 
+def test_what_many_may_go_on_with(ranks: list[dict[str, Any]]) -> None:
+    """A training of one process, with a warning; weights that each loads into a model of its own."""
+    for rank in ranks:
+        assert "goes on with processes = 2 where it had 1" in rank["others"]
+        assert rank["loaded"].dropped_tasks == 0
+
+
 def test_fewer_validation_tasks_than_ranks(ranks: list[dict[str, Any]]) -> None:
     one = trained(2, validation=cut(five(), slice(0, 1)))["values"]
     for rank in ranks:
@@ -264,12 +318,17 @@ def test_what_ranks_are_told(ranks: list[dict[str, Any]]) -> None:
         found = rank["refusals"]
         assert "SettingsError: the ranks of process_group hold different parameters" in found["odd"]
         assert 'mesh["tasks"].get_group()' in found["sharded"]
+        assert "SettingsError: the tasks are drawn anew at every look" in found["anew"]
+        assert re.search(r"do not agree on every; here every = [12]$", found["every"])
+        assert "do not agree on seed" in found["seed"]
         assert "SettingsError: warm_start keeps" in found["warm"]
         assert "SettingsError: 2 ranks share the tasks of a meta-step, and there are 1" in found["few"]
-        assert "SettingsError: the ranks do not all see the same checkpoint" in found["elsewhere"]
+        assert "do not agree on the checkpoint in out" in found["elsewhere"]
         assert "NonFiniteError: none of the 4 tasks" in found["all nan"]
     first, second = (rank["refusals"]["nan"] for rank in ranks)
     assert "2 of 2 tasks" in first
+    assert "2 of 2 tasks" in ranks[0]["refusals"]["unsolved"]
+    assert ranks[1]["refusals"]["unsolved"] == ""
     assert second == ""  # whose tasks are whole
 
 

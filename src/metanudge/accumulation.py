@@ -87,8 +87,9 @@ class FiniteMean:
 
     def spend(self) -> Iterator[tuple[str, Tensor]]:
         """The mean meta-gradient by parameter name; each sum is let go when it has been used."""
+        kept = self.kept
         for name in list(self._gradient):
-            yield name, self._gradient.pop(name).div_(self.kept)
+            yield name, self._gradient.pop(name) / kept
 
     def numbers(self) -> Numbers:
         """Means over the kept tasks; of the error bound the ratio of two, ||error|| to ||g||."""

@@ -82,7 +82,7 @@ class Train:
     def run(self, console: Console) -> int:
         """Read, and train."""
         config = read_config(self.config, self.out, self.seeds)
-        with joined() as group:
+        with joined(config.whole.device) as group:
             ranks = Ranks(group, ALONE.model)
             console.quiet = not ranks.first
             train(config, self.fresh, not self.quiet, console, ranks)

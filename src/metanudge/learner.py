@@ -74,10 +74,11 @@ class MetaLearner:
             that differentiate twice, nor for models that draw random numbers or write to their inputs.
             What Python decides in the loss is frozen at the first step; parameters, buffers, numbers that modules hold
             and tensors changed in place are not.
-        process_group: Processes (``torch.distributed.group.WORLD``) that share the tasks of a meta-step, with the same
-            model on each: ``backward`` is given this rank's tasks, as many as it likes, leaves the mean over those of
-            all ranks in ``.grad`` of each, and reports on all. All ranks have to call it; where one fails, the others
-            wait for it in vain. ``adapt`` and ``evaluate`` are every rank's own.
+        process_group: Processes that share the tasks of a meta-step, with the same model on each
+            (``torch.distributed.group.WORLD``, after ``init_process_group``): ``backward`` is given this rank's tasks,
+            as many as it likes, leaves the mean over those of all ranks in ``.grad`` of each, and reports on all. All
+            ranks have to call it; where one fails, the others wait for it in vain. ``adapt`` and ``evaluate`` are every
+            rank's own.
 
     Raises:
         SettingsError: Settings that can not work, alone or together, with the reason and the cure.
@@ -131,7 +132,7 @@ class MetaLearner:
         )
         self._selection()
         self.ranks = Ranks.of(process_group, model, warm_start is not None)
-        self._told = Told()
+        self._told, self._checked = Told(), False
         self._seen: set[Shapes] = set()
 
     @property
@@ -163,13 +164,16 @@ class MetaLearner:
             batch_norm=self.norm.policy,
             warm_start=self.warm_start,
             compile=self.compile or None,
+            processes=self.ranks.size if self.ranks.size > 1 else None,
         )
         return (
             f"MetaLearner({type(self.model).__name__}, prox={self.prox:g}, solver={self.solver}, "
             f"estimator={self.estimator}, execution={self.execution.name!r}{more})"
         )
 
-    def backward(self, tasks: Tasks | Sequence[Tasks], indices: Sequence[int] | None = None) -> MetaStep:
+    def backward(
+        self, tasks: Tasks | Sequence[Tasks], indices: Sequence[int] | None = None, *, at_once: int | None = None
+    ) -> MetaStep:
         """Add the meta-gradient of F to ``.grad``, as ``loss.backward()`` would.
 
         Tasks whose solve diverges, or whose loss or meta-gradient is not finite, are left out of the mean, with one
@@ -178,6 +182,7 @@ class MetaLearner:
         Args:
             tasks: A stack of tasks, or a list of single ones of any sizes (equal ones are stacked).
             indices: With a warm start: which task of the finite set each one is, a whole number a task.
+            at_once: Tasks solved at once, to save memory; None for ``chunk_size`` or all.
 
         Returns:
             What was done, as numbers.
@@ -186,7 +191,8 @@ class MetaLearner:
             TasksError: Tasks that are empty, mismatched, or on another device than the model.
             LossError: A loss that is not a scalar or does not depend on the adapted parameters.
             NonFiniteError: No task was finite.
-            SettingsError: A warm start without ``indices``, or the other way round; one that can not hold a solution.
+            SettingsError: A warm start without ``indices``, or the other way round; one that can not hold a solution;
+                ranks whose models differ.
 
         Warns:
             NonFiniteWarning: Tasks were left out; once.
@@ -197,16 +203,16 @@ class MetaLearner:
         Cost: that of the estimator, times the number of tasks. Vectorised, before UnsolvedWarning, unless it is
             ignored, up to 20 solves, once.
         """
-        return self._backward(tasks, indices, None)
-
-    def _backward(self, tasks: Tasks | Sequence[Tasks], indices: Sequence[int] | None, at_once: int | None) -> MetaStep:
-        """``backward``, ``at_once`` tasks at a time."""
+        settings.check_sizes(at_once=at_once)
         stacks, places = as_stacks(tasks, device_of(self.model))
         self._seen |= looked_at(self.model, stacks, self._seen)
         stacks = [part for stack in stacks for part in smaller(stack, at_once)]
         order = iter(in_order(indices, places, self.warm_start is not None))
         tally, mean, rank = Tally(), FiniteMean(), self.ranks.rank
         probes: list[Probe] = []
+        if not self._checked:
+            self.ranks.check_model()
+            self._checked = True
         first = sum(self.ranks.counts(len(places))[:rank])
         with (
             torch.no_grad(),

@@ -69,6 +69,8 @@ def needed(probes: list[Probe], solver: Solver, good: float, fair: float) -> Nee
     Cost: at most ``MOST`` times the solver's steps, and twenty gradients, of the tasks that are solved at once.
     """
     order = sorted((probe for probe in probes if bool(probe.kept.any())), key=Probe.mean)
+    if not order:  # they are of other ranks
+        return None
     median = order[len(order) // 2]
     longer = with_steps(solver, max(2 * solver.steps, min(MOST * solver.steps, LIMIT)))
     if median.problem is None or longer is None or not _heard(UnsolvedWarning):

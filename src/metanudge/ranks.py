@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from metanudge.errors import SettingsError
+
+SAME = 1e-9
+"""Relative difference of sums over the same numbers on machines of another kind, or with other threads, at most."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,11 @@ class Ranks:
 
     @classmethod
     def of(cls, group: Any, model: nn.Module, warm: bool) -> Ranks:
-        """Of a learner's ``process_group``.
+        """Of a learner's ``process_group``; nothing is sent.
 
         Raises:
-            SettingsError: No process group, or one that this process is not in; a model that is not the same on all
-                ranks; a warm start.
+            SettingsError: No process group, one that this process is not in, or whose backend can not reach the model;
+                a warm start.
         """
         ranks = cls(group, model)
         if group is None:
@@ -42,24 +46,17 @@ class Ranks:
                 f"process_group must be a torch.distributed.ProcessGroup that this process is in, or None, got "
                 f"{group!r}; call torch.distributed.init_process_group() and give torch.distributed.group.WORLD"
             )
+        if ranks.device.type == "cpu" and distributed.get_backend(group) == "nccl":
+            raise SettingsError(
+                "the model is on the CPU, where NCCL does not reach; move it to this rank's GPU before, or call "
+                "torch.distributed.init_process_group() without a backend, which takes the one that fits"
+            )
         if warm:
             raise SettingsError(
                 "warm_start keeps the solutions of tasks in one process, and process_group may give a task to another "
                 "one each time; leave one of them out"
             )
-        if not ranks.agree(_digest(model)):
-            raise SettingsError(
-                "the ranks of process_group hold different parameters, so a mean of their meta-gradients is none; make "
-                "the model with the same seed on every rank (torch.manual_seed(0) before), or load the same weights. "
-                "Of a model that FSDP2 shards, give the group of the ranks that hold the same part: "
-                'mesh["tasks"].get_group() of a mesh with two dimensions, the other one for fully_shard'
-            )
         return ranks
-
-    @property
-    def device(self) -> torch.device:
-        """Where what is summed has to be."""
-        return next(self.model.parameters()).device
 
     @property
     def size(self) -> int:
@@ -76,6 +73,15 @@ class Ranks:
         """Whether this is the one that writes and tells."""
         return self.rank == 0
 
+    @property
+    def device(self) -> torch.device:
+        """Where what is summed has to be."""
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+
+    def part(self, number: int) -> range:
+        """This rank's of ``number`` places: consecutive ones, and for each as many as can be."""
+        return range(number * self.rank // self.size, number * (self.rank + 1) // self.size)
+
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Give every tensor, in place, its sum over the ranks. Cost: that of their bytes once around."""
         if self.group is not None:
@@ -85,42 +91,88 @@ class Ranks:
 
     def counts(self, number: int) -> list[int]:
         """The ``number`` of every rank."""
+        if self.group is None:
+            return [number]
         counts = torch.zeros(self.size, dtype=torch.int64, device=self.device)
         counts[self.rank] = number
         self.sum([counts])
         return [int(count) for count in counts.tolist()]
 
-    def agree(self, numbers: Sequence[float]) -> bool:
-        """Whether all ranks hold the same ``numbers``; NaN is the same as NaN."""
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.counts(0)
+
+    def check_model(self) -> None:
+        """Compare the ranks' models. Cost: two passes over its parameters.
+
+        Raises:
+            SettingsError: They differ.
+        """
+        if self.group is not None and not all(self._agree(_digest(self.model))):
+            raise SettingsError(
+                "the ranks of process_group hold different parameters or buffers, so a mean of their meta-gradients is "
+                "none; make the model with the same seed on every rank (torch.manual_seed(0) before), or load the same "
+                "weights. Of a model that FSDP2 shards, give the group of the ranks that hold the same part: "
+                'mesh["tasks"].get_group() of a mesh with two dimensions, the other one for fully_shard'
+            )
+
+    def check_settings(self, given: Mapping[str, object]) -> None:
+        """Compare what the ranks were ``given``, by the words it is written in.
+
+        Raises:
+            SettingsError: Something differs.
+        """
         if self.group is None:
-            return True
+            return
+        agreed = self._agree([float(zlib.crc32(repr(value).encode())) for value in given.values()])
+        if odd := [name for name, agrees in zip(given, agreed, strict=True) if not agrees]:
+            raise SettingsError(
+                f"the ranks of process_group have to be given the same, and do not agree on {', '.join(odd)}; here "
+                f"{', '.join(f'{name} = {given[name]}' for name in odd)}"
+            )
+
+    def _agree(self, numbers: list[float]) -> list[bool]:
+        """Of which ``numbers`` all ranks hold the same; NaN is the same as NaN."""
         given = torch.tensor(numbers, dtype=torch.float64, device=self.device).nan_to_num()
         ends = torch.stack([given, -given])
         distributed.all_reduce(ends, distributed.ReduceOp.MAX, group=self.group)
-        return bool((ends[0] == -ends[1]).all())
-
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        if self.group is not None:
-            distributed.barrier(self.group)
-
-    def part(self, number: int) -> range:
-        """This rank's of ``number`` places: consecutive ones, and for each as many as can be."""
-        return range(number * self.rank // self.size, number * (self.rank + 1) // self.size)
+        most, least = ends[0], -ends[1]
+        return [bool(same) for same in (most - least <= SAME * most.abs().maximum(least.abs())).tolist()]
 
 
 ALONE = Ranks(None, nn.Identity())
 """A process that shares its tasks with no other."""
 
 
-@contextmanager
-def joined() -> Iterator[Any]:
-    """The group of the processes that ``torchrun`` started, while the block lasts; None where it started none."""
+def launched() -> int:
+    """How many processes ``torchrun`` started, this one among them; 1 where it started none."""
     if not distributed.is_available() or not distributed.is_torchelastic_launched():
+        return 1
+    return int(os.environ["WORLD_SIZE"])
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Any]:
+    """The group of the processes that ``torchrun`` started, while the block lasts; None where it started none.
+
+    With the device "cuda", each has a GPU of its own, which "cuda" means from here on.
+
+    Raises:
+        SettingsError: There are fewer GPUs than processes here, or the device is one for all.
+    """
+    if launched() == 1:
         yield None
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which "cuda" means from here on
+    if device.startswith("cuda"):
+        place, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if device != "cuda":
+            raise SettingsError(f'torchrun started several processes, all on device = "{device}"; give "cuda"')
+        if place >= here:
+            raise SettingsError(
+                f'every process takes a GPU of its own with device = "cuda", and there are {here} here for at least '
+                f"{place + 1} of them; start fewer (torchrun --nproc-per-node {max(here, 1)})"
+            )
+        torch.cuda.set_device(place)
     distributed.init_process_group()
     try:
         yield distributed.group.WORLD
@@ -130,11 +182,12 @@ def joined() -> Iterator[Any]:
 
 def _digest(model: nn.Module) -> list[float]:
     """Numbers by which two models are told apart, as many of every model."""
-    parameters = [_local(parameter.detach()) for parameter in model.parameters()]
-    weighted = [place * parameter.double().sum() for place, parameter in enumerate(parameters, 1)]
-    squares = [parameter.double().square().sum() for parameter in parameters]
-    sizes = [float(len(parameters)), float(sum(parameter.numel() for parameter in parameters))]
-    return sizes + [float(torch.stack(found).sum()) for found in (weighted, squares)]
+    tensors = [_local(tensor.detach()) for tensor in (*model.parameters(), *model.buffers())]
+    real = [tensor for tensor in tensors if tensor.is_floating_point()]
+    sums = [place * tensor.sum(dtype=torch.float64) for place, tensor in enumerate(tensors, 1)]
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in real]
+    sizes = [float(len(tensors)), float(sum(tensor.numel() for tensor in tensors))]
+    return sizes + [float(torch.stack(found).to(torch.float64).sum()) for found in (sums, norms)]
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -22,10 +22,11 @@ from metanudge.learner import MetaLearner
 from metanudge.logs import check_tensorboard
 from metanudge.metrics import called
 from metanudge.order import Order, length, moved
+from metanudge.preflight import check_scheduler, check_training
 from metanudge.ranks import ALONE, Ranks
 from metanudge.settings import check_folder
 from metanudge.tasks.image_folders import Split
-from metanudge.training import Fit, check_scheduler, check_training, fit
+from metanudge.training import Fit, fit
 from metanudge.types import Tasks
 from metanudge.warm_start import WarmStart
 

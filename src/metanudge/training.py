@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
 from metanudge.anew import discard, discard_logs
@@ -22,20 +22,17 @@ from metanudge.learner import MetaLearner
 from metanudge.logs import TABLE, Logs, Record, check_tensorboard
 from metanudge.metrics import called
 from metanudge.order import Order, digest_of, first_task, length, moved
+from metanudge.preflight import check_alone, check_optimizer, check_ranks, check_scheduler, check_training
 from metanudge.pretrained import write_pretrained
 from metanudge.progress import Shown, bar
 from metanudge.settings import (
     check_flag,
     check_folder,
     check_function,
-    check_number,
-    check_part,
-    check_positive,
     check_seed,
-    check_steps,
 )
 from metanudge.types import Evaluation, LossFunction, MetaStep, Tasks
-from metanudge.validation import Better, fixed, improves, larger_is_better, tell_not_finite, validate
+from metanudge.validation import Better, fixed, improves, larger_is_better, number_of, tell_not_finite, validate
 
 
 class Fit(NamedTuple):
@@ -94,6 +91,9 @@ def fit(
     written whole or not at all, read without running code), and with validation ``best``, a folder for
     ``mn.load_pretrained``, which asks for settings that are functions and so can not be written down.
 
+    With a learner that has a ``process_group``, all ranks call it with the same arguments and see the same ``out``;
+    they divide ``tasks_per_step`` and the validation tasks, and the first one writes and shows.
+
     Args:
         learner: What to train. With a warm start, tasks are told by their index in ``tasks``.
         optimizer: On ``learner.model``'s parameters.
@@ -125,13 +125,15 @@ def fit(
         Records of all steps, and the validation.
 
     Raises:
-        SettingsError: Settings that can not work, before anything is done; a checkpoint of another training.
+        SettingsError: Settings that can not work, before anything is done; a checkpoint of another training; ranks that
+            were not given the same.
         TasksError: Tasks that do not fit.
         NonFiniteError: The meta-training diverged: the model's parameters are not finite any more, or no task is after
             the query loss had risen; or ten meta-steps in a row had no finite task. What is on disk stays.
 
     Warns:
-        UserWarning: The query loss is a thousand times what it was at first; once.
+        UserWarning: The query loss is a thousand times what it was at first, once; several processes of torchrun
+            without a ``process_group``.
 
     Example:
         >>> import torch, metanudge as mn
@@ -163,6 +165,7 @@ def fit(
         tasks = singles(tasks)
     ranks = learner.ranks
     order = Order(length(tasks), tasks_per_step, seed, ranks)
+    check_alone(learner, None if out is None else Path(out))
     sign = -1.0 if larger_is_better(better, metric) else 1.0
     folder = None if out is None else Path(out)
     check_tensorboard(folder, tensorboard)
@@ -171,6 +174,7 @@ def fit(
         folder.mkdir(parents=True, exist_ok=True)
     protocol = {"tasks_per_step": tasks_per_step, "seed": seed}
     more: dict[str, Any] = {"max_norm": max_norm, "tasks_at_once": tasks_at_once or tasks_per_step}
+    more["processes"] = ranks.size
     if held is not None:  # decides which initialisation is the best
         more["metric"] = "query loss" if metric is None else qualified_name(metric)
         more["better"] = "smaller" if sign > 0 else "larger"
@@ -179,13 +183,12 @@ def fit(
     if folder is not None and (first := first_task(tasks)) is not None:
         more["digest of the first task"] = first
     run = Run(learner, optimizer, scheduler, protocol, more)
+    if ranks.size > 1:
+        asked = {"steps": steps, "every": every, "validation": None if held is None else number_of(held)}
+        check_ranks(ranks, tasks, protocol | run.settings | asked, folder, resume)
     if folder is not None and resume and (folder / LAST).is_file():
         run.load(folder / LAST, steps)
-    if not ranks.agree([len(run.history)]):
-        raise SettingsError(
-            "the ranks do not all see the same checkpoint, so they would begin at different steps; out must be a "
-            "folder that all of them read, or None"
-        )
+    ranks.check_model()  # after what a checkpoint has put there
     mine = folder if ranks.first else None  # where this process writes
     device = next(learner.model.parameters()).device
     held = moved(held, device)
@@ -231,44 +234,6 @@ def fit(
     return Fit(run.history, found, run.best, run.best_step, run.skipped)
 
 
-def check_training(
-    steps: int, tasks_per_step: int, tasks_at_once: int | None, max_norm: float | None, every: int, workers: int
-) -> None:
-    """Raise a SettingsError for numbers that ``fit`` can not work with."""
-    for name, number in (("steps", steps), ("tasks_per_step", tasks_per_step), ("every", every)):
-        check_steps(number, name)
-    if tasks_at_once is not None:
-        check_steps(tasks_at_once, "tasks_at_once")
-    if max_norm is not None:
-        check_positive(max_norm=max_norm)
-    check_number(workers, "workers")
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer, learner: MetaLearner) -> None:
-    """Raise a SettingsError for what is no optimizer, or one that could not move the learner's model."""
-    example = "torch.optim.Adam(model.parameters(), lr=1e-3)"
-    check_part("optimizer", optimizer, ("param_groups", "step", "zero_grad", "state_dict", "load_state_dict"), example)
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(parameter.requires_grad and id(parameter) in held for parameter in learner.model.parameters()):
-        raise SettingsError(
-            f"the optimizer, a {type(optimizer).__name__} of {len(held)} parameters, holds none of the trainable "
-            f"parameters of learner.model; make it of those, once the model is built and placed: {example}"
-        )
-
-
-def check_scheduler(scheduler: LRScheduler | None) -> None:
-    """Raise a SettingsError for what is no scheduler, or one that waits for what ``fit`` does not tell it."""
-    example = "torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)"
-    if scheduler is None:
-        return
-    check_part("scheduler", scheduler, ("step", "state_dict", "load_state_dict"), example)
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise SettingsError(
-            "ReduceLROnPlateau steps by a validation score, and fit steps a scheduler after every meta-step, whether "
-            f"there is a score or not; take one that counts steps, such as {example} or StepLR"
-        )
-
-
 def _step(
     run: Run,
     watch: Watch,
@@ -282,7 +247,7 @@ def _step(
     parameters = [parameter for parameter in run.learner.model.parameters() if parameter.requires_grad]
     try:
         given = indices if run.learner.warm_start is not None else None
-        step = run.learner._backward(batch, given, at_once)
+        step = run.learner.backward(batch, given, **({} if at_once is None else {"at_once": at_once}))
     except NonFiniteError as error:
         run.skipped += 1
         run.in_a_row += 1

@@ -45,6 +45,11 @@ def fixed(tasks: Tasks | Sequence[Tasks] | Dataset[Tasks] | None) -> Tasks | Seq
     return tasks
 
 
+def number_of(tasks: Tasks | Sequence[Tasks]) -> int:
+    """How many validation tasks there are."""
+    return check_stack(tasks, leaves(tasks)[0].device) if isinstance(tasks, Tasks) else len(tasks)
+
+
 def improves(score: float, best: float, sign: float) -> bool:
     """Whether ``score`` is better; ``sign`` 1 for smaller is better, -1 for larger. NaN is worse than any number."""
     if math.isnan(score) or math.isnan(best):
@@ -80,7 +85,7 @@ def validate(
     Ranks share the tasks; where there are not enough for each to have one, everyone takes them all.
     """
     model, ranks = learner.model, learner.ranks
-    number = check_stack(tasks, leaves(tasks)[0].device) if isinstance(tasks, Tasks) else len(tasks)
+    number = number_of(tasks)
     shared = 1 < ranks.size <= number
     own = ranks.part(number) if shared else range(number)
     with same_modes(model), forked(device_of(model)):

@@ -42,7 +42,7 @@ class LiveLosses(InnerGradients):
         random: Seeds.
         tally: Counter.
         norm: What BatchNorm layers normalise by.
-        passed: f̂(θ), once a gradient has been taken there, so that no forward pass is spent on it.
+        passed: f̂(θ), once it was seen, by a gradient there as a rule, so that no forward pass more is spent on it.
     """
 
     live: LiveModule
@@ -78,9 +78,11 @@ class LiveLosses(InnerGradients):
         return self._value(function, role, phi, None)
 
     def loss(self, role: Role, phi: Params) -> Tensor:  # noqa: D102
-        if role is Role.SUPPORT and self.passed and all(leaf is self.live.values[name] for name, leaf in phi.items()):
-            return self.passed[0]
-        return self._value(self.losses[role], role, phi, self.microbatch)
+        if role is not Role.SUPPORT or any(leaf is not self.live.values[name] for name, leaf in phi.items()):
+            return self._value(self.losses[role], role, phi, self.microbatch)
+        if not self.passed:
+            self.passed.append(self._value(self.losses[role], role, phi, self.microbatch))
+        return self.passed[0]
 
     def hessian_product(self, phi: Params, step: int) -> HessianProduct:  # noqa: D102
         raise NotImplementedError("the live module is never differentiated twice")

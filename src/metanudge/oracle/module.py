@@ -74,11 +74,11 @@ class LiveModule:
         torch.clear_autocast_cache()
 
     def untouched(self) -> bool:
-        """Whether the adapted parameters are what they were; under FSDP2, where a rank sees a part, it can not tell."""
-        return not self.sharded and all(
-            torch.equal(self.parameters[name], value.to(self.parameters[name].dtype))
-            for name, value in self.values.items()
-        )
+        """Whether the adapted parameters are what they were; of sharded ones, where a rank sees a part, no."""
+        if any(hasattr(value, "device_mesh") for value in self.values.values()):
+            return False
+        pairs = [(self.parameters[name], value) for name, value in self.values.items()]
+        return bool(torch.stack([(now == before.to(now.dtype)).all() for now, before in pairs]).all())
 
     def watch(self, wanted: Sequence[str]) -> None:
         """Let ``.backward()`` fill the gradients of ``wanted``, and, unless FSDP2 manages them, of nothing else."""

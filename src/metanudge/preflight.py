@@ -1,0 +1,97 @@
+"""What ``fit`` looks at before it begins."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from metanudge.checkpoint import LAST
+from metanudge.choosing import is_sharded
+from metanudge.errors import SettingsError
+from metanudge.learner import MetaLearner
+from metanudge.order import first_task
+from metanudge.ranks import Ranks, launched
+from metanudge.settings import check_number, check_part, check_positive, check_steps
+from metanudge.warned import warn
+
+
+def check_training(
+    steps: int, tasks_per_step: int, tasks_at_once: int | None, max_norm: float | None, every: int, workers: int
+) -> None:
+    """Raise a SettingsError for numbers that ``fit`` can not work with."""
+    for name, number in (("steps", steps), ("tasks_per_step", tasks_per_step), ("every", every)):
+        check_steps(number, name)
+    if tasks_at_once is not None:
+        check_steps(tasks_at_once, "tasks_at_once")
+    if max_norm is not None:
+        check_positive(max_norm=max_norm)
+    check_number(workers, "workers")
+
+
+def check_alone(learner: MetaLearner, folder: Path | None) -> None:
+    """Tell of processes that do not know of each other, and refuse to write down what none of them has whole.
+
+    Raises:
+        SettingsError: A folder, for a model that FSDP2 shards.
+
+    Warns:
+        UserWarning: Processes of ``torchrun`` that would each train for itself.
+    """
+    sharded = is_sharded(learner.model)
+    if sharded and folder is not None:
+        raise SettingsError(
+            "out can not keep a model that FSDP2 shards, of which every process holds a part; leave it out, and save "
+            "with torch.distributed.checkpoint"
+        )
+    if launched() > 1 and learner.ranks.size == 1 and not sharded:
+        warn(
+            f"torchrun started {launched()} processes, and the learner has no process_group, so each trains for "
+            "itself; give it process_group=torch.distributed.group.WORLD, after init_process_group()",
+            UserWarning,
+        )
+
+
+def check_ranks(ranks: Ranks, tasks: Any, given: dict[str, Any], folder: Path | None, resume: bool) -> None:
+    """Compare, before anything is done, what the ranks were given and what they see.
+
+    Raises:
+        SettingsError: They differ; tasks that are drawn anew at every look.
+    """
+    first = first_task(tasks)
+    if first is None:
+        raise SettingsError(
+            "the tasks are drawn anew at every look, and ranks that begin with the same seed would draw the same ones; "
+            "make a task a function of its index, as of mn.tasks.episodes: torch.Generator().manual_seed(index)"
+        )
+    last = None if folder is None else folder / LAST
+    there = zlib.crc32(last.read_bytes()) if resume and last is not None and last.is_file() else None
+    ranks.check_settings(given | {"the first task": first, "the checkpoint in out, which all have to see": there})
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, learner: MetaLearner) -> None:
+    """Raise a SettingsError for what is no optimizer, or one that could not move the learner's model."""
+    example = "torch.optim.Adam(model.parameters(), lr=1e-3)"
+    check_part("optimizer", optimizer, ("param_groups", "step", "zero_grad", "state_dict", "load_state_dict"), example)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(parameter.requires_grad and id(parameter) in held for parameter in learner.model.parameters()):
+        raise SettingsError(
+            f"the optimizer, a {type(optimizer).__name__} of {len(held)} parameters, holds none of the trainable "
+            f"parameters of learner.model; make it of those, once the model is built and placed: {example}"
+        )
+
+
+def check_scheduler(scheduler: LRScheduler | None) -> None:
+    """Raise a SettingsError for what is no scheduler, or one that waits for what ``fit`` does not tell it."""
+    example = "torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)"
+    if scheduler is None:
+        return
+    check_part("scheduler", scheduler, ("step", "state_dict", "load_state_dict"), example)
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise SettingsError(
+            "ReduceLROnPlateau steps by a validation score, and fit steps a scheduler after every meta-step, whether "
+            f"there is a score or not; take one that counts steps, such as {example} or StepLR"
+        )
