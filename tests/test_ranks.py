@@ -24,7 +24,7 @@ import metanudge as mn
 from metanudge.cli import main
 from metanudge.files import load_state
 from metanudge.oracle.common import whole
-from metanudge.ranks import ALONE, Ranks
+from metanudge.ranks import ALONE, Ranks, joined
 
 DOUBLE = torch.float64
 ENDLESS = mn.tasks.episodes(mn.tasks.sinusoid, shots=4, queries=4, dtype=DOUBLE)
@@ -355,6 +355,24 @@ def test_the_parts_make_the_whole(number: int, size: int, monkeypatch: pytest.Mo
         sizes.append(len(part))
     assert found == list(range(number))
     assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(
+    ("device", "words"), [("cuda", "there are 0 here for at least 2"), ("cuda:0", 'give "cuda"')], ids=["few", "one"]
+)
+def test_devices_that_processes_can_not_share(device: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metanudge.ranks.launched", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(mn.SettingsError, match=words), joined(device):
+        pass
+    assert not distributed.is_initialized()
+
+
+def test_processes_that_do_not_know_of_each_other_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metanudge.preflight.launched", lambda: 4)
+    with pytest.warns(UserWarning, match=r"started 4 processes.*process_group=torch\.distributed\.group\.WORLD"):
+        trained(1)
 
 
 SETTINGS = """
