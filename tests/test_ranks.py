@@ -141,12 +141,26 @@ def refusals(rank: int, group: Any, folder: Path) -> dict[str, str]:
     def learner(model: nn.Module, **settings: Any) -> mn.MetaLearner:
         return mn.MetaLearner(model, mn.metrics.squared_error, process_group=group, **settings)
 
+    def failing() -> None:
+        model = network()
+
+        def loss(model: nn.Module, batch: mn.Batch) -> Any:
+            return 0.0 if rank else mn.metrics.squared_error(model, batch)
+
+        try:
+            mn.MetaLearner(model, loss, process_group=group).backward(cut(five(), PART[rank]))
+        finally:
+            assert all(parameter.grad is None for parameter in model.parameters())
+
     def elsewhere() -> None:
         model = network()
+        (folder / f"place-{rank}").mkdir()
+        os.chdir(folder / f"place-{rank}")  # where a name is another place on every rank
         if rank == 0:
-            trained(2, None, folder / "own-0")
+            with pytest.warns(UserWarning, match="process_group"):
+                trained(2, None, Path("own"))
         try:
-            trained(4, group, folder / f"own-{rank}", model=model)
+            trained(4, group, Path("own"), model=model)
         finally:
             assert all(map(torch.equal, model.parameters(), network().parameters()))
 
@@ -157,6 +171,9 @@ def refusals(rank: int, group: Any, folder: Path) -> dict[str, str]:
         "every": told(lambda: trained(2, group, every=1 + rank)),
         "seed": told(lambda: trained(2, group, seed=2**40 + rank)),
         "unsolved": told(lambda: starved(rank, group)),
+        "none": told(lambda: stepped("vectorized", [] if rank else five(), group)),
+        "loss": told(failing),
+        "out": told(lambda: trained(2, group, folder / f"out-{rank}")),
         "warm": told(lambda: learner(network(), warm_start=mn.WarmStart())),
         "few": told(lambda: trained(1, group, tasks_per_step=1)),
         "elsewhere": told(elsewhere),
@@ -185,7 +202,8 @@ def worker(rank: int, folder: str, port: int) -> None:
         warnings.simplefilter("ignore", mn.NonFiniteWarning)
         results["dropped"] = stepped("dropped", [Broken(1, 4)[index] for index in range(5)[PART[rank]]], group)
     if rank == 0:
-        trained(2, None, out / "alone")
+        with pytest.warns(UserWarning, match="process_group"):
+            trained(2, None, out / "alone")
     distributed.barrier()
     results["whole"] = trained(5, group, out / "whole")
     trained(2, group, out / "killed")
@@ -323,13 +341,17 @@ def test_what_ranks_are_told(ranks: list[dict[str, Any]]) -> None:
         assert "do not agree on seed" in found["seed"]
         assert "SettingsError: warm_start keeps" in found["warm"]
         assert "SettingsError: 2 ranks share the tasks of a meta-step, and there are 1" in found["few"]
-        assert "do not agree on the checkpoint in out" in found["elsewhere"]
+        assert "do not agree on out; here out =" in found["out"]
+        assert "do not agree on the digest of own/last.pt, which all have to see" in found["elsewhere"]
         assert "NonFiniteError: none of the 4 tasks" in found["all nan"]
     first, second = (rank["refusals"]["nan"] for rank in ranks)
     assert "2 of 2 tasks" in first
     assert "2 of 2 tasks" in ranks[0]["refusals"]["unsolved"]
     assert ranks[1]["refusals"]["unsolved"] == ""
     assert second == ""  # whose tasks are whole
+    for name, own in (("none", "TasksError: the list of tasks is empty"), ("loss", "LossError: the loss")):
+        assert own in ranks[1]["refusals"][name]
+        assert "MetanudgeError: rank 1 failed in this step" in ranks[0]["refusals"][name]
 
 
 def test_the_example_trains(ranks: list[dict[str, Any]]) -> None:
@@ -361,7 +383,7 @@ def test_the_parts_make_the_whole(number: int, size: int, monkeypatch: pytest.Mo
     ("device", "words"), [("cuda", "there are 0 here for at least 2"), ("cuda:0", 'give "cuda"')], ids=["few", "one"]
 )
 def test_devices_that_processes_can_not_share(device: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metanudge.ranks.launched", lambda: 2)
+    monkeypatch.setattr("metanudge.ranks.processes", lambda: 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(mn.SettingsError, match=words), joined(device):
@@ -370,9 +392,10 @@ def test_devices_that_processes_can_not_share(device: str, words: str, monkeypat
 
 
 def test_processes_that_do_not_know_of_each_other_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metanudge.preflight.launched", lambda: 4)
-    with pytest.warns(UserWarning, match=r"started 4 processes.*process_group=torch\.distributed\.group\.WORLD"):
-        trained(1)
+    monkeypatch.setattr("metanudge.ranks.processes", lambda: 4)
+    with pytest.warns(UserWarning, match=r"are 4 processes.*process_group=torch\.distributed\.group\.WORLD") as caught:
+        trained(2)
+    assert len(caught) == 1
 
 
 SETTINGS = """

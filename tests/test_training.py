@@ -462,9 +462,13 @@ def test_what_can_not_be_saved_or_loaded_is_told(tmp_path):
         return mn.MetaLearner(nn.Linear(2, 2), mn.metrics.squared_error, **settings)
 
     factory = mn.TorchOptimizer(lambda parameters: torch.optim.SGD(parameters, lr=0.1), steps=2)
-    for settings, told in (({"solver": factory}, "function"), ({"adapt_only": lambda n, p: True}, "names or patterns")):
-        with pytest.raises(mn.SettingsError, match=told):
-            learner(**settings).save_pretrained(tmp_path / "out")
+    for place, settings in enumerate(({"solver": factory}, {"adapt_only": lambda n, p: True})):
+        learner(**settings).save_pretrained(tmp_path / str(place))
+        (name,) = settings
+        with pytest.raises(mn.SettingsError, match=f"the {name} of this learner could not be written.*give {name}="):
+            mn.load_pretrained(tmp_path / str(place), nn.Linear(2, 2), mn.metrics.squared_error)
+        again = mn.load_pretrained(tmp_path / str(place), nn.Linear(2, 2), mn.metrics.squared_error, **settings)
+        assert getattr(again, name) == settings[name]
     with pytest.raises(mn.SettingsError, match="JSON"):
         learner().save_pretrained(tmp_path / "out", {"what": object()})
     assert not (tmp_path / "out").exists()

@@ -97,9 +97,9 @@ def _closer(prox: float) -> str:
 def _random(noise: str) -> str:
     """The cause that neither steps nor prox mend."""
     return (
-        f"the support loss is random from step to step ({noise}), and its residual can not fall below that noise, "
-        "however many the steps; make it less random (less dropout; larger minibatches, or microbatch= instead), "
-        "or judge by validation and ignore this warning"
+        f"the support loss is random from step to step ({noise}), and its residual can not fall below that noise. See "
+        "which it is: without the noise (model.eval(); whole support sets) a residual that stays as high asks for more "
+        "steps or another step size; one that falls was noise, to be made less, or to be judged by validation"
     )
 
 

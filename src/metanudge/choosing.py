@@ -58,6 +58,7 @@ def choose_execution(
             Need.LIVE_MODULE in solver.needs
             or compiled
             or is_sharded(model)
+            or any(isinstance(module, nn.RNNBase) for module in model.modules())  # which vmap can not run
             or adapted > LARGE
             or microbatch is not None
         )

@@ -55,8 +55,9 @@ class MetaLearner:
         solver: How the inner problem is solved; None for ``Nesterov(steps=16)``.
         estimator: How the meta-gradient is formed; None for ``FOBMAML()``.
         execution: "vectorized" (all tasks at once under vmap), "in_place" (the live module, ``.backward()`` only), or
-            "auto": in place when the solver is a torch optimizer, the model is compiled or sharded, more than ten
-            million parameters or some in float16 are adapted, or ``microbatch`` is given; otherwise vectorised.
+            "auto": in place when the solver is a torch optimizer, the model is compiled or sharded or has recurrent
+            layers, more than ten million parameters or some in float16 are adapted, or ``microbatch`` is given;
+            otherwise vectorised.
         adapt_only: Parameters the inner problem adapts: names of parameters or modules (``"head"``), patterns
             (``"*.bias"``), or a predicate ``(name, parameter) -> bool``; None for all. Other trainable parameters are
             shared by all tasks and get their own meta-gradient (from FOMAML a part); frozen ones cost nothing.
@@ -76,8 +77,8 @@ class MetaLearner:
             and tensors changed in place are not.
         process_group: Processes that share the tasks of a meta-step, with the same model on each
             (``torch.distributed.group.WORLD``, after ``init_process_group``): ``backward`` is given this rank's tasks,
-            as many as it likes, leaves the mean over those of all ranks in ``.grad`` of each, and reports on all. All
-            ranks have to call it; where one fails, the others wait for it in vain. ``adapt`` and ``evaluate`` are every
+            one or more, leaves the mean over those of all ranks in ``.grad`` of each, and reports on all. All ranks
+            have to call it; where one fails, the others raise a MetanudgeError. ``adapt`` and ``evaluate`` are every
             rank's own.
 
     Raises:
@@ -193,8 +194,10 @@ class MetaLearner:
             NonFiniteError: No task was finite.
             SettingsError: A warm start without ``indices``, or the other way round; one that can not hold a solution;
                 ranks whose models differ.
+            MetanudgeError: Another rank failed.
 
         Warns:
+            UserWarning: There are several processes, and no ``process_group``; at the first call.
             NonFiniteWarning: Tasks were left out; once.
             UnsolvedWarning: The residual is above 0.3 or the error bound above 300, in a running mean over some ten
                 steps that begins with the first (which alone can warn), or most meta-gradients are longer than their
@@ -203,25 +206,25 @@ class MetaLearner:
         Cost: that of the estimator, times the number of tasks. Vectorised, before UnsolvedWarning, unless it is
             ignored, up to 20 solves, once.
         """
-        settings.check_sizes(at_once=at_once)
-        stacks, places = as_stacks(tasks, device_of(self.model))
-        self._seen |= looked_at(self.model, stacks, self._seen)
-        stacks = [part for stack in stacks for part in smaller(stack, at_once)]
-        order = iter(in_order(indices, places, self.warm_start is not None))
-        tally, mean, rank = Tally(), FiniteMean(), self.ranks.rank
+        ranks, tally, mean = self.ranks, Tally(), FiniteMean()
         probes: list[Probe] = []
         if not self._checked:
-            self.ranks.check_model()
+            ranks.check_model()
             self._checked = True
-        first = sum(self.ranks.counts(len(places))[:rank])
-        with (
-            torch.no_grad(),
-            self.execution.lend(self._selection(), stacks, self.prox, tally, first, repeated=True) as lent,
-        ):
-            solved = [self._add(mean, probes, lent, one, list(islice(order, one.tasks))) for one in lent.problems]
+        with ranks.together():
+            settings.check_sizes(at_once=at_once)
+            stacks, places = as_stacks(tasks, device_of(self.model))
+            self._seen |= looked_at(self.model, stacks, self._seen)
+            stacks = [part for stack in stacks for part in smaller(stack, at_once)]
+            order = iter(in_order(indices, places, self.warm_start is not None))
+            selection = self._selection()
+        first = sum(ranks.counts(len(places))[: ranks.rank])
+        with torch.no_grad(), self.execution.lend(selection, stacks, self.prox, tally, first, repeated=True) as lent:
+            with ranks.together():
+                solved = [self._add(mean, probes, lent, one, list(islice(order, one.tasks))) for one in lent.problems]
             lost = mean.total - mean.kept
-            mean.over(self.ranks)
-            gradients = sum(self.ranks.counts(tally.gradients))  # without those of advice
+            gradients = sum(ranks.counts(tally.gradients))  # without those of advice
+            mean.over(ranks)
             numbers = verdict(mean, lost, probes, Given(stacks, places), self, self._told)
         del lent, probes  # and with them what the estimates were made of
         if self.warm_start is not None:  # which may refuse: nothing has been changed yet
@@ -326,12 +329,14 @@ class MetaLearner:
     def save_pretrained(self, folder: str | Path, protocol: Mapping[str, Any] | None = None) -> None:
         """Write the initialisation as safetensors, with its settings; ``mn.load_pretrained`` reads it.
 
+        It asks for what can not be written down: functions, and parts of your own.
+
         Args:
             folder: Made if missing.
             protocol: Whatever a reader should know of data and training; JSON.
 
         Raises:
-            SettingsError: Settings that can not be written down, or a folder that can not be written to.
+            SettingsError: A protocol that is no JSON, or a folder that can not be written to.
         """
         from metanudge.pretrained import save_pretrained  # which knows learners
 

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metanudge.checkpoint import LAST
 from metanudge.choosing import is_sharded
 from metanudge.errors import SettingsError
 from metanudge.learner import MetaLearner
-from metanudge.order import first_task
-from metanudge.ranks import Ranks, launched
+from metanudge.order import first_task, length
+from metanudge.ranks import Ranks
 from metanudge.settings import check_number, check_part, check_positive, check_steps
-from metanudge.warned import warn
 
 
 def check_training(
@@ -32,26 +32,12 @@ def check_training(
     check_number(workers, "workers")
 
 
-def check_alone(learner: MetaLearner, folder: Path | None) -> None:
-    """Tell of processes that do not know of each other, and refuse to write down what none of them has whole.
-
-    Raises:
-        SettingsError: A folder, for a model that FSDP2 shards.
-
-    Warns:
-        UserWarning: Processes of ``torchrun`` that would each train for itself.
-    """
-    sharded = is_sharded(learner.model)
-    if sharded and folder is not None:
+def check_whole(model: nn.Module, folder: Path | None) -> None:
+    """Raise a SettingsError for a folder, of a model that FSDP2 shards: no process could write all of it."""
+    if folder is not None and is_sharded(model):
         raise SettingsError(
             "out can not keep a model that FSDP2 shards, of which every process holds a part; leave it out, and save "
             "with torch.distributed.checkpoint"
-        )
-    if launched() > 1 and learner.ranks.size == 1 and not sharded:
-        warn(
-            f"torchrun started {launched()} processes, and the learner has no process_group, so each trains for "
-            "itself; give it process_group=torch.distributed.group.WORLD, after init_process_group()",
-            UserWarning,
         )
 
 
@@ -68,8 +54,9 @@ def check_ranks(ranks: Ranks, tasks: Any, given: dict[str, Any], folder: Path | 
             "make a task a function of its index, as of mn.tasks.episodes: torch.Generator().manual_seed(index)"
         )
     last = None if folder is None else folder / LAST
-    there = zlib.crc32(last.read_bytes()) if resume and last is not None and last.is_file() else None
-    ranks.check_settings(given | {"the first task": first, "the checkpoint in out, which all have to see": there})
+    there = zlib.crc32(last.read_bytes()) if resume and last is not None and last.is_file() else "none"
+    seen = {"the number of tasks": length(tasks), "the first task": first, "out": folder}
+    ranks.check_settings(given | seen | {f"the digest of {last}, which all have to see": there})
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, learner: MetaLearner) -> None:

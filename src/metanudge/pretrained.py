@@ -26,7 +26,9 @@ def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[
     """Write the initialisation, and the settings it is to be adapted with, into ``folder``.
 
     ``model.safetensors`` holds parameters and buffers (tied ones once), ``metanudge.json`` prox, solver, estimator,
-    ``adapt_only``, ``batch_norm`` and ``protocol``. Both are written beside their place and then moved into it.
+    ``adapt_only``, ``batch_norm`` and ``protocol``. What can not be written (a predicate as ``adapt_only``, a solver
+    with a factory or of the user's own) is left out, and ``load_pretrained`` asks for it. Both are written beside their
+    place and then moved into it.
 
     Args:
         learner: Its model is the initialisation.
@@ -34,8 +36,7 @@ def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[
         protocol: Whatever a reader should know of data and training; JSON.
 
     Raises:
-        SettingsError: Settings that can not be written: a predicate as ``adapt_only``, a solver with a factory or of
-            the user's own; a folder that can not be written to.
+        SettingsError: A protocol that is no JSON; a folder that can not be written to.
 
     Example:
         >>> import tempfile, torch, metanudge as mn
@@ -46,13 +47,6 @@ def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[
         >>> again.prox, bool((again.model.weight == learner.model.weight).all())
         (2.0, True)
     """
-    write_pretrained(learner, folder, protocol)
-
-
-def write_pretrained(
-    learner: MetaLearner, folder: str | Path, protocol: Mapping[str, Any] | None = None, *, whole: bool = True
-) -> None:
-    """``save_pretrained``; not ``whole``: what can not be written is left out, and asked for by ``load_pretrained``."""
     from safetensors.torch import save_model
 
     parts: dict[str, Callable[[], Any]] = {
@@ -65,8 +59,6 @@ def write_pretrained(
         try:
             written[name] = part()
         except SettingsError:
-            if whole:
-                raise
             left_out.append(name)
     record = {
         "metanudge": metanudge.__version__,

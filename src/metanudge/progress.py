@@ -74,7 +74,7 @@ def bar(run: Run, shown: Shown) -> Iterator[Callable[[Record, Evaluation | None]
 
     with progress:
         if done:
-            say(f"going on from step {done}" if done < steps else "was finished before; resume=False begins anew")
+            say(f"going on from step {done}" if done < steps else "was finished before")
         elif shown.lost:
             say(f"no checkpoint yet (one is written every {shown.every} steps): beginning at step 1")
         waiting = "the first step compiles, which can take a minute" if run.learner.compile and done < steps else ""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from metanudge.errors import SettingsError
+from metanudge.errors import MetanudgeError, SettingsError
+from metanudge.warned import warn
 
 SAME = 1e-9
 """Relative difference of sums over the same numbers on machines of another kind, or with other threads, at most."""
@@ -90,13 +91,32 @@ class Ranks:
                 work.wait()
 
     def counts(self, number: int) -> list[int]:
-        """The ``number`` of every rank."""
+        """The ``number`` of every rank.
+
+        Raises:
+            MetanudgeError: Another one failed.
+        """
         if self.group is None:
             return [number]
-        counts = torch.zeros(self.size, dtype=torch.int64, device=self.device)
-        counts[self.rank] = number
-        self.sum([counts])
-        return [int(count) for count in counts.tolist()]
+        sent = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        sent[self.rank] = number
+        self.sum([sent])
+        counts = [int(count) for count in sent.tolist()]
+        if failed := [rank for rank, count in enumerate(counts) if count < 0 and rank != self.rank]:
+            raise MetanudgeError(
+                f"rank {failed[0]} failed in this step, as its own error tells; nothing was changed on this one"
+            )
+        return counts
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block whose failure the other ranks hear of where they next exchange ``counts``."""
+        try:
+            yield
+        except Exception:
+            with suppress(MetanudgeError):  # that another rank failed as well
+                self.counts(-1)
+            raise
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -107,7 +127,17 @@ class Ranks:
 
         Raises:
             SettingsError: They differ.
+
+        Warns:
+            UserWarning: There are several processes, and each would learn for itself.
         """
+        if self.group is None and (number := processes()) > 1 and not _sharded(self.model):
+            warn(
+                f"there are {number} processes, and the learner has no process_group, so each learns for itself; give "
+                "it process_group=torch.distributed.group.WORLD, after torch.distributed.init_process_group() (before, "
+                "that is None)",
+                UserWarning,
+            )
         if self.group is not None and not all(self._agree(_digest(self.model))):
             raise SettingsError(
                 "the ranks of process_group hold different parameters or buffers, so a mean of their meta-gradients is "
@@ -144,11 +174,13 @@ ALONE = Ranks(None, nn.Identity())
 """A process that shares its tasks with no other."""
 
 
-def launched() -> int:
-    """How many processes ``torchrun`` started, this one among them; 1 where it started none."""
-    if not distributed.is_available() or not distributed.is_torchelastic_launched():
+def processes() -> int:
+    """How many there are that could share tasks: of ``torch.distributed``, or those that ``torchrun`` started."""
+    if not distributed.is_available():
         return 1
-    return int(os.environ["WORLD_SIZE"])
+    if distributed.is_initialized():
+        return distributed.get_world_size()
+    return int(os.environ["WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
 
 
 @contextmanager
@@ -160,7 +192,7 @@ def joined(device: str) -> Iterator[Any]:
     Raises:
         SettingsError: There are fewer GPUs than processes here, or the device is one for all.
     """
-    if launched() == 1:
+    if processes() == 1:
         yield None
         return
     if device.startswith("cuda"):
@@ -194,3 +226,7 @@ def _local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor that FSDP2 shards; of others, all."""
     found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return found
+
+
+def _sharded(model: nn.Module) -> bool:
+    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())

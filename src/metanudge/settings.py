@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import nn, optim
 
 from metanudge.errors import SettingsError
 
@@ -122,6 +122,12 @@ def check_parts(
 ) -> None:
     """Raise a SettingsError for what can not be these parts of a learner; ``solvers`` and ``estimators`` are known."""
     asked = ("steps", "needs", "differentiable", "plan", "init", "step", "settle", "point", "finished")
+    if isinstance(solver, optim.Optimizer):
+        name = type(solver).__name__
+        raise SettingsError(
+            f"solver must be an object such as mn.Nesterov(steps=16), got a torch.optim optimizer; give "
+            f"mn.TorchOptimizer(lambda p: torch.optim.{name}(p, ...), steps=5), which makes one for every solve"
+        )
     check_part("solver", solver, asked, "mn.Nesterov(steps=16)", solvers)
     check_part("estimator", estimator, ("needs", "__call__"), "mn.FOBMAML()", estimators)
     if warm_start is not None:

@@ -22,8 +22,8 @@ from metanudge.learner import MetaLearner
 from metanudge.logs import TABLE, Logs, Record, check_tensorboard
 from metanudge.metrics import called
 from metanudge.order import Order, digest_of, first_task, length, moved
-from metanudge.preflight import check_alone, check_optimizer, check_ranks, check_scheduler, check_training
-from metanudge.pretrained import write_pretrained
+from metanudge.preflight import check_optimizer, check_ranks, check_scheduler, check_training, check_whole
+from metanudge.pretrained import save_pretrained
 from metanudge.progress import Shown, bar
 from metanudge.settings import (
     check_flag,
@@ -115,7 +115,8 @@ def fit(
             ``scheduler``, metric, ``better``, validation tasks and first task (functions are told apart by their names
             alone). With another ``execution``, ``compile``, ``chunk_size``, ``microbatch``, ``tasks_at_once`` or number
             of processes, after running out of memory, say, it warns and goes on, the same but for round-off, and for
-            dropout in train mode, whose draws differ. False to begin anew: once all is checked, what a training left in ``out`` is removed.
+            dropout in train mode, whose draws differ. False to begin anew: once all is checked, what a training left in
+            ``out`` is removed.
         workers: Processes that draw tasks; the tasks do not depend on it.
         seed: Of the order of a finite set.
         tensorboard: Also write TensorBoard's files.
@@ -132,8 +133,7 @@ def fit(
             the query loss had risen; or ten meta-steps in a row had no finite task. What is on disk stays.
 
     Warns:
-        UserWarning: The query loss is a thousand times what it was at first, once; several processes of torchrun
-            without a ``process_group``.
+        UserWarning: The query loss is a thousand times what it was at first, once.
 
     Example:
         >>> import torch, metanudge as mn
@@ -165,7 +165,7 @@ def fit(
         tasks = singles(tasks)
     ranks = learner.ranks
     order = Order(length(tasks), tasks_per_step, seed, ranks)
-    check_alone(learner, None if out is None else Path(out))
+    check_whole(learner.model, None if out is None else Path(out))
     sign = -1.0 if larger_is_better(better, metric) else 1.0
     folder = None if out is None else Path(out)
     check_tensorboard(folder, tensorboard)
@@ -188,7 +188,8 @@ def fit(
         check_ranks(ranks, tasks, protocol | run.settings | asked, folder, resume)
     if folder is not None and resume and (folder / LAST).is_file():
         run.load(folder / LAST, steps)
-    ranks.check_model()  # after what a checkpoint has put there
+    if ranks.size > 1:
+        ranks.check_model()  # with what a checkpoint has put there
     mine = folder if ranks.first else None  # where this process writes
     device = next(learner.model.parameters()).device
     held = moved(held, device)
@@ -225,7 +226,7 @@ def fit(
             if pause and found is not None and (improves(found.mean, run.best, sign) or run.best_step == 0):
                 run.best, run.best_step = found.mean, number
                 if mine is not None:
-                    write_pretrained(learner, mine / BEST, {"step": number, "validation": found.mean}, whole=False)
+                    save_pretrained(learner, mine / BEST, {"step": number, "validation": found.mean})
             if pause and mine is not None:
                 run.save(mine / LAST)
     ranks.wait()  # for what the first one writes

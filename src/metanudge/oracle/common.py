@@ -129,7 +129,7 @@ def scalar_loss(function: LossFunction, model: nn.Module, batch: Batch) -> Tenso
     if loss.ndim != 0:
         raise LossError(
             f"the loss (or metric) must return one number per task, but returned a tensor of shape "
-            f"{tuple(loss.shape)}; reduce it over the examples with .mean() or .sum()"
+            f"{tuple(loss.shape)}; reduce it over the examples with .mean()"
         )
     if not loss.is_floating_point():
         raise LossError(f"the loss (or metric) must be a floating-point number, but has dtype {loss.dtype}")

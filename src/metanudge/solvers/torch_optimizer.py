@@ -74,6 +74,11 @@ class TorchOptimizer:
         optimizer = self.factory(list(phi.values()))
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise SettingsError(f"the factory of TorchOptimizer must return a torch.optim optimizer, got {optimizer!r}")
+        if optimizer.state:
+            raise SettingsError(
+                "the factory of TorchOptimizer must make a fresh optimizer at every call, and gave one that has taken "
+                f"steps; make it within: lambda p: torch.optim.{type(optimizer).__name__}(p, ...)"
+            )
         if isinstance(optimizer, torch.optim.LBFGS):
             raise SettingsError(
                 "TorchOptimizer can not drive L-BFGS, which evaluates the loss on its own; "
