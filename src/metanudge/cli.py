@@ -45,7 +45,7 @@ class Reproduce:
     """Run these studies alone, and keep the other results in the folder. Of synthetic: bias, stationarity, smoothness,
     meta_optimizers; of solves: convergence, quality, certificate, guards, sinusoid (the longest, about an hour);
     of sinusoid: results (tanh), and, run only when named, relu; of mnist1d: results (permuted labels), new_classes,
-    and, run only when named, gelu; of memory (20 minutes, 3 of them quick): steps, channels, transformer, lora."""
+    and, run only when named, gelu; of memory (45 minutes, 3 of them quick): steps, channels, transformer, lora."""
 
     def run(self, console: Console) -> int:
         """Run the experiment."""
