@@ -231,6 +231,40 @@ def test_a_factory_that_makes_no_optimizer_is_refused() -> None:
         estimate(made, mn.FOBMAML(), mn.TorchOptimizer(lambda parameters: None, 3))
 
 
+def test_a_factory_that_gives_one_optimizer_again_is_refused() -> None:
+    """Its moments would go from one solve to the next."""
+    made = PROBLEMS["ridge"]()
+    model = made.make()
+    one = torch.optim.Adam(model.parameters(), lr=0.1)
+    solver = mn.TorchOptimizer(lambda parameters: one, 3)
+    with pytest.raises(mn.SettingsError, match=r"fresh optimizer at every call.*lambda p: torch\.optim\.Adam\(p"):
+        mn.MetaLearner(model, made.loss, solver=solver).backward(made.tasks)
+    assert torch.equal(model.weight.detach().reshape(-1), made.theta)
+
+
+def test_a_torch_optimizer_as_solver_is_told_the_call() -> None:
+    made = PROBLEMS["ridge"]()
+    model = made.make()
+    with pytest.raises(mn.SettingsError, match=r"mn\.TorchOptimizer\(lambda p: torch\.optim\.SGD\(p"):
+        mn.MetaLearner(model, made.loss, solver=torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_auto_takes_the_live_module_for_recurrent_layers() -> None:
+    class Recurrent(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = torch.nn.GRU(2, 4, batch_first=True), torch.nn.Linear(4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.layer(x)[0][:, -1])
+
+    model = Recurrent()
+    batch = mn.Batch(torch.randn(3, 5, 6, 2), torch.randn(3, 5, 1))
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, solver=mn.Nesterov(3))
+    assert "execution='in_place'" in repr(learner)
+    assert learner.backward(mn.Tasks(batch, batch)).dropped_tasks == 0
+
+
 def test_an_optimizer_by_name_is_refused() -> None:
     with pytest.raises(mn.SettingsError, match="factory must be a function"):
         mn.TorchOptimizer("adam", 5)

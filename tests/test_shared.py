@@ -283,7 +283,7 @@ def test_a_tied_parameter_is_adapted_under_either_name(pattern: str) -> None:
 @pytest.mark.parametrize(
     ("adapt_only", "words"),
     [
-        ("haed.*", r"matches no parameter.*head\.weight"),
+        ("haed", r'matches no parameter.*did you mean "head"\? Its parameters are.*head\.weight'),
         (["head.*", "tail.*"], r"'tail\.\*' matches no parameter"),
         (lambda name, parameter: False, "predicate.*leaves no trainable parameter"),
         ([], "leaves no trainable parameter"),
@@ -301,3 +301,9 @@ def test_a_selection_of_nothing_is_refused(adapt_only: object, words: str) -> No
 def test_a_model_without_trainable_parameters_is_refused() -> None:
     with pytest.raises(mn.SettingsError, match=r"no trainable parameter.*requires_grad=True"):
         mn.MetaLearner(Net().requires_grad_(False), cross_entropy)
+
+
+def test_an_error_names_the_first_of_many_parameters() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(15)))
+    with pytest.raises(mn.SettingsError, match=r"Its parameters are 0\.weight, .*, 9\.bias, \.\.\. \(30 in all\)$"):
+        mn.MetaLearner(model, cross_entropy, adapt_only="adapter")

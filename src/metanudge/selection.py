@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Set
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from metanudge.errors import SettingsError
 
 AdaptOnly = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
 """Names of parameters or modules, patterns (``"*.bias"``), or a predicate ``(name, parameter) -> bool``."""
+SHOWN = 20
+"""Names in an error, at most."""
 
 
 def listed(adapt_only: AdaptOnly | None) -> AdaptOnly | None:
@@ -76,9 +79,12 @@ def select_parameters(model: nn.Module, adapt_only: AdaptOnly | None) -> Selecti
         every = [name for same in names.values() for name in same]
         for pattern in patterns:
             if not any(_matches(name, pattern) for name in every):
+                modules = [name for name, _ in model.named_modules() if name]
+                close = difflib.get_close_matches(pattern, [*modules, *every], 1, 0.5)
+                meant = f'did you mean "{close[0]}"? ' if close else ""
                 raise SettingsError(
-                    f"adapt_only={pattern!r} matches no parameter or module of the model; "
-                    f"its parameters are {', '.join(every)}"
+                    f"adapt_only={pattern!r} matches no parameter or module of the model; {meant}"
+                    f"Its parameters are {_some(every)}"
                 )
         chosen = {
             first
@@ -88,8 +94,14 @@ def select_parameters(model: nn.Module, adapt_only: AdaptOnly | None) -> Selecti
         asked = f"adapt_only={patterns!r}"
     adapted = tuple(name for name in trainable if name in chosen)
     if not adapted:
-        raise SettingsError(f"{asked} leaves no trainable parameter to adapt; trainable are {', '.join(trainable)}")
+        raise SettingsError(f"{asked} leaves no trainable parameter to adapt; trainable are {_some(list(trainable))}")
     return Selection(adapted, tuple(name for name in trainable if name not in chosen))
+
+
+def _some(names: list[str]) -> str:
+    """The first of them, as many as can be read at a glance."""
+    more = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
 
 
 def _matches(name: str, pattern: str) -> bool:
