@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from metanudge.errors import MetanudgeError, SettingsError
+from metanudge.oracle.common import accumulator
 from metanudge.warned import warn
 
 SAME = 1e-9
@@ -213,13 +214,13 @@ def joined(device: str) -> Iterator[Any]:
 
 
 def _digest(model: nn.Module) -> list[float]:
-    """Numbers by which two models are told apart, as many of every model."""
+    """Numbers by which two models are told apart, as many of every model; none is what is left of larger ones."""
     tensors = [_local(tensor.detach()) for tensor in (*model.parameters(), *model.buffers())]
-    real = [tensor for tensor in tensors if tensor.is_floating_point()]
-    sums = [place * tensor.sum(dtype=torch.float64) for place, tensor in enumerate(tensors, 1)]
-    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in real]
-    sizes = [float(len(tensors)), float(sum(tensor.numel() for tensor in tensors))]
-    return sizes + [float(torch.stack(found).to(torch.float64).sum()) for found in (sums, norms)]
+    sums, norms = 0.0, 0.0
+    for place, tensor in enumerate(tensors, 1):  # so that two that are exchanged are another model
+        norms += place * float(torch.linalg.vector_norm(tensor.to(accumulator(tensor.dtype)), dtype=torch.float64))
+        sums += place * float(tensor.sum(dtype=torch.float64))
+    return [len(tensors), sum(tensor.numel() for tensor in tensors), norms, sums + 10 * norms]
 
 
 def _local(tensor: Tensor) -> Tensor:
