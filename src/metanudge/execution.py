@@ -22,6 +22,26 @@ from metanudge.selection import Selection
 from metanudge.types import LossFunction, Need, Params, Role, Tasks
 
 
+class Use(NamedTuple):
+    """What a model is lent out for.
+
+    Attributes:
+        selection: Parameters by what becomes of them.
+        stacks: The tasks.
+        prox: λ.
+        tally: Counts.
+        first: Tasks of the same step that ranks before this one have, for the random state.
+        repeated: Whether many such steps will follow, so that compiling pays.
+    """
+
+    selection: Selection
+    stacks: list[Tasks]
+    prox: float
+    tally: Tally
+    first: int = 0
+    repeated: bool = False
+
+
 class Lent(NamedTuple):
     """A model lent out for a step.
 
@@ -51,25 +71,8 @@ class Execution(Protocol):
         """What estimators and solvers can not have here."""
         ...
 
-    def lend(
-        self,
-        selection: Selection,
-        stacks: list[Tasks],
-        prox: float,
-        tally: Tally,
-        first: int = 0,
-        repeated: bool = False,
-    ) -> AbstractContextManager[Lent]:
-        """Use the model for a step. On leaving it is as before, and so is the random state, but for one draw.
-
-        Args:
-            selection: Parameters by what becomes of them.
-            stacks: The tasks.
-            prox: λ.
-            tally: Counts.
-            first: Tasks of the same step that ranks before this one have, for the random state.
-            repeated: Whether many such steps will follow, so that compiling pays.
-        """
+    def lend(self, use: Use) -> AbstractContextManager[Lent]:
+        """Lend the model out for a step. On leaving it is as before, and so is the random state, but for one draw."""
         ...
 
 
@@ -116,37 +119,26 @@ class Vectorized:
         return frozenset({Need.LIVE_MODULE} if self.programs is None else {Need.LIVE_MODULE, Need.DOUBLE_BACKWARD})
 
     @contextmanager
-    def lend(  # noqa: D102
-        self,
-        selection: Selection,
-        stacks: list[Tasks],
-        prox: float,
-        tally: Tally,
-        first: int = 0,
-        repeated: bool = False,
-    ) -> Iterator[Lent]:
-        with _kept(self.model, self.norm, first) as random:
-            yield self._lent(selection, stacks, prox, tally, repeated, random)
+    def lend(self, use: Use) -> Iterator[Lent]:  # noqa: D102
+        with _kept(self.model, self.norm, use.first) as random:
+            yield self._lent(use, random)
 
-    def _lent(
-        self,
-        selection: Selection,
-        stacks: list[Tasks],
-        prox: float,
-        tally: Tally,
-        repeated: bool,
-        random: RandomState,
-    ) -> Lent:
+    def _lent(self, use: Use, random: RandomState) -> Lent:
+        selection, tally = use.selection, use.tally
         parameters = dict(self.model.named_parameters())
         parts = {kind: {name: parameters[name] for name in names} for kind, names in selection._asdict().items()}
         packing, call = Packing.of(**parts), Call(self.model)
         theta, shared = (packing.pack(kind, parts[kind]) for kind in parts)
         spacing = round_off(parts["adapted"].values())
-        bind = None if self.programs is None or not repeated else self._binding(self.programs, selection, packing, call)
+        bind = (
+            None
+            if self.programs is None or not use.repeated
+            else self._binding(self.programs, selection, packing, call)
+        )
 
         def problems() -> Iterator[InnerProblem]:
             first = 0
-            for stack in stacks:
+            for stack in use.stacks:
                 for chunk, number in split(stack, self.chunk_size):
                     losses = StackedLosses(
                         call,
@@ -161,7 +153,7 @@ class Vectorized:
                         self.norm,
                         compiled=None if bind is None else bind(chunk),
                     )
-                    yield InnerProblem(losses, theta, prox, number, round_off=spacing)
+                    yield InnerProblem(losses, theta, use.prox, number, round_off=spacing)
                     first += number
 
         def named(params: Params) -> dict[str, Tensor]:
@@ -208,40 +200,25 @@ class InPlace:
     norm: BatchNorm = NONE
 
     @contextmanager
-    def lend(  # noqa: D102
-        self,
-        selection: Selection,
-        stacks: list[Tasks],
-        prox: float,
-        tally: Tally,
-        first: int = 0,
-        repeated: bool = False,
-    ) -> Iterator[Lent]:
-        with _kept(self.model, self.norm, first) as random:
-            live = LiveModule.take(self.model, selection.adapted)
+    def lend(self, use: Use) -> Iterator[Lent]:  # noqa: D102
+        with _kept(self.model, self.norm, use.first) as random:
+            live = LiveModule.take(self.model, use.selection.adapted)
             try:
-                yield self._lent(live, selection, stacks, prox, tally, random)
+                yield self._lent(live, use, random)
             finally:
                 live.give_back()
 
-    def _lent(
-        self,
-        live: LiveModule,
-        selection: Selection,
-        stacks: list[Tasks],
-        prox: float,
-        tally: Tally,
-        random: RandomState,
-    ) -> Lent:
+    def _lent(self, live: LiveModule, use: Use, random: RandomState) -> Lent:
+        selection, tally = use.selection, use.tally
         theta = {name: live.values[name] for name in selection.adapted}
         spacing = round_off([live.parameters[name] for name in selection.adapted])
 
         def problems() -> Iterator[InnerProblem]:
-            for index, task in enumerate(task for stack in stacks for task in single(stack)):
+            for index, task in enumerate(task for stack in use.stacks for task in single(stack)):
                 losses = LiveLosses(
                     live, self.losses, selection.shared, task, self.microbatch, index, random, tally, self.norm
                 )
-                yield InnerProblem(losses, theta, prox, round_off=spacing)
+                yield InnerProblem(losses, theta, use.prox, round_off=spacing)
 
         def rows(params: Params) -> Tensor:
             return torch.cat([leaf.reshape(1, -1) for leaf in params.values()], dim=1)

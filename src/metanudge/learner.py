@@ -21,7 +21,7 @@ from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError, TasksError
 from metanudge.estimators import ESTIMATORS, FOBMAML, Estimator
 from metanudge.estimators.base import told_to_go_first_order
-from metanudge.execution import Execution, Lent
+from metanudge.execution import Execution, Lent, Use
 from metanudge.metrics import called
 from metanudge.oracle import BatchNorm, Policy, Tally, device_of
 from metanudge.permutations import permuted
@@ -219,7 +219,8 @@ class MetaLearner:
             order = iter(in_order(indices, places, self.warm_start is not None))
             selection = self._selection()
         first = sum(ranks.counts(len(places))[: ranks.rank])
-        with torch.no_grad(), self.execution.lend(selection, stacks, self.prox, tally, first, repeated=True) as lent:
+        use = Use(selection, stacks, self.prox, tally, first, repeated=True)
+        with torch.no_grad(), self.execution.lend(use) as lent:
             with ranks.together():
                 solved = [self._add(mean, probes, lent, one, list(islice(order, one.tasks))) for one in lent.problems]
             lost = mean.total - mean.kept
@@ -279,7 +280,7 @@ class MetaLearner:
         check_copyable(self.model)
         self._told.of_dropout(self.model, "adapt")
         stacks = alone(support, device_of(self.model), self._seen)
-        with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, Tally()) as lent:
+        with torch.no_grad(), self.execution.lend(Use(self._selection(), stacks, self.prox, Tally())) as lent:
             problem = next(lent.problems)
             solution = solve(self.solver, problem.energy(), problem.losses.spread(problem.theta))
             named = {name: leaf.clone() for name, leaf in lent.named(solution.params).items()}
@@ -346,6 +347,6 @@ class MetaLearner:
         """The metric after every step, ``[T, K + 1]``, in the order of the tasks."""
         stacks, places = as_stacks(tasks, device_of(self.model))
         self._seen |= looked_at(self.model, stacks, self._seen)
-        with torch.no_grad(), self.execution.lend(self._selection(), stacks, self.prox, Tally()) as lent:
+        with torch.no_grad(), self.execution.lend(Use(self._selection(), stacks, self.prox, Tally())) as lent:
             found = [curves(problem, self.solver, function) for problem in lent.problems]
         return torch.cat(found)[torch.tensor(places).argsort()]

@@ -17,7 +17,7 @@ from metanudge.energy import InnerProblem
 from metanudge.estimators import Estimator
 from metanudge.estimators.base import FreeSolve, solve_free
 from metanudge.estimators.imaml import conjugate_gradients
-from metanudge.execution import Vectorized
+from metanudge.execution import Use, Vectorized
 from metanudge.experiments.solves.alternatives import (
     LBFGS,
     Anderson,
@@ -65,7 +65,7 @@ def lent(inner: Inner, tally: Tally) -> Iterator[tuple[InnerProblem, StackedLoss
     losses = {Role.SUPPORT: inner.loss, Role.QUERY: inner.loss}
     execution = Vectorized(inner.model, losses)
     selection = select_parameters(inner.model, None)
-    with torch.no_grad(), execution.lend(selection, [inner.tasks], inner.prox, tally) as found:
+    with torch.no_grad(), execution.lend(Use(selection, [inner.tasks], inner.prox, tally)) as found:
         problem = next(found.problems)
         assert isinstance(problem.losses, StackedLosses)
         yield problem, problem.losses
