@@ -130,11 +130,8 @@ class Vectorized:
         packing, call = Packing.of(**parts), Call(self.model)
         theta, shared = (packing.pack(kind, parts[kind]) for kind in parts)
         spacing = round_off(parts["adapted"].values())
-        bind = (
-            None
-            if self.programs is None or not use.repeated
-            else self._binding(self.programs, selection, packing, call)
-        )
+        programs = self.programs if use.repeated else None
+        bind = None if programs is None else self._binding(programs, selection, packing, call)
 
         def problems() -> Iterator[InnerProblem]:
             first = 0
