@@ -213,6 +213,7 @@ def test_either_loss_may_refuse_float64(which: str) -> None:
     found = mn.check(mn.MetaLearner(model, **losses, prox=20.0), mn.tasks.sinusoid(1), **FEW)
     assert found.reference.endswith("float32")
     assert found.good
+    assert found.recommendation is None
 
 
 def test_it_says_what_it_tried() -> None:

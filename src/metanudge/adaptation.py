@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_map
 
 from metanudge.batching import as_stacks
 from metanudge.checks import check_stack, leaves, wrapped
-from metanudge.choosing import is_sharded
 from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError, TasksError
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle import BatchNorm
+from metanudge.oracle.common import is_sharded
 from metanudge.solvers import Solver
 from metanudge.solvers.loop import solve
 from metanudge.types import Batch, LossFunction, Params, Role, Tasks

@@ -11,6 +11,7 @@ from metanudge.errors import SettingsError
 from metanudge.estimators import Estimator
 from metanudge.execution import Execution, InPlace, Vectorized
 from metanudge.oracle import BatchNorm, Programs
+from metanudge.oracle.common import is_sharded
 from metanudge.selection import Selection
 from metanudge.solvers.loop import Solver
 from metanudge.types import LossFunction, Need, Role
@@ -25,11 +26,6 @@ def check_needs(missing: Set[Need], *parts: Estimator | Solver) -> None:
 
 LARGE = 10_000_000
 """Adapted parameters above which "auto" takes the live module: a stack holds that many a task and node."""
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 or the like holds parameters as DTensors."""
-    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
 
 
 def choose_execution(

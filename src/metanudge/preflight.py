@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metanudge.checkpoint import LAST
-from metanudge.choosing import is_sharded
 from metanudge.errors import SettingsError
 from metanudge.learner import MetaLearner
+from metanudge.oracle.common import is_sharded
 from metanudge.order import first_task, length
 from metanudge.ranks import Ranks
 from metanudge.settings import check_number, check_part, check_positive, check_steps

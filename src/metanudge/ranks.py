@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from metanudge.errors import MetanudgeError, SettingsError
-from metanudge.oracle.common import accumulator
+from metanudge.oracle.common import accumulator, is_sharded
 from metanudge.warned import warn
 
 SAME = 1e-9
@@ -132,7 +132,7 @@ class Ranks:
         Warns:
             UserWarning: There are several processes, and each would learn for itself.
         """
-        if self.group is None and (number := processes()) > 1 and not _sharded(self.model):
+        if self.group is None and (number := processes()) > 1 and not is_sharded(self.model):
             warn(
                 f"there are {number} processes, and the learner has no process_group, so each learns for itself; give "
                 "it process_group=torch.distributed.group.WORLD, after torch.distributed.init_process_group() (before, "
@@ -227,7 +227,3 @@ def _local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor that FSDP2 shards; of others, all."""
     found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return found
-
-
-def _sharded(model: nn.Module) -> bool:
-    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())

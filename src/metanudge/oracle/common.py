@@ -92,6 +92,11 @@ def round_off(parameters: Collection[Tensor]) -> float:
     return max(torch.finfo(kind).eps for kind in kinds) / 16
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 or the like holds parameters as DTensors."""
+    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The plain tensor of which the ranks hold parts."""
     found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

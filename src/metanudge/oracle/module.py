@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metanudge.oracle.common import accumulator, whole
+from metanudge.oracle.common import accumulator, is_sharded, whole
 from metanudge.oracle.written import Written
 from metanudge.types import Params
 
@@ -75,7 +75,7 @@ class LiveModule:
 
     def untouched(self) -> bool:
         """Whether the adapted parameters are what they were; of sharded ones, where a rank sees a part, no."""
-        if any(hasattr(value, "device_mesh") for value in self.values.values()):
+        if is_sharded(self.model):
             return False
         pairs = [(self.parameters[name], value) for name, value in self.values.items()]
         return bool(torch.stack([(now == before.to(now.dtype)).all() for now, before in pairs]).all())
