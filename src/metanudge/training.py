@@ -165,16 +165,19 @@ def fit(
         tasks = singles(tasks)
     ranks = learner.ranks
     order = Order(length(tasks), tasks_per_step, seed, ranks)
-    check_whole(learner.model, None if out is None else Path(out))
     sign = -1.0 if larger_is_better(better, metric) else 1.0
     folder = None if out is None else Path(out)
+    check_whole(learner.model, folder)
     check_tensorboard(folder, tensorboard)
     if folder is not None:
         check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
     protocol = {"tasks_per_step": tasks_per_step, "seed": seed}
-    more: dict[str, Any] = {"max_norm": max_norm, "tasks_at_once": tasks_at_once or tasks_per_step}
-    more["processes"] = ranks.size
+    more: dict[str, Any] = {
+        "max_norm": max_norm,
+        "tasks_at_once": tasks_at_once or tasks_per_step,
+        "processes": ranks.size,
+    }
     if held is not None:  # decides which initialisation is the best
         more["metric"] = "query loss" if metric is None else qualified_name(metric)
         more["better"] = "smaller" if sign > 0 else "larger"
