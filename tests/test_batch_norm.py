@@ -350,6 +350,7 @@ def test_activation_checkpointing_is_refused_and_works_with_the_others() -> None
         assert distance(found, meta_gradient(network(), mn.FOBMAML(), policy, "in_place")) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what Dynamo imports, in some versions of torch
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_compiled_model(policy: str) -> None:
     """In place, as always; also where it was called, and so compiled, before."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import runpy
-import socket
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import metanudge as mn
 from problems import normal, squared_error
+from processes import example, group, spawned
 
 SGD = mn.TorchOptimizer(lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.5), steps=3)
 ADAMW = mn.TorchOptimizer(lambda parameters: torch.optim.AdamW(parameters, lr=0.01, eps=1e-3), steps=3)
@@ -83,40 +81,21 @@ def refusals(model: nn.Module, data: mn.Tasks) -> list[str]:
     return told
 
 
-def example(rank: int, port: int) -> tuple[float, float]:
-    """Run it with the environment that torchrun makes."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    path = Path(__file__).parent.parent / "examples" / "fsdp2.py"
-    losses: tuple[float, float] = runpy.run_path(str(path))["main"](steps=2)
-    return losses
-
-
-def worker(rank: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
-    losses = example(rank, port)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    results: dict[str, Any] = {"example": losses}
+def worker(rank: int, folder: Path) -> dict[str, Any]:
+    results: dict[str, Any] = {"example": example("fsdp2", steps=2)}
     data = tasks(slice(4 * rank, 4 * rank + 4))
-    for name, settings in CASES.items():
-        model = network()
-        fully_shard(model[0])
-        fully_shard(model)  # the other layers belong to the root, which keeps what it gathers until a backward pass
-        results[name] = found(model, data, settings)
-    results["refusals"] = refusals(model, data)
-    torch.save(results, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    with group(folder):
+        for name, settings in CASES.items():
+            model = network()
+            fully_shard(model[0])
+            fully_shard(model)  # the other layers belong to the root, which keeps what it gathers until a backward pass
+            results[name] = found(model, data, settings)
+        return results | {"refusals": refusals(model, data)}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("fsdp2")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(worker, (str(folder), port), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return spawned(worker, 2, tmp_path_factory.mktemp("fsdp2"))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -185,7 +185,7 @@ def test_gradients_of_microbatches_are_added_up_in_float32() -> None:
     torch.testing.assert_close(found, torch.ones(2), rtol=2**-8, atol=0)
 
 
-def narrow_error(dtype: torch.dtype, estimator: object, around: bool | None = None) -> float:
+def narrow_error(dtype: torch.dtype, estimator: object, around: bool | None = None, device: str = "cpu") -> float:
     """Distance from the exact meta-gradient in float64; ``around``: autocast around the step, or within the loss."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1)).double()
@@ -196,18 +196,18 @@ def narrow_error(dtype: torch.dtype, estimator: object, around: bool | None = No
     exact = flat_gradient(model)
 
     def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=around is not None):
+        with torch.autocast(device, torch.bfloat16, enabled=around is not None):
             found = model(batch.inputs)
         return (found.float() - batch.targets.float()).square().mean()
 
-    model = model.to(dtype)
+    model = model.to(device, dtype)
     model.zero_grad()
     learner = mn.MetaLearner(
         model, loss, prox=4.0, solver=mn.GradientDescent(40, lr=0.1), estimator=estimator, execution="in_place"
     )
-    with torch.autocast("cpu", torch.bfloat16, enabled=bool(around)):
-        learner.backward(mn.Tasks(*(mn.Batch(*(x.to(dtype) for x in batch)) for batch in data)))
-    return distance(flat_gradient(model).double(), exact)
+    with torch.autocast(device, torch.bfloat16, enabled=bool(around)):
+        learner.backward(mn.Tasks(*(mn.Batch(*(x.to(device, dtype) for x in batch)) for batch in data)))
+    return distance(flat_gradient(model).cpu().double(), exact)
 
 
 @pytest.mark.parametrize("estimator", [LEAN, mn.FOBMAML()], ids=["lean", "default"])

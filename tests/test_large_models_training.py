@@ -1,4 +1,4 @@
-"""What large models are trained with, inside the inner solve: optimizers, compiled models, dropout; and on a GPU."""
+"""What large models are trained with, inside the inner solve: optimizers, compiled models, dropout."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metanudge as mn
 from problems import DTYPE, distance, flat_gradient, normal, single_tasks, squared_error
@@ -23,13 +21,13 @@ def network(middle: nn.Module | None = None) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), middle or nn.Identity(), nn.Linear(8, 1)).to(DTYPE)
 
 
-def tasks(dtype: torch.dtype = DTYPE, device: str = "cpu") -> mn.Tasks:
+def tasks() -> mn.Tasks:
     g = torch.Generator().manual_seed(2)
 
     def batch() -> mn.Batch:
         x = normal(g, 2, 6, 4)
         y = x.sum(-1, keepdim=True).sin() + 0.1 * normal(g, 2, 6, 1)
-        return mn.Batch(x.to(device, dtype), y.to(device, dtype))
+        return mn.Batch(x, y)
 
     return mn.Tasks(batch(), batch())
 
@@ -123,84 +121,3 @@ def test_a_compiled_model() -> None:
     adapted = mn.MetaLearner(compiled, squared_error, solver=solver).adapt(task.support)
     with torch.no_grad():
         assert squared_error(adapted, task.support) < squared_error(compiled, task.support)
-
-
-# On a GPU: fused kernels without second derivatives.
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-class Attention(nn.Module):
-    """Self-attention by whichever kernel is allowed, in the precision the kernel takes."""
-
-    def __init__(self, precision: torch.dtype) -> None:
-        super().__init__()
-        self.precision = precision
-        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).to(self.precision).unflatten(-1, (3, 2, -1)).movedim(-3, 0).transpose(-3, -2)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(mixed.to(x.dtype).transpose(-3, -2).flatten(-2).mean(-2))
-
-
-def sequences(dtype: torch.dtype) -> mn.Tasks:
-    g = torch.Generator().manual_seed(4)
-
-    def batch() -> mn.Batch:
-        x = normal(g, 2, 8, 32, 16)
-        return mn.Batch(x.to("cuda", dtype), x.mean((-2, -1)).unsqueeze(-1).to("cuda", dtype))
-
-    return mn.Tasks(batch(), batch())
-
-
-@needs_gpu
-@pytest.mark.parametrize(
-    ("backend", "precision", "near"),
-    [
-        (SDPBackend.FLASH_ATTENTION, torch.bfloat16, 0.05),
-        (SDPBackend.EFFICIENT_ATTENTION, torch.float32, 1e-3),
-    ],
-    ids=["flash", "efficient"],
-)
-def test_attention_kernels_of_a_gpu(backend: SDPBackend, precision: torch.dtype, near: float) -> None:
-    data, settings = sequences(torch.float32), {"solver": mn.GradientDescent(20, lr=0.1)}
-    torch.manual_seed(5)
-    model, plain = Attention(precision).cuda(), Attention(torch.float32).cuda()
-    plain.load_state_dict(model.state_dict())
-    with sdpa_kernel(SDPBackend.MATH):
-        exact = gradient(plain, data, **settings)
-    with sdpa_kernel(backend):
-        assert distance(gradient(model, data, **settings), exact) < near
-        with pytest.raises(mn.LossError, match="Use FOBMAML"):
-            gradient(model, data, estimator=mn.MAML(), execution="vectorized", **settings)
-
-
-class Recurrent(nn.Module):
-    """The last state of a recurrent layer, by cuDNN."""
-
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
-        super().__init__()
-        self.layer, self.out = kind(16, 8, batch_first=True), nn.Linear(8, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.layer(x)[0][:, -1])
-
-
-@needs_gpu
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_recurrent_layers_of_cudnn(kind: type[nn.RNNBase]) -> None:
-    data, model = sequences(torch.float32), Recurrent(kind).cuda()
-    found = gradient(model, data)
-    with torch.backends.cudnn.flags(enabled=False):
-        assert distance(found, gradient(model, data)) < 1e-2
-    with pytest.raises(RuntimeError, match=r"CuDNN|cudnn|not implemented"):
-        twice(squared_error(model, single_tasks(data)[0].support), model)
-
-
-@needs_gpu
-def test_dropout_is_matched_on_a_gpu() -> None:
-    data = tasks(device="cuda")
-    model = network(nn.Dropout(0.5)).cuda()
-    small, large = (gradient(model, data, estimator=mn.FOBMAML(nudge="full", nu=nu)) for nu in (1e-4, 1e-3))
-    assert distance(small, large) < 1e-5

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import metanudge as mn
 from metanudge.diagnostics.check.bench import measured
 from metanudge.oracle import RandomState
-from metanudge.oracle.attention import attention
+from metanudge.oracle.drawing import attention
 from metanudge.types import Role
 from problems import DTYPE, distance, flat_gradient, normal, single_tasks
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import runpy
-import socket
 import subprocess
 import sys
 import warnings
@@ -15,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Dataset
@@ -25,6 +23,7 @@ from metanudge.cli import main
 from metanudge.files import load_state
 from metanudge.oracle.common import whole
 from metanudge.ranks import ALONE, Ranks, joined
+from processes import example, group, spawned
 
 DOUBLE = torch.float64
 ENDLESS = mn.tasks.episodes(mn.tasks.sinusoid, shots=4, queries=4, dtype=DOUBLE)
@@ -182,22 +181,15 @@ def refusals(rank: int, group: Any, folder: Path) -> dict[str, str]:
     }
 
 
-def example(rank: int, port: int) -> tuple[float, float]:
-    """Run it with the environment that torchrun makes."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    path = Path(__file__).parent.parent / "examples" / "many_processes.py"
-    losses: tuple[float, float] = runpy.run_path(str(path))["main"](steps=5)
-    return losses
+def worker(rank: int, folder: Path) -> dict[str, Any]:
+    results: dict[str, Any] = {"example": example("many_processes", steps=5)}
+    with group(folder) as everyone:
+        return results | shared(rank, everyone, folder)
 
 
-def worker(rank: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
-    results: dict[str, Any] = {"example": example(rank, port)}
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    group, out = distributed.group.WORLD, Path(folder)
-    results |= {name: stepped(name, cut(five(), PART[rank]), group) for name in STEPS}
+def shared(rank: int, group: Any, out: Path) -> dict[str, Any]:
+    """What two ranks find, and are told."""
+    results: dict[str, Any] = {name: stepped(name, cut(five(), PART[rank]), group) for name in STEPS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", mn.NonFiniteWarning)
         results["dropped"] = stepped("dropped", [Broken(1, 4)[index] for index in range(5)[PART[rank]]], group)
@@ -218,26 +210,23 @@ def worker(rank: int, folder: str, port: int) -> None:
     results["loaded"] = learner.backward(cut(five(), PART[rank]))
     results["few validation tasks"] = trained(2, group, validation=cut(five(), slice(0, 1)))["values"]
     results["refusals"] = refusals(rank, group, out)
-    torch.save(results, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    return results
 
 
-def sharded_worker(rank: int, folder: str) -> None:
+def sharded_worker(rank: int, folder: Path) -> tuple[tuple[float, ...], Tensor]:
     """Two rows of two: the rows divide the tasks, the ranks of a row the examples and the model."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=4)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tasks", "shards"))
-    row, place = divmod(rank, 2)
-    model = network().float()
-    fully_shard(model[0], mesh=mesh["shards"])
-    fully_shard(model, mesh=mesh["shards"])
-    learner = mn.MetaLearner(model, mn.metrics.squared_error, process_group=mesh["tasks"].get_group())
-    with pytest.raises(mn.SettingsError, match=r"torch\.distributed\.checkpoint"):
-        mn.fit(learner, torch.optim.SGD(model.parameters(), lr=0.1), ENDLESS, steps=1, out=f"{folder}/out")
-    part = slice(2 * place, 2 * place + 2)
-    tasks = mn.Tasks(*(mn.Batch(*(leaf[:, part].float() for leaf in batch)) for batch in cut(five(), PART[row])))
-    torch.save(lean_step(model, tasks, mesh["tasks"].get_group()), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    with group(folder):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tasks", "shards"))
+        row, place = divmod(rank, 2)
+        model = network().float()
+        fully_shard(model[0], mesh=mesh["shards"])
+        fully_shard(model, mesh=mesh["shards"])
+        learner = mn.MetaLearner(model, mn.metrics.squared_error, process_group=mesh["tasks"].get_group())
+        with pytest.raises(mn.SettingsError, match=r"torch\.distributed\.checkpoint"):
+            mn.fit(learner, torch.optim.SGD(model.parameters(), lr=0.1), ENDLESS, steps=1, out=folder / "out")
+        part = slice(2 * place, 2 * place + 2)
+        tasks = mn.Tasks(*(mn.Batch(*(leaf[:, part].float() for leaf in batch)) for batch in cut(five(), PART[row])))
+        return lean_step(model, tasks, mesh["tasks"].get_group())
 
 
 def lean_step(model: nn.Module, tasks: mn.Tasks, group: Any = None) -> tuple[tuple[float, ...], Tensor]:
@@ -258,19 +247,12 @@ def lean_step(model: nn.Module, tasks: mn.Tasks, group: Any = None) -> tuple[tup
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(worker, (str(folder), port), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return spawned(worker, 2, tmp_path_factory.mktemp("ranks"))
 
 
 def test_rows_of_ranks_that_share_a_model(tmp_path: Path) -> None:
-    multiprocessing.spawn(sharded_worker, (str(tmp_path),), nprocs=4)
     one = lean_step(network().float(), mn.Tasks(*(mn.Batch(*(leaf.float() for leaf in batch)) for batch in five())))
-    for rank in range(4):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+    for found in spawned(sharded_worker, 4, tmp_path):
         assert float((found[1] - one[1]).norm() / one[1].norm()) < 1e-6
         assert found[0] == pytest.approx(one[0], rel=1e-5, nan_ok=True)
 

@@ -51,7 +51,7 @@ class Ranks:
         if ranks.device.type == "cpu" and distributed.get_backend(group) == "nccl":
             raise SettingsError(
                 "the model is on the CPU, where NCCL does not reach; move it to this rank's GPU before, or call "
-                "torch.distributed.init_process_group() without a backend, which takes the one that fits"
+                'torch.distributed.init_process_group("gloo")'
             )
         if warm:
             raise SettingsError(
@@ -206,7 +206,7 @@ def joined(device: str) -> Iterator[Any]:
                 f"{place + 1} of them; start fewer (torchrun --nproc-per-node {max(here, 1)})"
             )
         torch.cuda.set_device(place)
-    distributed.init_process_group()
+    distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
         yield distributed.group.WORLD
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
@@ -87,9 +88,9 @@ def explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not re.search(r"vmap|batching rule|data pointer of Tensor", str(error), re.IGNORECASE):
+        if not re.search(r"vmap|batching rule|data pointer of Tensor|correctly aligned", str(error), re.IGNORECASE):
             raise
-        raise LossError(f"the model, the loss or the metric {_does(str(error))}. PyTorch said: {error}") from error
+        raise LossError(f"the model, the loss or the metric {_does(error)}. PyTorch said: {error}") from error
 
 
 _NUMBER = (
@@ -99,11 +100,12 @@ _NUMBER = (
 )
 
 
-def _does(said: str) -> str:
+def _does(error: RuntimeError) -> str:
     """What vmap can not run, and what to do about it; nothing that would be refused in place again."""
+    said, in_cudnn = str(error), traceback.extract_tb(error.__traceback__)[-1].filename.endswith("rnn.py")
     if "item()" in said:
         return f"calls .item(), float(), int() or .tolist() to take a number {_NUMBER}"
-    if "data pointer" in said:
+    if "data pointer" in said and not in_cudnn:
         return f"calls .numpy() to take an array {_NUMBER}, and .detach() before .numpy()"
     if "control flow" in said:
         return (

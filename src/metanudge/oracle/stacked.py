@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_map
 
 from metanudge import tree
 from metanudge.errors import LossError
-from metanudge.oracle.attention import DrawingAttention
 from metanudge.oracle.batch_norm import BatchNorm
 from metanudge.oracle.call import Call, explained
 from metanudge.oracle.common import (
@@ -28,6 +27,7 @@ from metanudge.oracle.common import (
     sum_of,
 )
 from metanudge.oracle.compiled import Bound
+from metanudge.oracle.drawing import UnfusedDrawing
 from metanudge.oracle.mismatch import told_of_misfits
 from metanudge.packing import Packing
 from metanudge.types import Batch, HessianProduct, InnerGradients, LossFunction, Params, PyTree, Role, Tasks, Weights
@@ -244,7 +244,7 @@ class StackedLosses(InnerGradients):
             # the data of every node too: losses of torch do not run where one vmap alone maps the targets
             repeated = tree_map(lambda leaf: leaf.unsqueeze(1).repeat(1, nodes, *[1] * (leaf.ndim - 1)), data)
             over_nodes = vmap(one, randomness="same")
-            with DrawingAttention():
+            with UnfusedDrawing():
                 return vmap(over_nodes, randomness="different")(lanes, buffers, repeated)
 
     def _buffers(self, roles: Iterable[Role], nodes: int) -> dict[Role, dict[str, Tensor]]:

@@ -1,7 +1,7 @@
-r"""Attention with dropout for stacks, where the nodes of a task have to draw alike and tasks differently.
+r"""Dropout, and attention with dropout, for stacks, where the nodes of a task have to draw alike and tasks differently.
 
-PyTorch's ``scaled_dot_product_attention`` draws its mask in a way that two vmaps of different randomness refuse.
-Written out, with the dropout that they do run, it is
+The fused kernels of both, which dropout has on a GPU alone, draw their masks in a way that two vmaps of different
+randomness refuse. Dropout in place, on a copy, is not fused; and attention is written out,
 
 .. math::
     \operatorname{dropout}\big(\operatorname{softmax}(s\, Q K^T + M)\big) V
@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-class DrawingAttention(TorchFunctionMode):
-    """While it is active, attention that drops weights is written out; every other function is what it was.
+class UnfusedDrawing(TorchFunctionMode):
+    """While it is active, dropout, and attention that drops weights, are not fused; all else is what it was.
 
-    A mode does not see what a function calls inside, so within that of ``nn.MultiheadAttention`` the name is replaced.
+    A mode does not see what a function calls inside, so within that of ``nn.MultiheadAttention`` names are replaced.
     """
 
     def __torch_function__(
@@ -33,32 +33,37 @@ class DrawingAttention(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward and not kwargs.get("need_weights", True):
+        if func is F.multi_head_attention_forward:
             with _replaced():
                 return func(*args, **kwargs)
-        if func is _BUILT_IN and _drops(args, kwargs):
-            return attention(*args, **kwargs)
-        return func(*args, **kwargs)
+        return _UNFUSED.get(func, func)(*args, **kwargs)
 
 
-_BUILT_IN = F.scaled_dot_product_attention
+_DROPOUT, _ATTENTION = F.dropout, F.scaled_dot_product_attention
 
 
 @contextmanager
 def _replaced() -> Iterator[None]:
-    def drawing(*args: Any, **kwargs: Any) -> Tensor:
-        found: Tensor = (attention if _drops(args, kwargs) else _BUILT_IN)(*args, **kwargs)
-        return found
-
-    F.scaled_dot_product_attention = drawing
+    F.dropout, F.scaled_dot_product_attention = dropout, attention_of_torch
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = _BUILT_IN
+        F.dropout, F.scaled_dot_product_attention = _DROPOUT, _ATTENTION
 
 
-def _drops(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    return bool(kwargs.get("dropout_p") or (args[4:] or (0.0,))[0])
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
+    """``F.dropout``, of the same draws as on a CPU."""
+    return _DROPOUT(input if inplace or not training else input.clone(), p, training, inplace=True)
+
+
+def attention_of_torch(*args: Any, **kwargs: Any) -> Tensor:
+    """``F.scaled_dot_product_attention``, written out where it drops weights."""
+    drops = kwargs.get("dropout_p") or (args[4:] or (0.0,))[0]
+    found: Tensor = (attention if drops else _ATTENTION)(*args, **kwargs)
+    return found
+
+
+_UNFUSED: dict[Callable[..., Any], Callable[..., Any]] = {_DROPOUT: dropout, _ATTENTION: attention_of_torch}
 
 
 def attention(
@@ -82,4 +87,4 @@ def attention(
         scores = scores.where(attn_mask, -torch.inf) if hidden else scores + attn_mask
     hidden_rows = scores.isneginf().all(-1, keepdim=True)  # of queries that see nothing: torch gives zeros
     weights = scores.masked_fill(hidden_rows, 0.0).softmax(-1).masked_fill(hidden_rows, 0.0)
-    return F.dropout(weights, dropout_p) @ value
+    return dropout(weights, dropout_p) @ value
