@@ -10,13 +10,14 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import Pipe, get_context
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
 import metanudge as mn
-from metanudge.experiments.memory import EXPERIMENT, channels, lora, steps, transformer
+from metanudge.experiments.memory import EXPERIMENT, channels, gpu, lora, places, steps, transformer
 from metanudge.experiments.memory.candidates import CANDIDATES, SECOND_ORDER, Inner
 from metanudge.experiments.memory.claims import memory_claim, time_claim
 from metanudge.experiments.memory.measuring import Job, Measuring, live, resident_peak, seconds
@@ -183,7 +184,7 @@ def test_studies(name, monkeypatch):
     assert shares[-1] == pytest.approx(1)
     quantities = {"baseline_bytes", "peak_bytes", "live_bytes", "parameter_bytes"}
     quantities |= {"seconds", "seconds_over_loop", "gradients"}
-    assert quantities | ({"device_bytes"} if torch.cuda.is_available() else set()) == set(study.metrics)
+    assert quantities == set(study.metrics)
     for quantity in quantities:
         assert set(study.metrics[quantity]) == set(chosen)
     if name == "steps":
@@ -193,6 +194,51 @@ def test_studies(name, monkeypatch):
     quick = EXPERIMENT.studies[name].settings.quick()
     assert quick != EXPERIMENT.studies[name].settings()
     assert quick.seed == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", TINY)
+def test_studies_of_a_gpu_are_refused_without_one(name, tmp_path):
+    """And are not among those that run unless they are named."""
+    entry = EXPERIMENT.studies[f"{name}_gpu"]
+    assert entry.extra
+    with pytest.raises(mn.SettingsError, match="need a GPU, and torch sees none"):
+        reproduce(EXPERIMENT, tmp_path / "memory", quick=True, seed=0, only=(f"{name}_gpu",), console=Console())
+
+
+def on_gpu(monkeypatch, name, **settings):
+    """A study for a GPU, with what it asks of one answered by the CPU."""
+    monkeypatch.setattr(gpu, "GPU", "cpu")
+    monkeypatch.setattr(places, "check_gpu", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for name_, value in {"memory_allocated": 5, "max_memory_allocated": 12, "reset_peak_memory_stats": None}.items():
+        monkeypatch.setattr(torch.cuda, name_, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU of a test")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**30))
+    module = {"steps": steps, "transformer": transformer}[name]
+    return module.run(module.OnGpu(measuring=FAST, **settings), lambda share: None)
+
+
+def test_a_study_of_a_gpu(monkeypatch):
+    """What it makes of the numbers, and what it says where there is no room."""
+    prepare = CANDIDATES["maml"].prepare
+
+    def full(inner, steps):
+        if steps > 1:
+            raise torch.OutOfMemoryError("no room")
+        return prepare(inner, steps)
+
+    monkeypatch.setitem(CANDIDATES, "maml", CANDIDATES["maml"]._replace(prepare=full))
+    settings = {"steps": (1, 4), "limits": {}, "compared": 1, "width": 4, "depth": 2, "examples": 16}
+    study = on_gpu(monkeypatch, "steps", **settings)
+    assert study.name == "steps_gpu"
+    assert set(study.figures) == {"steps_gpu"}
+    assert study.metrics["peak_bytes"]["fobmaml"] == {"1": 7, "4": 7}
+    assert study.metrics["out_of_memory"] == {"maml": {"4": 2**30}}
+    assert "On one GPU of a test" in study.summary
+    assert "In its 1 GiB there was no room for MAML (unrolled) at 4." in study.summary
+    assert [claim.holds for claim in study.claims[:2]] == [True, False]
+    assert "allocated +0.000 MiB" in study.claims[0].measured
 
 
 def test_only_what_is_adapted_is_counted_as_a_copy():

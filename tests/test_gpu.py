@@ -19,6 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import metanudge as mn
 import test_large_models
 from metanudge.cli import main
+from metanudge.experiments.memory import EXPERIMENT
+from metanudge.experiments.memory.measuring import Measuring
 from problems import DTYPE, ESTIMATORS, PROBLEMS, SOLVERS, Problem, distance, flat_gradient, normal, squared_error
 from test_executions import BOTH, STACKABLE, coarse
 from test_large_models_memory import narrow_error
@@ -278,6 +280,20 @@ def test_attention_kernels(backend: SDPBackend, precision: torch.dtype, near: fl
             twice(squared_error(model, single), model)
 
 
+@pytest.mark.parametrize(("precision", "near"), [(torch.bfloat16, 0.05), (torch.float32, 1e-3)], ids=str)
+def test_attention_in_stacks(precision: torch.dtype, near: float) -> None:
+    """With what torch chooses of what runs there; and what it may choose elsewhere is as it was."""
+    data = sequences()
+    torch.manual_seed(5)
+    model, plain = Attention(precision).to(GPU), Attention(torch.float32).to(GPU)
+    plain.load_state_dict(model.state_dict())
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = gradient(plain, data)
+    assert distance(gradient(model, data, execution="vectorized"), exact) < near
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
 class Recurrent(nn.Module):
     """The last state of a recurrent layer, by cuDNN."""
 
@@ -448,3 +464,23 @@ def test_adapters_over_a_frozen_base() -> None:
         learner.backward(on(GPU, adapters.tasks()))
         found.append(torch.cat([p.grad.reshape(-1) for p in adapters.adapters_of(model).values()]).double())
     assert distance(found[1], found[0]) < 0.2
+
+
+@pytest.mark.parametrize("name", ["steps_gpu", "channels_gpu", "transformer_gpu", "lora_gpu"])
+def test_a_study_of_memory(name: str, tmp_path: Path) -> None:
+    if name == "lora_gpu":
+        pytest.importorskip("peft"), pytest.importorskip("transformers")
+    tiny = {
+        "steps_gpu": {"steps": (1, 4), "limits": {}, "compared": 1, "width": 4, "depth": 2, "examples": 64},
+        "channels_gpu": {"channels": (2, 3), "blocks": 1, "size": 8, "shots": 1, "inner_steps": 1},
+        "transformer_gpu": {"depths": (1,), "lengths": (8, 16), "width": 32, "heads": 2, "inner_steps": 1},
+        "lora_gpu": {"widths": (32,), "layers": 1, "heads": 2, "length": 8, "inner_steps": 1},
+    }[name]
+    entry = EXPERIMENT.studies[name]
+    assert not entry.extra
+    measuring = Measuring(repeats=1, budget=0.0, judged_budget=0.0)
+    study = entry.run(entry.settings(measuring=measuring, **tiny), lambda share: None)
+    assert study.name == name
+    assert "out_of_memory" not in study.metrics
+    for quantity in ("peak_bytes", "parameter_bytes", "seconds", "seconds_over_loop", "gradients"):
+        assert {"plain", "fobmaml", "maml"} <= set(study.metrics[quantity])

@@ -19,6 +19,14 @@ from metanudge.oracle.written import Written
 from metanudge.types import Batch, LossFunction
 
 
+_NOT_FOR_STACKS = (
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+)
+"""Of torch's switches: what one says, and how it is set."""
+
+
 class Call(nn.Module):
     """``function(model, batch)`` as a module, so that functional_call can swap what the model holds.
 
@@ -65,15 +73,19 @@ class Call(nn.Module):
         """To call the model in: layers run what vmap can, and autograd after it.
 
         In eval mode transformers take a path of their own that has no derivative, wherever they see no parameter that
-        asks for one, as behind vmap; and convolutions of stacks are matrix products where the model is compiled.
+        asks for one, as behind vmap. Of a GPU's attention kernels, cuDNN's gives NaN for stacks and the
+        memory-efficient one has no gradient there: flash attention, and plain operations, are left. Convolutions of
+        stacks are matrix products where the model is compiled.
         """
-        before = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
+        before = [enabled() for enabled, _ in _NOT_FOR_STACKS]
+        for _, enable in _NOT_FOR_STACKS:
+            enable(False)
         try:
             with MatrixConvolutions() if self.steady else nullcontext():
                 yield
         finally:
-            torch.backends.mha.set_fastpath_enabled(before)
+            for was, (_, enable) in zip(before, _NOT_FOR_STACKS, strict=True):
+                enable(was)
 
     def holding(self, buffers: dict[str, Tensor], frozen: dict[str, Tensor]) -> Call:
         """The same with other tensors, drawing nothing."""

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metanudge as mn
-from metanudge.experiments.memory.candidates import EVERYWHERE, EXECUTIONS, Inner
+from metanudge.experiments.memory.candidates import EVERYWHERE, Inner
 from metanudge.experiments.memory.claims import memory_claim, time_claim
-from metanudge.experiments.memory.figures import draw
-from metanudge.experiments.memory.measuring import QUICK, Job, Measuring, measure
+from metanudge.experiments.memory.measuring import QUICK, Job, Measuring
+from metanudge.experiments.memory.places import Device, check, finished, measure
 from metanudge.experiments.study import Advance, Study
 
 
@@ -38,7 +38,11 @@ class ChannelsSettings:
     shots: int = 5
     inner_steps: int = 3
     measuring: Measuring = field(default_factory=Measuring)
+    device: Device = "cpu"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.device)
 
     @classmethod
     def quick(cls) -> Self:
@@ -50,6 +54,15 @@ class ChannelsSettings:
             inner_steps=1,
             measuring=QUICK,
         )
+
+
+@dataclass(frozen=True)
+class OnGpu(ChannelsSettings):
+    """Larger images."""
+
+    size: int = 84
+    measuring: Measuring = field(default_factory=lambda: Measuring(budget=0.5, judged_budget=4.0))
+    device: Device = "cuda"
 
 
 class Block(nn.Module):
@@ -87,7 +100,6 @@ SUMMARY = (
     "Few-shot images on a deep network of depthwise-separable blocks: many activations for few parameters, which is "
     "where memory decides what can be trained."
 )
-CAPTION = f"Peak memory beyond the idle process, and time, of one meta-gradient, against channels. {EXECUTIONS}"
 
 
 def run(settings: ChannelsSettings, advance: Advance) -> Study:
@@ -97,8 +109,8 @@ def run(settings: ChannelsSettings, advance: Advance) -> Study:
         for name in EVERYWHERE
         for channels in settings.channels
     ]
-    metrics = measure(jobs, settings.measuring, advance)
+    metrics = measure(settings.device, jobs, settings.measuring, advance)
     widest = str(settings.channels[-1])
-    claims = [check(metrics, widest, f"{widest} channels") for check in (memory_claim, time_claim)]
-    made = draw(metrics, {"channels": {str(channels): channels for channels in settings.channels}})
-    return Study("channels", "Against channels", SUMMARY, claims, metrics, {"channels": (made, CAPTION)})
+    claims = [judge(metrics, widest, f"{widest} channels") for judge in (memory_claim, time_claim)]
+    panels = {"channels": {str(channels): channels for channels in settings.channels}}
+    return finished(settings.device, "channels", "Against channels", SUMMARY, claims, metrics, panels)

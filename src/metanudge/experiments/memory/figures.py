@@ -27,11 +27,12 @@ def draw(metrics: Mapping[str, Any], panels: Mapping[str, Mapping[str, float]], 
     made, axes = figure(columns=2 * len(panels), width=4.2, height=4.2)
     for index, (label, places) in enumerate(panels.items()):
         memory, time = axes[2 * index : 2 * index + 2]
-        _lines(memory, metrics["live_bytes"], places, MIB, ":")
+        alive = metrics.get("live_bytes", {})  # of a CPU: a GPU's peak is exact
+        _lines(memory, alive, places, MIB, ":")
         _lines(memory, metrics["peak_bytes"], places, MIB, "o-")
         _lines(time, metrics["seconds"], places, 1, "o-")
-        memory.set_title("peak memory, MiB (dotted: tensors alone)", fontsize=9)
-        time.set_title("time, processor seconds", fontsize=9)
+        memory.set_title(f"peak memory, MiB{' (dotted: tensors alone)' if alive else ''}", fontsize=9)
+        time.set_title(f"time, {'processor ' if alive else ''}seconds", fontsize=9)
         for axis in (memory, time):
             axis.set(xscale="log", yscale="log", xlabel=label)
             axis.set_xticks(list(places.values()), [f"{place:g}" for place in places.values()])

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import metanudge as mn
 from metanudge.errors import SettingsError
-from metanudge.experiments.memory.candidates import EVERYWHERE, EXECUTIONS, SECOND_ORDER, Inner
+from metanudge.experiments.memory.candidates import EVERYWHERE, SECOND_ORDER, Inner
 from metanudge.experiments.memory.claims import memory_claim, time_claim
-from metanudge.experiments.memory.figures import draw
-from metanudge.experiments.memory.measuring import QUICK, Job, Measuring, measure
+from metanudge.experiments.memory.measuring import QUICK, Job, Measuring
+from metanudge.experiments.memory.places import Device, check, finished, measure
 from metanudge.experiments.study import Advance, Claim, Study
 
 PACKAGES = ("transformers", "peft")
@@ -47,9 +47,11 @@ class LoraSettings:
     vocabulary: int = 256
     inner_steps: int = 3
     measuring: Measuring = field(default_factory=Measuring)
+    device: Device = "cpu"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check(self.device)
         missing = [name for name in PACKAGES if find_spec(name) is None]
         if missing:
             raise SettingsError(
@@ -61,6 +63,19 @@ class LoraSettings:
     def quick(cls) -> Self:
         """Two widths, fewer layers, one inner step."""
         return cls(widths=(64, 256), layers=2, inner_steps=1, measuring=QUICK)
+
+
+@dataclass(frozen=True)
+class OnGpu(LoraSettings):
+    """Up to the width of a model of a billion parameters, with fewer layers, on pages of text."""
+
+    widths: tuple[int, ...] = (256, 512, 1024, 2048)
+    layers: int = 8
+    heads: int = 16
+    length: int = 512
+    vocabulary: int = 8192
+    measuring: Measuring = field(default_factory=lambda: Measuring(budget=0.5, judged_budget=4.0))
+    device: Device = "cuda"
 
 
 def next_token(model: nn.Module, batch: mn.Batch) -> Tensor:
@@ -102,9 +117,6 @@ SUMMARY = (
     "the frozen base is never copied: a meta-gradient has the peak of a training step. iMAML and MAML run with eager "
     "attention, the only one that can be differentiated twice."
 )
-CAPTION = (
-    f"Peak memory beyond the idle process, and time, of one meta-gradient, against the width of the base. {EXECUTIONS}"
-)
 
 
 def run(settings: LoraSettings, advance: Advance) -> Study:
@@ -114,9 +126,10 @@ def run(settings: LoraSettings, advance: Advance) -> Study:
         for name in EVERYWHERE
         for width in settings.widths
     ]
-    metrics = measure(jobs, settings.measuring, advance, preload=("transformers.models.llama.modeling_llama", "peft"))
+    preload = ("transformers.models.llama.modeling_llama", "peft")
+    metrics = measure(settings.device, jobs, settings.measuring, advance, preload)
     widest = str(settings.widths[-1])
     place = f"width {widest}"
-    claims: list[Claim] = [check(metrics, widest, place) for check in (memory_claim, time_claim)]
-    made = draw(metrics, {"width of the frozen base": {str(width): width for width in settings.widths}})
-    return Study("lora", "LoRA on a frozen transformer", SUMMARY, claims, metrics, {"lora": (made, CAPTION)})
+    claims: list[Claim] = [judge(metrics, widest, place) for judge in (memory_claim, time_claim)]
+    panels = {"width of the frozen base": {str(width): width for width in settings.widths}}
+    return finished(settings.device, "lora", "LoRA on a frozen transformer", SUMMARY, claims, metrics, panels)

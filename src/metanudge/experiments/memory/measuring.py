@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import torch
 from torch.utils._pytree import tree_leaves
 
 from metanudge.diagnostics.memory import LiveBytes
@@ -69,16 +68,14 @@ class Resident(NamedTuple):
     Attributes:
         baseline: What the process held before: imports, model, data, and what a first estimate of one step left.
         peak: Of the process's resident memory, above that.
-        device: As torch.cuda counts it; None without a GPU.
     """
 
     baseline: int
     peak: int
-    device: int | None
 
 
 class Seconds(NamedTuple):
-    """Processor time on one thread.
+    """Time, by one clock.
 
     Attributes:
         estimate: Of one meta-gradient; median.
@@ -97,8 +94,7 @@ def resident(job: Job) -> Resident:
     inner = job.make()
     CANDIDATES[job.candidate].prepare(inner, 1)()  # the libraries set themselves up
     inner.model.zero_grad()
-    baseline, peak = resident_peak(CANDIDATES[job.candidate].prepare(inner, job.steps))
-    return Resident(baseline, peak, device_peak(job) if torch.cuda.is_available() else None)
+    return Resident(*resident_peak(CANDIDATES[job.candidate].prepare(inner, job.steps)))
 
 
 def live(job: Job) -> tuple[int, int]:
@@ -128,31 +124,24 @@ def _held(field: str) -> int:
     return 1024 * int(found[1])
 
 
-def device_peak(job: Job) -> int:
-    """The same in the GPU's memory, as torch.cuda counts it."""
-    inner = job.make().to("cuda")
-    CANDIDATES[job.candidate].prepare(inner, 1)()
-    inner.model.zero_grad()
-    act = CANDIDATES[job.candidate].prepare(inner, job.steps)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    act()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def seconds(job: Job, how: Measuring) -> Seconds:
-    """Time one meta-gradient and the ordinary loop in turns; for a process of its own."""
+    """Processor time of one meta-gradient on one thread; for a process of its own."""
     inner = job.make()
     CANDIDATES[job.candidate].prepare(inner, 1)()
+    return timed(inner, job, how, time.process_time)
+
+
+def timed(inner: Inner, job: Job, how: Measuring, clock: Callable[[], float]) -> Seconds:
+    """Time one meta-gradient and the ordinary loop in turns."""
     act = CANDIDATES[job.candidate].prepare(inner, job.steps)
     estimates: list[float] = []
     ratios: list[float] = []
     gradients, begun = 0, time.perf_counter()
     budget = how.judged_budget if job.candidate == "fobmaml" else how.budget
     while not estimates or (len(estimates) < how.repeats and time.perf_counter() - begun < budget):
-        took, gradients = _timed(act)
+        took, gradients = _took(act, clock)
         loop = min(gradients, 100)
-        ordinary, _ = _timed(partial(_loop, inner, loop))
+        ordinary, _ = _took(partial(_loop, inner, loop), clock)
         estimates.append(took)
         ratios.append(took / gradients / (ordinary / loop))
     return Seconds(median(estimates), median(ratios), gradients)
@@ -164,13 +153,13 @@ def _loop(inner: Inner, gradients: int) -> int:
     return gradients
 
 
-def _timed(act: Act) -> tuple[float, int]:
-    begun = time.process_time()
+def _took(act: Act, clock: Callable[[], float]) -> tuple[float, int]:
+    begun = clock()
     gradients = act()
-    return time.process_time() - begun, gradients
+    return clock() - begun, gradients
 
 
-def measure(
+def measure_on_cpu(
     jobs: Sequence[Job], how: Measuring, advance: Callable[[float], None], preload: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """Resident memory, tensor bytes and time of every job: ``{quantity: {candidate: {x: number}}}``.
@@ -183,7 +172,7 @@ def measure(
     """
     metrics: dict[str, Any] = {}
     passes = (
-        Pass(resident, RETURNING, ("baseline_bytes", "peak_bytes", "device_bytes"), False),
+        Pass(resident, RETURNING, ("baseline_bytes", "peak_bytes"), False),
         Pass(live, KEEPING, ("live_bytes", "parameter_bytes"), False),
         Pass(partial(seconds, how=how), KEEPING, ("seconds", "seconds_over_loop", "gradients"), True),
     )
@@ -191,8 +180,7 @@ def measure(
         for place, part in enumerate(passes):
             for done, (job, numbers) in enumerate(zip(jobs, part.over(nurses, jobs), strict=True), 1):
                 for quantity, number in zip(part.quantities, numbers, strict=True):
-                    if number is not None:
-                        metrics.setdefault(quantity, {}).setdefault(job.candidate, {})[job.x] = number
+                    metrics.setdefault(quantity, {}).setdefault(job.candidate, {})[job.x] = number
                 advance((place + done / len(jobs)) / len(passes))
     return metrics
 

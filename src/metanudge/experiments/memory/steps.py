@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import metanudge as mn
-from metanudge.experiments.memory.candidates import CANDIDATES, EXECUTIONS, Inner
-from metanudge.experiments.memory.claims import time_claim
-from metanudge.experiments.memory.figures import draw
-from metanudge.experiments.memory.measuring import QUICK, Job, Measuring, measure
+from metanudge.experiments.memory.candidates import CANDIDATES, Inner
+from metanudge.experiments.memory.claims import peaks, time_claim
+from metanudge.experiments.memory.measuring import QUICK, Job, Measuring
+from metanudge.experiments.memory.places import Device, check, finished, measure
 from metanudge.experiments.study import Advance, Claim, Study
 
 SUMMARY = (
@@ -21,13 +21,14 @@ SUMMARY = (
     'here, and in the studies below, for FOBMAML(nudge="full", start="initialization") with torch.optim.SGD as the '
     "inner solver, the configuration with the fewest copies; its default nudge, FOMAML and Reptile run with the same "
     "optimizer. The others need steps that can be differentiated or walked back, and take the same ones by "
-    "GradientDescent. Everything at its default, that is vectorised with Nesterov, is shown as well.\n\n"
+    "GradientDescent. Everything at its default, that is vectorised with Nesterov, is shown as well."
+)
+ON_A_CPU = (
     "Every number is from a process of its own, on one thread. Memory is what the process holds at its peak beyond "
     "what it held before (imports, the model, the data, and what a first estimate of one step left behind: "
     "baseline_bytes in the metrics), with an allocator that returns freed blocks at once; beside it stand the bytes of "
     "the tensors alive, which are counted and exact. Time is processor time, with an allocator that keeps freed blocks."
 )
-CAPTION = f"Peak memory beyond the idle process, and time, of one meta-gradient, against inner steps. {EXECUTIONS}"
 FLAT, RATIO = 0.01, 10
 COUNTED = 2**18
 """Bytes by which the kernel's count of resident pages may be off: it is kept in batches a processor."""
@@ -57,7 +58,11 @@ class StepsSettings:
     depth: int = 10
     examples: int = 16384
     measuring: Measuring = field(default_factory=Measuring)
+    device: Device = "cpu"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.device)
 
     @classmethod
     def quick(cls) -> Self:
@@ -69,6 +74,22 @@ class StepsSettings:
             examples=4096,
             measuring=QUICK,
         )
+
+
+@dataclass(frozen=True)
+class OnGpu(StepsSettings):
+    """Of a size that keeps a GPU busy; 20 steps of MAML fit into 80 GB."""
+
+    limits: dict[str, int] = field(
+        default_factory=lambda: (
+            dict.fromkeys(("maml", "maml_checkpointed"), 50)
+            | dict.fromkeys(("hfmaml", "imaml", "fomaml", "reptile", "fobmaml_default", "fobmaml_vectorised"), 200)
+        )
+    )
+    width: int = 128
+    examples: int = 2**17
+    measuring: Measuring = field(default_factory=lambda: Measuring(budget=0.5, judged_budget=4.0))
+    device: Device = "cuda"
 
 
 def network(width: int, depth: int, examples: int, seed: int) -> Inner:
@@ -90,10 +111,18 @@ def run(settings: StepsSettings, advance: Advance) -> Study:
         for steps in settings.steps
         if steps <= settings.limits.get(name, steps)
     ]
-    metrics = measure(jobs, settings.measuring, advance)
-    made = draw(metrics, {"inner steps": {str(steps): steps for steps in settings.steps}}, _limits(settings))
-    return Study(
-        "steps", "Against inner steps", SUMMARY, claims(metrics, settings), metrics, {"steps": (made, CAPTION)}
+    metrics = measure(settings.device, jobs, settings.measuring, advance)
+    panels = {"inner steps": {str(steps): steps for steps in settings.steps}}
+    summary = SUMMARY if settings.device == "cuda" else f"{SUMMARY}\n\n{ON_A_CPU}"
+    return finished(
+        settings.device,
+        "steps",
+        "Against inner steps",
+        summary,
+        claims(metrics, settings),
+        metrics,
+        panels,
+        _limits(settings),
     )
 
 
@@ -109,15 +138,17 @@ def _limits(settings: StepsSettings) -> str:
 def claims(metrics: dict[str, Any], settings: StepsSettings) -> list[Claim]:
     """Whether the peak is flat, how much more MAML needs, and what the estimate costs."""
     first, last, compared = (str(steps) for steps in (settings.steps[0], settings.steps[-1], settings.compared))
-    kinds = {"resident": metrics["peak_bytes"], "tensors": metrics["live_bytes"]}
+    kinds = peaks(metrics)
     growth = {word: table["fobmaml"][last] - table["fobmaml"][first] for word, table in kinds.items()}
     allowed = {word: FLAT * table["fobmaml"][first] for word, table in kinds.items()}
-    allowed["resident"] = max(allowed["resident"], COUNTED)
+    grain = ""
+    if "resident" in kinds:
+        allowed["resident"], grain = max(allowed["resident"], COUNTED), " (or 0.25 MiB, the kernel's grain)"
     ratio = {word: table["maml"][compared] / max(table["fobmaml"][compared], 1) for word, table in kinds.items()}
     return [
         Claim(
             "FO-B-MAML's memory does not depend on the inner steps",
-            f"peak at {last} inner steps within 1 % of that at {first} (or 0.25 MiB, the kernel's grain)",
+            f"peak at {last} inner steps within 1 % of that at {first}{grain}",
             "; ".join(
                 f"{word} {grown / 2**20:+.3f} MiB of {kinds[word]['fobmaml'][first] / 2**20:.1f}"
                 for word, grown in growth.items()

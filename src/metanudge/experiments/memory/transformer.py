@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metanudge as mn
-from metanudge.experiments.memory.candidates import EVERYWHERE, EXECUTIONS, SECOND_ORDER, Inner
+from metanudge.experiments.memory.candidates import EVERYWHERE, SECOND_ORDER, Inner
 from metanudge.experiments.memory.claims import memory_claim, time_claim
-from metanudge.experiments.memory.figures import draw
-from metanudge.experiments.memory.measuring import QUICK, Job, Measuring, measure
+from metanudge.experiments.memory.measuring import QUICK, Job, Measuring
+from metanudge.experiments.memory.places import Device, check, finished, measure
 from metanudge.experiments.study import Advance, Study
 
 
@@ -40,12 +40,29 @@ class TransformerSettings:
     vocabulary: int = 64
     inner_steps: int = 3
     measuring: Measuring = field(default_factory=Measuring)
+    device: Device = "cpu"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.device)
 
     @classmethod
     def quick(cls) -> Self:
         """Two depths, two lengths, fewer sequences, one inner step."""
         return cls(depths=(1, 2), lengths=(64, 256), sequences=4, inner_steps=1, measuring=QUICK)
+
+
+@dataclass(frozen=True)
+class OnGpu(TransformerSettings):
+    """As wide as BERT, in bfloat16 where torch's autocast takes it, which is what flash attention runs in."""
+
+    depths: tuple[int, ...] = (3, 6, 12, 24)
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
+    width: int = 768
+    heads: int = 12
+    vocabulary: int = 8192
+    measuring: Measuring = field(default_factory=lambda: Measuring(budget=0.5, judged_budget=4.0))
+    device: Device = "cuda"
 
 
 class Transformer(nn.Module):
@@ -73,14 +90,21 @@ class Transformer(nn.Module):
 
 
 def fused(model: nn.Module, batch: mn.Batch) -> Tensor:
-    """Cross entropy, with whatever attention kernel torch chooses."""
-    return F.cross_entropy(model(batch.inputs).flatten(0, 1), batch.targets.flatten())
+    """Cross entropy, with whatever attention kernel torch chooses; on a GPU, in bfloat16."""
+    kind = batch.inputs.device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+        return cross_entropy(model, batch)
 
 
 def unfused(model: nn.Module, batch: mn.Batch) -> Tensor:
-    """The same with attention out of plain operations, which can be differentiated twice."""
+    """With attention out of plain operations, which can be differentiated twice, though not under autocast."""
     with sdpa_kernel(SDPBackend.MATH):
-        return fused(model, batch)
+        return cross_entropy(model, batch)
+
+
+def cross_entropy(model: nn.Module, batch: mn.Batch) -> Tensor:
+    """Of every token."""
+    return F.cross_entropy(model(batch.inputs).flatten(0, 1), batch.targets.flatten())
 
 
 def network(settings: TransformerSettings, second_order: bool, depth: int, length: int) -> Inner:
@@ -98,10 +122,8 @@ def network(settings: TransformerSettings, second_order: bool, depth: int, lengt
 SUMMARY = (
     "A transformer encoder as torch has it. First-order estimators run the fused attention kernel, as training does; "
     "it has no second derivative, so that iMAML and MAML have to compute attention by plain operations, whose memory "
-    "grows with the square of the length."
-)
-CAPTION = (
-    f"Peak memory beyond the idle process, and time, of one meta-gradient, against layers and tokens. {EXECUTIONS}"
+    "grows with the square of the length. On a GPU the first-order ones run in bfloat16 by autocast, under which that "
+    "attention can not be differentiated twice, so that the others are in float32."
 )
 
 
@@ -114,16 +136,23 @@ def run(settings: TransformerSettings, advance: Advance) -> Study:
         for name in EVERYWHERE
         for x, shape in shapes.items()
     ]
-    metrics = measure(jobs, settings.measuring, advance)
+    metrics = measure(settings.device, jobs, settings.measuring, advance)
     deepest, longest = settings.depths[-1], settings.lengths[-1]
     claims = [
-        check(metrics, x, place)
+        judge(metrics, x, place)
         for x, place in ((f"depth_{deepest}", f"{deepest} layers"), (f"length_{longest}", f"{longest} tokens"))
-        for check in (memory_claim, time_claim)
+        for judge in (memory_claim, time_claim)
     ]
     panels = {
         f"layers ({settings.lengths[0]} tokens)": {f"depth_{depth}": depth for depth in settings.depths},
         f"tokens ({settings.depths[0]} layers)": {f"length_{length}": length for length in settings.lengths},
     }
-    figures = {"transformer": (draw(metrics, panels), CAPTION)}
-    return Study("transformer", "A transformer, against depth and length", SUMMARY, claims, metrics, figures)
+    return finished(
+        settings.device,
+        "transformer",
+        "A transformer, against depth and length",
+        SUMMARY,
+        claims,
+        metrics,
+        panels,
+    )
