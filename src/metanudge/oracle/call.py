@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -18,8 +18,7 @@ from metanudge.oracle.convolution import MatrixConvolutions
 from metanudge.oracle.written import Written
 from metanudge.types import Batch, LossFunction
 
-
-_NOT_FOR_STACKS = (
+_NOT_FOR_STACKS: tuple[tuple[Callable[[], bool], Callable[[bool], object]], ...] = (
     (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
     (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
     (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
@@ -94,13 +93,16 @@ class Call(nn.Module):
         return other
 
 
+_UNABLE = re.compile("vmap|batching rule|data pointer of Tensor|no available kernel|correctly aligned", re.IGNORECASE)
+
+
 @contextmanager
 def explained() -> Iterator[None]:
     """Tell what to do where vmap can not run a model or a loss."""
     try:
         yield
     except RuntimeError as error:
-        if not re.search(r"vmap|batching rule|data pointer of Tensor|correctly aligned", str(error), re.IGNORECASE):
+        if not _UNABLE.search(str(error)):
             raise
         raise LossError(f"the model, the loss or the metric {_does(error)}. PyTorch said: {error}") from error
 
