@@ -77,11 +77,11 @@ class FiniteMean:
         self._numbers = self._numbers.to(numbers) + numbers.where(mask, 0.0).sum(1)
         return mask
 
-    def over(self, ranks: Ranks) -> None:
-        """Take in the sums of the other ranks."""
+    def over(self, ranks: Ranks, total: int) -> None:
+        """Take in the sums of the other ranks, which have seen ``total`` tasks with this one."""
         if ranks.size == 1:
             return
-        self.total = sum(ranks.counts(self.total))
+        self.total = total
         self._gradient = {name: leaf.contiguous() for name, leaf in self._gradient.items()}
         ranks.sum([self._kept, self._numbers, *self._gradient.values()])
 

@@ -18,7 +18,7 @@ from metanudge.errors import SettingsError
 from metanudge.failures import told
 from metanudge.loading import load_learner
 from metanudge.progress import line
-from metanudge.ranks import ALONE, Ranks, joined
+from metanudge.ranks import joined
 from metanudge.runs import train
 from metanudge.scoring import evaluate
 from metanudge.settings import check_folder, nearest
@@ -82,8 +82,7 @@ class Train:
     def run(self, console: Console) -> int:
         """Read, and train."""
         config = read_config(self.config, self.out, self.seeds)
-        with joined(config.whole.device) as group:
-            ranks = Ranks(group, ALONE.model)
+        with joined(config.whole.device) as ranks:
             console.quiet = not ranks.first
             train(config, self.fresh, not self.quiet, console, ranks)
         console.print(f"Written to [bold]{config.out}[/bold]; metanudge evaluate {config.out}", highlight=False)

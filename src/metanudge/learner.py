@@ -218,14 +218,14 @@ class MetaLearner:
             stacks = [part for stack in stacks for part in smaller(stack, at_once)]
             order = iter(in_order(indices, places, self.warm_start is not None))
             selection = self._selection()
-        first = sum(ranks.counts(len(places))[: ranks.rank])
-        use = Use(selection, stacks, self.prox, tally, first, repeated=True)
+        counts = ranks.counts(len(places))
+        use = Use(selection, stacks, self.prox, tally, sum(counts[: ranks.rank]), repeated=True)
         with torch.no_grad(), self.execution.lend(use) as lent:
             with ranks.together():
                 solved = [self._add(mean, probes, lent, one, list(islice(order, one.tasks))) for one in lent.problems]
             lost = mean.total - mean.kept
             gradients = sum(ranks.counts(tally.gradients))  # without those of advice
-            mean.over(ranks)
+            mean.over(ranks, sum(counts))
             numbers = verdict(mean, lost, probes, Given(stacks, places), self, self._told)
         del lent, probes  # and with them what the estimates were made of
         if self.warm_start is not None:  # which may refuse: nothing has been changed yet

@@ -185,8 +185,8 @@ def processes() -> int:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Any]:
-    """The group of the processes that ``torchrun`` started, while the block lasts; None where it started none.
+def joined(device: str) -> Iterator[Ranks]:
+    """The processes that ``torchrun`` started, while the block lasts; this one alone where it started none.
 
     With the device "cuda", each has a GPU of its own, which "cuda" means from here on.
 
@@ -194,7 +194,7 @@ def joined(device: str) -> Iterator[Any]:
         SettingsError: There are fewer GPUs than processes here, or the device is one for all.
     """
     if processes() == 1:
-        yield None
+        yield ALONE
         return
     if device.startswith("cuda"):
         place, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -208,7 +208,7 @@ def joined(device: str) -> Iterator[Any]:
         torch.cuda.set_device(place)
     distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
-        yield distributed.group.WORLD
+        yield Ranks(distributed.group.WORLD, ALONE.model)
     finally:
         distributed.destroy_process_group()
 
