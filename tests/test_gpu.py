@@ -441,8 +441,7 @@ def test_the_command_by_torchrun(tmp_path: Path) -> None:
     text = (EXAMPLES / "sinusoid.toml").read_text().replace("[0, 1, 2]", '[0]\ndevice = "cuda"')
     config = tmp_path / "sinusoid.toml"
     config.write_text(text.replace("steps = 1000", "steps = 2").replace("every = 100", "every = 2"))
-    command = "import sys; from metanudge.cli import main; sys.exit(main())"
-    given = ["--no-python", sys.executable, "-c", command, "train", str(config), "--out", str(tmp_path / "run")]
+    given = ["-m", "metanudge", "train", str(config), "--out", str(tmp_path / "run")]
     done = subprocess.run([*TORCHRUN, *given], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run").is_dir()

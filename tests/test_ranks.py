@@ -403,26 +403,16 @@ every = 2
 [validation]
 tasks = 5
 """
-COMMAND = "import sys; from metanudge.cli import main; sys.exit(main())"
 
 
 def test_the_command_under_torchrun(tmp_path: Path) -> None:
     config = tmp_path / "small.toml"
     config.write_text(f'dtype = "float64"\n{SETTINGS}')
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     said = []
     for name, start in (("one", []), ("two", torchrun)):
-        command = [
-            *start,
-            sys.executable,
-            "-c",
-            COMMAND,
-            "train",
-            str(config),
-            "--out",
-            str(tmp_path / name),
-            "--quiet",
-        ]
+        given = ["-m", "metanudge", "train", str(config), "--out", str(tmp_path / name), "--quiet"]
+        command = [sys.executable, *start, *given]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         said.append(done.stdout)
