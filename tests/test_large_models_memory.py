@@ -295,6 +295,30 @@ def test_a_microbatch_takes_what_has_no_axis_whole() -> None:
     assert distance(*found) < 1e-9
 
 
+@pytest.mark.parametrize("where", ["support", "query"])
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_a_loss_that_adds_up_is_refused_with_microbatches(size: int, where: str) -> None:
+    """Not silently divided by the number of pieces; and not where the whole batch is one piece."""
+
+    def summed(model: nn.Module, batch: mn.Batch) -> Tensor:
+        return (model(batch.inputs) - batch.targets).square().sum()
+
+    model, data = network(), vectors(2, size=7, width=6, dtype=DTYPE)
+    losses = (summed, squared_error) if where == "support" else (squared_error, summed)
+    solver = mn.GradientDescent(2, lr=1e-3)
+    for _ in range(2):  # again at every call
+        learner = mn.MetaLearner(model, losses[0], query_loss=losses[1], solver=solver, microbatch=size)
+        with pytest.raises(mn.LossError, match=f"the {where} loss adds up over the examples .*microbatch.*mean"):
+            learner.backward(data)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    mn.MetaLearner(model, losses[0], query_loss=losses[1], solver=solver, execution="in_place").backward(data)
+
+
+def test_a_loss_of_one_example_is_not_taken_for_a_sum() -> None:
+    data = vectors(2, size=1, width=6, dtype=DTYPE)
+    assert distance(gradient(data, microbatch=2), gradient(data)) < 1e-12
+
+
 def test_dropout_is_matched_over_microbatches() -> None:
     """Equal masks in all solves: the estimate with a tiny nudge is finite and settled, not noise over the nudge."""
     torch.manual_seed(8)

@@ -114,14 +114,23 @@ def pieces(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:
     if size is None:
         yield batch, 1.0
         return
+    number = examples(batch)
+    for first in range(0, number, size):
+        last = min(first + size, number)
+        piece = tree_map(lambda leaf, a=first, b=last: leaf[a:b] if leaf.ndim else leaf, batch)
+        yield piece, (last - first) / number
+
+
+def examples(batch: Batch) -> int:
+    """How many a task's batch holds.
+
+    Raises:
+        TasksError: Its tensors do not agree on that, their leading axis.
+    """
     numbers = {leaf.shape[0] for leaf in leaves(batch) if leaf.ndim > 0}
     if len(numbers) != 1:
         raise TasksError(
             "microbatch cuts a task's batch along the leading axis of its tensors, the examples, but they have "
             f"{', '.join(map(str, sorted(numbers))) or 'no'} of them; leave out microbatch, or give them one such axis"
         )
-    (number,) = numbers
-    for first in range(0, number, size):
-        last = min(first + size, number)
-        piece = tree_map(lambda leaf, a=first, b=last: leaf[a:b] if leaf.ndim else leaf, batch)
-        yield piece, (last - first) / number
+    return numbers.pop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -185,6 +185,7 @@ class InPlace:
         losses: The user's support and query loss.
         microbatch: Most examples in a forward pass; None for all.
         norm: What BatchNorm layers normalise by.
+        means: Whose losses have been seen to be no sums over the examples, where pieces are averaged.
     """
 
     name: ClassVar[str] = "in_place"
@@ -195,6 +196,7 @@ class InPlace:
     losses: Mapping[Role, LossFunction]
     microbatch: int | None = None
     norm: BatchNorm = NONE
+    means: set[Role] = field(default_factory=set)
 
     @contextmanager
     def lend(self, use: Use) -> Iterator[Lent]:  # noqa: D102
@@ -213,7 +215,16 @@ class InPlace:
         def problems() -> Iterator[InnerProblem]:
             for index, task in enumerate(task for stack in use.stacks for task in single(stack)):
                 losses = LiveLosses(
-                    live, self.losses, selection.shared, task, self.microbatch, index, random, tally, self.norm
+                    live,
+                    self.losses,
+                    selection.shared,
+                    task,
+                    self.microbatch,
+                    index,
+                    random,
+                    tally,
+                    self.norm,
+                    self.means,
                 )
                 yield InnerProblem(losses, theta, use.prox, round_off=spacing)
 

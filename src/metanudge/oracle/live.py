@@ -9,8 +9,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from metanudge.batching import pieces
+from metanudge.batching import examples, pieces
 from metanudge.checks import check_device, leaves
+from metanudge.errors import LossError
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle.batch_norm import BatchNorm
 from metanudge.oracle.common import (
@@ -42,6 +43,7 @@ class LiveLosses(InnerGradients):
         random: Seeds.
         tally: Counter.
         norm: What BatchNorm layers normalise by.
+        means: Whose losses have been seen to be no sums over the examples, where pieces are averaged.
         passed: f̂(θ), once it was seen, by a gradient there as a rule, so that no forward pass more is spent on it.
     """
 
@@ -54,6 +56,7 @@ class LiveLosses(InnerGradients):
     random: RandomState
     tally: Tally
     norm: BatchNorm
+    means: set[Role]
     shared: Params = field(init=False)
     passed: list[Tensor] = field(init=False, default_factory=list)
 
@@ -135,6 +138,7 @@ class LiveLosses(InnerGradients):
         losses: dict[Role, Tensor] = {}
         sums: Params = {}
         for role, weight in weights.items():
+            self._check_mean(role, step, minibatch)
             for batch, share in self._pieces(role, step, minibatch, self.microbatch):
                 with torch.enable_grad():
                     loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
@@ -158,6 +162,33 @@ class LiveLosses(InnerGradients):
                 for batch, share in self._pieces(role, 0, 0, microbatch)
             ]
         return self.live.over_ranks(torch.stack(parts).sum())
+
+    def _check_mean(self, role: Role, step: int, minibatch: int) -> None:
+        """Refuse, once, a loss that adds its examples up where pieces are averaged: by one piece and its halves.
+
+        Raises:
+            LossError: It is a sum.
+        """
+        if self.microbatch is None or role in self.means:
+            return
+        self.means.add(role)
+        piece, _ = next(pieces(self._batch(role, step, minibatch), max(self.microbatch, 2)))
+        number = examples(piece)
+        if number % 2:
+            piece, _ = next(pieces(piece, max(number - 1, 1)))
+        with torch.no_grad():
+            whole, *parts = (
+                float(self._evaluate(self.losses[role], role, one, step, minibatch))
+                for one in (piece, *(half for half, _ in pieces(piece, max(number // 2, 1))))
+            )
+        summed, mean = sum(parts), sum(parts) / len(parts)
+        if len(parts) == 2 and abs(whole - summed) < 1e-3 * abs(whole) < abs(whole - mean):
+            self.means.discard(role)
+            raise LossError(
+                f"the {role.name.lower()} loss adds up over the examples (it is {whole:.4g}, and of the two halves "
+                f"{parts[0]:.4g} and {parts[1]:.4g}), while microbatch takes the mean over pieces: reduce it with "
+                '.mean() (reduction="mean"), or leave microbatch out'
+            )
 
     def _pieces(self, role: Role, step: int, minibatch: int, microbatch: int | None) -> Iterator[tuple[Batch, float]]:
         """The batch of an evaluation in pieces, and its random state."""
