@@ -70,7 +70,6 @@ class OnGpu(LoraSettings):
     """Up to the width of a model of a billion parameters, with fewer layers, on pages of text."""
 
     widths: tuple[int, ...] = (256, 512, 1024, 2048)
-    layers: int = 8
     heads: int = 16
     length: int = 512
     vocabulary: int = 8192
