@@ -108,8 +108,12 @@ class Energy:
         return self.total(self.pull(phi, step), phi)
 
     def total(self, pull: Params, phi: Params) -> Params:
-        """∂E/∂φ from ∇f̂ + ν ∇f, which is emptied."""
-        return tree.spend(lambda force, p, t: force.add(p - t, alpha=self.prox), pull, phi, self.theta)
+        """∂E/∂φ from ∇f̂ + ν ∇f, which is emptied. Where φ is θ itself, as solves begin, the spring is slack."""
+
+        def of(force: Tensor, p: Tensor, t: Tensor) -> Tensor:
+            return force if p is t else force.add(p - t, alpha=self.prox)
+
+        return tree.spend(of, pull, phi, self.theta)
 
     def relative_residual(self, pull: Params, push: Params) -> Tensor:
         """How far the two forces are from balance: ||p + q|| / (||p|| + ||q||) in [0, 1]; 0 solved, 1 not begun.

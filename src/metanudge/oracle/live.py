@@ -43,6 +43,7 @@ class LiveLosses(InnerGradients):
         tally: Counter.
         norm: What BatchNorm layers normalise by.
         passed: f̂(θ), once it was seen, by a gradient there as a rule, so that no forward pass more is spent on it.
+        begun: What ``steppable`` has just written into the module, so that the first gradient need not write it again.
     """
 
     live: LiveModule
@@ -56,6 +57,7 @@ class LiveLosses(InnerGradients):
     norm: BatchNorm
     shared: Params = field(init=False)
     passed: list[Tensor] = field(init=False, default_factory=list)
+    begun: list[Params] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         shared = {name: self.live.parameters[name].detach() for name in self.shared_names}
@@ -78,7 +80,7 @@ class LiveLosses(InnerGradients):
         return self._value(function, role, phi, None)
 
     def loss(self, role: Role, phi: Params) -> Tensor:  # noqa: D102
-        if role is not Role.SUPPORT or any(leaf is not self.live.values[name] for name, leaf in phi.items()):
+        if role is not Role.SUPPORT or not self._is_theta(phi):
             return self._value(self.losses[role], role, phi, self.microbatch)
         if not self.passed:
             self.passed.append(self._value(self.losses[role], role, phi, self.microbatch))
@@ -99,7 +101,7 @@ class LiveLosses(InnerGradients):
         if sharded:
             products = [product for product in products if not hasattr(product, "full_tensor")]
             products.append(whole(reduce(torch.add, sharded)))  # over the ranks once
-        return torch.stack(products).sum()
+        return torch.stack(products).sum() if len(products) > 1 else products[0]
 
     def stencil_sums(  # noqa: D102
         self,
@@ -120,7 +122,8 @@ class LiveLosses(InnerGradients):
         return totals
 
     def steppable(self, start: Params) -> Params:  # noqa: D102
-        self.live.load(start)
+        self._load(start)
+        self.begun.append(start)
         return {name: self.live.parameters[name] for name in start}
 
     def count(self, gradients: int) -> None:  # noqa: D102
@@ -130,7 +133,7 @@ class LiveLosses(InnerGradients):
         self, weights: Weights, phi: Params, wanted: tuple[str, ...], step: int, minibatch: int = 0
     ) -> tuple[Tensor, Params]:
         """One ``.backward()`` a piece of a loss, so that its activations alone are alive; ``.grad`` adds them up."""
-        self.live.load(phi)
+        self._load(phi)
         self.live.watch(wanted)
         losses: dict[Role, Tensor] = {}
         sums: Params = {}
@@ -145,19 +148,26 @@ class LiveLosses(InnerGradients):
                 self._widen(wanted, sums)
         require_gradient(sums.get(name, self.live.parameters[name].grad) for name in wanted)
         self.tally.gradients += len(losses)
-        if step == minibatch == 0 and Role.SUPPORT in losses and not self.passed and self.live.untouched():
-            self.passed.append(losses[Role.SUPPORT])
+        if step == minibatch == 0 and Role.SUPPORT in losses and not self.passed and self._is_theta(phi):
+            self.passed.append(self.live.over_ranks(losses[Role.SUPPORT]))
         total = self.live.over_ranks(sum_of(weights, losses))
         return total, {name: sums[name] if name in sums else self._taken(name) for name in wanted}
 
     def _value(self, function: LossFunction, role: Role, phi: Params, microbatch: int | None) -> Tensor:
-        self.live.load(phi)
+        self._load(phi)
         with torch.no_grad():
             parts = [
                 share * self._evaluate(function, role, batch, 0, 0)
                 for batch, share in self._pieces(role, 0, 0, microbatch)
             ]
         return self.live.over_ranks(torch.stack(parts).sum())
+
+    def _load(self, phi: Params) -> None:
+        if not (self.begun and self.begun.pop() is phi):
+            self.live.load(phi)
+
+    def _is_theta(self, phi: Params) -> bool:
+        return all(leaf is self.live.values[name] for name, leaf in phi.items())
 
     def _pieces(self, role: Role, step: int, minibatch: int, microbatch: int | None) -> Iterator[tuple[Batch, float]]:
         """The batch of an evaluation in pieces, and its random state."""
