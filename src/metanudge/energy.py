@@ -97,7 +97,7 @@ class Energy:
         return tree.spend(lambda p, t: self._spring(t, p), phi, self.theta)
 
     def _spring(self, end: Tensor, centre: Tensor) -> Tensor:
-        return self.prox * (end - centre)
+        return (end - centre).mul_(self.prox)
 
     def forces(self, phi: Params, step: int) -> tuple[Params, Params]:
         """The two parts of ∂E/∂φ, which balance at the solution."""
