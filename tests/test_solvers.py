@@ -54,6 +54,9 @@ class Plain:
     def steppable(self, start: Params) -> Params:
         return {"phi": nn.Parameter(start["phi"].clone())}
 
+    def kept(self, phi: Params) -> Params:
+        return phi
+
 
 def quadratics(*eigenvalues: list[float]) -> Plain:
     """<A phi, phi> / 2 - <b, phi> a task, A dense with these eigenvalues."""

@@ -23,7 +23,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from torch import Tensor, stack, where
+from torch import Tensor, where
 
 from metanudge import tree
 from metanudge.types import InnerGradients, LossGradients, Params, PyTree, Role
@@ -125,12 +125,12 @@ class Energy:
     def balance(self, pull: Params, phi: Params) -> Balance:
         """The relative residual and what it is made of, leaf by leaf: no copy of the parameters is made."""
 
-        def norms(name: str) -> list[Tensor]:
-            force, way = {name: pull[name]}, {name: phi[name] - self.theta[name]}
-            rest = tree.axpy(self.prox, way, force)
-            return [self.losses.inner(leaf, leaf) for leaf in (rest, force, way)]
+        def squares(name: str) -> list[Tensor]:
+            force, way = pull[name], phi[name] - self.theta[name]
+            rest = force.add(way, alpha=self.prox)
+            return [self.losses.share(leaf, leaf) for leaf in (rest, force, way)]
 
-        rest, forward, way = (stack(column).sum(0).sqrt() for column in zip(*map(norms, pull), strict=True))
+        rest, forward, way = (self.losses.added(column).sqrt() for column in zip(*map(squares, pull), strict=True))
         return Balance(self._ratio(rest, forward, self.prox * way), forward, way)
 
     def touched(self, a: Params, by: Params, norm: Tensor) -> Tensor:
@@ -144,10 +144,10 @@ class Energy:
         least = tree.round_off(self.theta) ** (2 / 3) / number**0.5 * norm
 
         def square(name: str) -> Tensor:
-            part = tree.touched({name: a[name]}, {name: by[name]}, least)
-            return self.losses.inner(part, part)
+            part = tree.touched(a[name], by[name], least)
+            return self.losses.share(part, part)
 
-        return stack([square(name) for name in by if name in a]).sum(0).sqrt()
+        return self.losses.added([square(name) for name in by if name in a]).sqrt()
 
     def length(self, phi: Params, gradient: Params, norm: Tensor, reach: Tensor, start_loss: Tensor) -> Tensor:
         r"""What is far for φ, in its own unit, ``[*L]``: displacements are measured by it.

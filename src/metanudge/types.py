@@ -7,7 +7,7 @@ in-place execution solves one problem at a time and has no lane axes. Below, ``[
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -234,6 +234,14 @@ class InnerGradients(Protocol):
 
     def inner(self, a: Params, b: Params) -> Tensor:
         """Inner product over parameters, one number a lane: ``[*L]``."""
+        return self.added([self.share(a[name], b[name]) for name in a])
+
+    def share(self, a: Tensor, b: Tensor) -> Tensor:
+        """That of one leaf; of a sharded one, this rank's part."""
+        ...
+
+    def added(self, shares: Sequence[Tensor]) -> Tensor:
+        """The inner product, from the shares of all leaves, ``[*L]``."""
         ...
 
     def fused(self, name: Hashable, function: Callable[[InnerGradients, PyTree], PyTree], given: PyTree) -> PyTree:
@@ -249,6 +257,10 @@ class InnerGradients(Protocol):
     def steppable(self, start: Params) -> Params:
         """Leaf parameters at ``start`` that a torch optimizer can step in place."""
         ...
+
+    def kept(self, phi: Params) -> Params:
+        """``phi`` to stay as it is: a copy of what moves on with the live module."""
+        return phi
 
 
 class LossGradients(InnerGradients, Protocol):

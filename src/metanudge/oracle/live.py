@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
 from torch import Tensor
 
+from metanudge import tree
 from metanudge.batching import pieces
 from metanudge.checks import check_device, leaves
 from metanudge.minibatches import as_minibatches
@@ -43,7 +44,7 @@ class LiveLosses(InnerGradients):
         tally: Counter.
         norm: What BatchNorm layers normalise by.
         passed: f̂(θ), once it was seen, by a gradient there as a rule, so that no forward pass more is spent on it.
-        begun: What ``steppable`` has just written into the module, so that the first gradient need not write it again.
+        held: What the module is known to hold, so that it need not be written again; until something is evaluated.
     """
 
     live: LiveModule
@@ -57,7 +58,7 @@ class LiveLosses(InnerGradients):
     norm: BatchNorm
     shared: Params = field(init=False)
     passed: list[Tensor] = field(init=False, default_factory=list)
-    begun: list[Params] = field(init=False, default_factory=list)
+    held: list[Params] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         shared = {name: self.live.parameters[name].detach() for name in self.shared_names}
@@ -95,13 +96,15 @@ class LiveLosses(InnerGradients):
     def spread(self, params: Params) -> Params:  # noqa: D102
         return params
 
-    def inner(self, a: Params, b: Params) -> Tensor:  # noqa: D102
-        products = [(a[name].to(accumulator(a[name].dtype)) * b[name]).sum() for name in a]
-        sharded = [product for product in products if hasattr(product, "full_tensor")]
+    def share(self, a: Tensor, b: Tensor) -> Tensor:  # noqa: D102
+        return (a.to(accumulator(a.dtype)) * b).sum()
+
+    def added(self, shares: Sequence[Tensor]) -> Tensor:  # noqa: D102
+        plain = [share for share in shares if not hasattr(share, "full_tensor")]
+        sharded = [share for share in shares if hasattr(share, "full_tensor")]
         if sharded:
-            products = [product for product in products if not hasattr(product, "full_tensor")]
-            products.append(whole(reduce(torch.add, sharded)))  # over the ranks once
-        return torch.stack(products).sum() if len(products) > 1 else products[0]
+            plain.append(whole(reduce(torch.add, sharded)))  # over the ranks once
+        return torch.stack(plain).sum()
 
     def stencil_sums(  # noqa: D102
         self,
@@ -123,8 +126,15 @@ class LiveLosses(InnerGradients):
 
     def steppable(self, start: Params) -> Params:  # noqa: D102
         self._load(start)
-        self.begun.append(start)
+        self.held.append(start)
         return {name: self.live.parameters[name] for name in start}
+
+    def kept(self, phi: Params) -> Params:  # noqa: D102
+        if any(leaf is not self.live.parameters[name] for name, leaf in phi.items()):
+            return phi
+        copy = tree.clone(tree.detach(phi))
+        self.held[:] = [copy]
+        return copy
 
     def count(self, gradients: int) -> None:  # noqa: D102
         self.tally.gradients += gradients
@@ -163,8 +173,8 @@ class LiveLosses(InnerGradients):
         return self.live.over_ranks(torch.stack(parts).sum())
 
     def _load(self, phi: Params) -> None:
-        if not (self.begun and self.begun.pop() is phi):
-            self.live.load(phi)
+        known = bool(self.held) and self.held.pop() is phi
+        self.live.load({} if known else phi)  # what was made of the parameters before is out of date all the same
 
     def _is_theta(self, phi: Params) -> bool:
         return all(leaf is self.live.values[name] for name, leaf in phi.items())

@@ -51,7 +51,7 @@ class Solver(Protocol):
         ...
 
     def point(self, state: Any) -> Params:
-        """The current iterate."""
+        """The current iterate: it may be what the next step writes to."""
         ...
 
     def finished(self, state: Any) -> bool:
@@ -85,11 +85,13 @@ def solve(solver: Solver, energy: Energy, start: Params, observe: Observer | Non
         observe(0, start)
     begun = [solver.init(energy, start, schedule.plan)]
     state = advance(solver, energy, schedule, begun.pop(), range(solver.steps), observe)
-    return Solution(solver.point(state), schedule)
+    return Solution(energy.losses.kept(solver.point(state)), schedule)
 
 
 def replay(solver: Solver, energy: Energy, start: Params, schedule: Schedule) -> Params:
     """Solve a problem by a schedule: its number of steps, step sizes, decisions; fresh state.
+
+    What it returns may be in the live module, where it stays until other parameters are loaded.
 
     Args:
         solver: The solver that made ``schedule``.
