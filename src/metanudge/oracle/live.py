@@ -155,6 +155,7 @@ class LiveLosses(InnerGradients):
                     (weight * share * loss).backward()  # type: ignore[no-untyped-call]
                 value = share * loss.detach()
                 losses[role] = losses[role] + value if role in losses else value
+                self._part(wanted)
                 self._widen(wanted, sums)
         require_gradient(sums.get(name, self.live.parameters[name].grad) for name in wanted)
         self.tally.gradients += len(losses)
@@ -208,6 +209,22 @@ class LiveLosses(InnerGradients):
                 return scalar_loss(function, self.live.model, given)
 
         return self.norm.evaluate(role, function, self.losses[Role.SUPPORT], at)
+
+    def _part(self, wanted: tuple[str, ...]) -> None:
+        """Give every parameter a gradient of its own, to which can be added.
+
+        Of two views that are added, autograd makes gradients in one memory, and what the next ``.backward()`` adds to
+        one it then adds to both. (Sharded ones are parts that FSDP2 has cut itself.)
+        """
+        places: set[int] = set()
+        for name in wanted:
+            parameter = self.live.parameters[name]
+            if parameter.grad is None or hasattr(parameter.grad, "full_tensor"):
+                continue
+            place = parameter.grad.untyped_storage().data_ptr()
+            if place in places:
+                parameter.grad = parameter.grad.clone()
+            places.add(place)
 
     def _widen(self, wanted: tuple[str, ...], sums: Params) -> None:
         """Where gradients of less precision than float32 are to be added up, add them up in float32."""
