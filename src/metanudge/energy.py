@@ -105,13 +105,17 @@ class Energy:
 
     def gradient(self, phi: Params, step: int) -> Params:
         """∂E/∂φ = ∇f̂ + ν ∇f + λ (φ - θ)."""
-        return self.total(self.pull(phi, step), phi)
+        return self._total(self.pull(phi, step), phi, self.losses.plus)
 
     def total(self, pull: Params, phi: Params) -> Params:
-        """∂E/∂φ from ∇f̂ + ν ∇f, which is emptied. Where φ is θ itself, as solves begin, the spring is slack."""
+        """∂E/∂φ from ∇f̂ + ν ∇f, which stays as it is."""
+        return self._total(dict(pull), phi, Tensor.add)
+
+    def _total(self, pull: Params, phi: Params, plus: Callable[..., Tensor]) -> Params:
+        """The sum, and ``pull`` is emptied. Where φ is θ itself, as solves begin, the spring is slack."""
 
         def of(force: Tensor, p: Tensor, t: Tensor) -> Tensor:
-            return force if p is t else force.add(p - t, alpha=self.prox)
+            return force if p is t else plus(force, p - t, alpha=self.prox)
 
         return tree.spend(of, pull, phi, self.theta)
 

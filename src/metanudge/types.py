@@ -232,6 +232,10 @@ class InnerGradients(Protocol):
         """Gradient in ``phi`` of a weighted sum; ``step`` selects the random state, the same for every node."""
         ...
 
+    def plus(self, gradient: Tensor, more: Tensor, alpha: float) -> Tensor:
+        """``gradient + alpha * more``, in the place of ``gradient``, a leaf of what ``gradient`` gave, if it may be."""
+        return gradient.add(more, alpha=alpha)
+
     def inner(self, a: Params, b: Params) -> Tensor:
         """Inner product over parameters, one number a lane: ``[*L]``."""
         return self.added([self.share(a[name], b[name]) for name in a])
