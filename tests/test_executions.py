@@ -9,7 +9,19 @@ import torch
 
 import metanudge as mn
 from metanudge.types import Role
-from problems import ESTIMATORS, ONE_SIDED, PROBLEMS, SOLVERS, Problem, distance, estimate, flat_gradient, single_tasks
+from problems import (
+    ESTIMATORS,
+    ONE_SIDED,
+    PROBLEMS,
+    SOLVERS,
+    Problem,
+    distance,
+    estimate,
+    flat_gradient,
+    normal,
+    single_tasks,
+    squared_error,
+)
 
 
 def coarse(estimator: object) -> object:
@@ -44,6 +56,29 @@ def test_both_executions_agree(name: str, solver: str, problem: str) -> None:
     made, estimator = PROBLEMS[problem](), coarse(ESTIMATORS[name])
     stacked, live = (estimate(made, estimator, SOLVERS[solver], execution=e) for e in ("vectorized", "in_place"))
     assert distance(stacked, live) < 1e-12
+
+
+@pytest.mark.parametrize("microbatch", [None, 3])
+@pytest.mark.parametrize("estimator", [mn.FOBMAML(nu=0.1), mn.FOBMAML(nudge="full", nu=0.1)])
+def test_parameters_to_which_autograd_gives_one_gradient(estimator: mn.FOBMAML, microbatch: int | None) -> None:
+    """The sum of two views: PyTorch would add the next gradient to both at once, twice."""
+
+    class Sum(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = (torch.nn.Parameter(torch.ones(4).double()) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ (self.one.view(4, 1) + self.other.view(4, 1))
+
+    g = torch.Generator().manual_seed(1)
+    tasks = mn.Tasks(*(mn.Batch(normal(g, 1, 8, 4), normal(g, 1, 8, 1)) for _ in range(2)))
+    solver, found = SOLVERS["gradient_descent"], []
+    for settings in ({"execution": "vectorized"}, {"execution": "in_place", "microbatch": microbatch}):
+        learner = mn.MetaLearner(Sum(), squared_error, solver=solver, estimator=estimator, **settings)
+        learner.backward(tasks)
+        found.append(flat_gradient(learner.model))
+    assert distance(*found) < 1e-12
 
 
 def both_steps(made: Problem, estimator: object, solver: object) -> list[mn.MetaStep]:

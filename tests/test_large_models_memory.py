@@ -221,6 +221,18 @@ def test_autocast_around_the_step(estimator: object) -> None:
     assert narrow_error(torch.float32, estimator, around=True) < 0.06
 
 
+def test_autocast_around_steps_of_a_torch_optimizer() -> None:
+    """Losses at its last point are not those of the casts at the one before, though nothing is loaded in between."""
+    losses = []
+    for solver in (mn.GradientDescent(1, lr=0.1), sgd(1)):
+        model = deep()
+        model.load_state_dict({name: torch.eye(WIDTH) for name in model.state_dict()})
+        learner = mn.MetaLearner(model, squared_error, solver=solver, estimator=LEAN, execution="in_place")
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(learner.backward(vectors(1)).support_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 @pytest.mark.parametrize("estimator", [mn.FOBMAML(nudge="full", nu=0.1), mn.FOBMAML()], ids=["full", "default"])
 def test_autocast_within_the_loss(estimator: object) -> None:
     assert narrow_error(torch.float32, estimator, around=False) < 0.06

@@ -45,6 +45,9 @@ class Plain:
         value = torch.stack([f(phi["phi"][i, 0]) for i, f in enumerate(self.support)]).unsqueeze(1)
         return value.detach(), self.gradient({role: 1.0}, phi, step)
 
+    def plus(self, gradient: Tensor, more: Tensor, alpha: float) -> Tensor:
+        return gradient.add(more, alpha=alpha)
+
     def inner(self, a: Params, b: Params) -> Tensor:
         return (a["phi"] * b["phi"]).sum(-1)
 

@@ -6,6 +6,7 @@ Factors are powers of two, so that floating point numbers scale exactly.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import metanudge as mn
 from metanudge.energy import Energy
 from metanudge.tasks import logistic, logistic_loss
+from metanudge.types import InnerGradients
 
 TASKS = logistic(3, features=4, shots=12, queries=12)
 EXECUTIONS = ["vectorized", "in_place"]
@@ -296,9 +298,12 @@ def test_two_gradients_of_bfloat16_added_up_in_float32(estimator: object) -> Non
 def test_a_gradient_of_round_off_in_bfloat16_touches_nothing() -> None:
     """Though it was added up in float32."""
 
-    class Losses:
-        def inner(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
-            return torch.stack([(a[name].float() * b[name].float()).sum() for name in a]).sum()
+    class Losses(InnerGradients):
+        def share(self, a: Tensor, b: Tensor) -> Tensor:
+            return (a.float() * b.float()).sum()
+
+        def added(self, shares: Sequence[Tensor]) -> Tensor:
+            return torch.stack([*shares]).sum()
 
     theta = {"weight": torch.ones(100).bfloat16(), "bias": torch.full((10,), 100.0).bfloat16()}
     gradient = {"weight": torch.ones(100), "bias": torch.full((10,), 1e-3)}

@@ -174,7 +174,7 @@ def add_to_grad(model: nn.Module, mean: FiniteMean) -> float:
     parameters, squares = dict(model.named_parameters()), []
     with torch.no_grad():
         for name, leaf in mean.spend():
-            squares.append(whole(leaf.double().square().sum()))
+            squares.append(whole(torch.linalg.vector_norm(leaf, dtype=torch.float64)).square())
             parameter = parameters[name]
             if parameter.grad is None:
                 parameter.grad = leaf.to(parameter.dtype)

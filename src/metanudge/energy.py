@@ -23,7 +23,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from torch import Tensor, stack, where
+from torch import Tensor, where
 
 from metanudge import tree
 from metanudge.types import InnerGradients, LossGradients, Params, PyTree, Role
@@ -97,7 +97,7 @@ class Energy:
         return tree.spend(lambda p, t: self._spring(t, p), phi, self.theta)
 
     def _spring(self, end: Tensor, centre: Tensor) -> Tensor:
-        return self.prox * (end - centre)
+        return (end - centre).mul_(self.prox)
 
     def forces(self, phi: Params, step: int) -> tuple[Params, Params]:
         """The two parts of ∂E/∂φ, which balance at the solution."""
@@ -105,11 +105,19 @@ class Energy:
 
     def gradient(self, phi: Params, step: int) -> Params:
         """∂E/∂φ = ∇f̂ + ν ∇f + λ (φ - θ)."""
-        return self.total(self.pull(phi, step), phi)
+        return self._total(self.pull(phi, step), phi, self.losses.plus)
 
     def total(self, pull: Params, phi: Params) -> Params:
-        """∂E/∂φ from ∇f̂ + ν ∇f, which is emptied."""
-        return tree.spend(lambda force, p, t: force.add(p - t, alpha=self.prox), pull, phi, self.theta)
+        """∂E/∂φ from ∇f̂ + ν ∇f, which stays as it is."""
+        return self._total(dict(pull), phi, Tensor.add)
+
+    def _total(self, pull: Params, phi: Params, plus: Callable[..., Tensor]) -> Params:
+        """The sum, and ``pull`` is emptied. Where φ is θ itself, as solves begin, the spring is slack."""
+
+        def of(force: Tensor, p: Tensor, t: Tensor) -> Tensor:
+            return force if p is t else plus(force, p - t, alpha=self.prox)
+
+        return tree.spend(of, pull, phi, self.theta)
 
     def relative_residual(self, pull: Params, push: Params) -> Tensor:
         """How far the two forces are from balance: ||p + q|| / (||p|| + ||q||) in [0, 1]; 0 solved, 1 not begun.
@@ -121,12 +129,12 @@ class Energy:
     def balance(self, pull: Params, phi: Params) -> Balance:
         """The relative residual and what it is made of, leaf by leaf: no copy of the parameters is made."""
 
-        def norms(name: str) -> list[Tensor]:
-            force, way = {name: pull[name]}, {name: phi[name] - self.theta[name]}
-            rest = tree.axpy(self.prox, way, force)
-            return [self.losses.inner(leaf, leaf) for leaf in (rest, force, way)]
+        def squares(name: str) -> list[Tensor]:
+            force, way = pull[name], phi[name] - self.theta[name]
+            rest = force.add(way, alpha=self.prox)
+            return [self.losses.share(leaf, leaf) for leaf in (rest, force, way)]
 
-        rest, forward, way = (stack(column).sum(0).sqrt() for column in zip(*map(norms, pull), strict=True))
+        rest, forward, way = (self.losses.added(column).sqrt() for column in zip(*map(squares, pull), strict=True))
         return Balance(self._ratio(rest, forward, self.prox * way), forward, way)
 
     def touched(self, a: Params, by: Params, norm: Tensor) -> Tensor:
@@ -140,10 +148,10 @@ class Energy:
         least = tree.round_off(self.theta) ** (2 / 3) / number**0.5 * norm
 
         def square(name: str) -> Tensor:
-            part = tree.touched({name: a[name]}, {name: by[name]}, least)
-            return self.losses.inner(part, part)
+            part = tree.touched(a[name], by[name], least)
+            return self.losses.share(part, part)
 
-        return stack([square(name) for name in by if name in a]).sum(0).sqrt()
+        return self.losses.added([square(name) for name in by if name in a]).sqrt()
 
     def length(self, phi: Params, gradient: Params, norm: Tensor, reach: Tensor, start_loss: Tensor) -> Tensor:
         r"""What is far for φ, in its own unit, ``[*L]``: displacements are measured by it.

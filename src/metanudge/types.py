@@ -7,7 +7,7 @@ in-place execution solves one problem at a time and has no lane axes. Below, ``[
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -232,8 +232,20 @@ class InnerGradients(Protocol):
         """Gradient in ``phi`` of a weighted sum; ``step`` selects the random state, the same for every node."""
         ...
 
+    def plus(self, gradient: Tensor, more: Tensor, alpha: float) -> Tensor:
+        """``gradient + alpha * more``, in the place of ``gradient``, a leaf of what ``gradient`` gave, if it may be."""
+        return gradient.add(more, alpha=alpha)
+
     def inner(self, a: Params, b: Params) -> Tensor:
         """Inner product over parameters, one number a lane: ``[*L]``."""
+        return self.added([self.share(a[name], b[name]) for name in a])
+
+    def share(self, a: Tensor, b: Tensor) -> Tensor:
+        """That of one leaf; of a sharded one, this rank's part."""
+        ...
+
+    def added(self, shares: Sequence[Tensor]) -> Tensor:
+        """The inner product, from the shares of all leaves, ``[*L]``."""
         ...
 
     def fused(self, name: Hashable, function: Callable[[InnerGradients, PyTree], PyTree], given: PyTree) -> PyTree:

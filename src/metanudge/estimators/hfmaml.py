@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -66,8 +67,11 @@ class TwoGradientLosses(InnerGradients):
         )
         return dict(zip(names, gradient, strict=True))
 
-    def inner(self, a: Params, b: Params) -> Tensor:  # noqa: D102
-        return self.energy.losses.inner(a, b)
+    def share(self, a: Tensor, b: Tensor) -> Tensor:  # noqa: D102
+        return self.energy.losses.share(a, b)
+
+    def added(self, shares: Sequence[Tensor]) -> Tensor:  # noqa: D102
+        return self.energy.losses.added(shares)
 
     def steppable(self, start: Params) -> Params:  # noqa: D102
         return self.energy.losses.steppable(start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,8 +31,11 @@ class Linearized(InnerGradients):
         image = self.product(phi)
         return {name: image[name] + self.slope[name] for name in phi}
 
-    def inner(self, a: Params, b: Params) -> Tensor:  # noqa: D102
-        return self.losses.inner(a, b)
+    def share(self, a: Tensor, b: Tensor) -> Tensor:  # noqa: D102
+        return self.losses.share(a, b)
+
+    def added(self, shares: Sequence[Tensor]) -> Tensor:  # noqa: D102
+        return self.losses.added(shares)
 
     def steppable(self, start: Params) -> Params:  # noqa: D102
         return {name: torch.nn.Parameter(leaf.detach().clone()) for name, leaf in start.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -45,6 +45,7 @@ class LiveLosses(InnerGradients):
         norm: What BatchNorm layers normalise by.
         means: Whose losses have been seen to be no sums over the examples, where pieces are averaged.
         passed: f̂(θ), once it was seen, by a gradient there as a rule, so that no forward pass more is spent on it.
+        held: Where a solve begins, which the module is known to hold until something is evaluated.
     """
 
     live: LiveModule
@@ -59,6 +60,7 @@ class LiveLosses(InnerGradients):
     means: set[Role]
     shared: Params = field(init=False)
     passed: list[Tensor] = field(init=False, default_factory=list)
+    held: list[Params] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         shared = {name: self.live.parameters[name].detach() for name in self.shared_names}
@@ -81,7 +83,7 @@ class LiveLosses(InnerGradients):
         return self._value(function, role, phi, None)
 
     def loss(self, role: Role, phi: Params) -> Tensor:  # noqa: D102
-        if role is not Role.SUPPORT or any(leaf is not self.live.values[name] for name, leaf in phi.items()):
+        if role is not Role.SUPPORT or not self._is_theta(phi):
             return self._value(self.losses[role], role, phi, self.microbatch)
         if not self.passed:
             self.passed.append(self._value(self.losses[role], role, phi, self.microbatch))
@@ -96,13 +98,18 @@ class LiveLosses(InnerGradients):
     def spread(self, params: Params) -> Params:  # noqa: D102
         return params
 
-    def inner(self, a: Params, b: Params) -> Tensor:  # noqa: D102
-        products = [(a[name].to(accumulator(a[name].dtype)) * b[name]).sum() for name in a]
-        sharded = [product for product in products if hasattr(product, "full_tensor")]
+    def plus(self, gradient: Tensor, more: Tensor, alpha: float) -> Tensor:  # noqa: D102
+        return gradient.add_(more, alpha=alpha)  # nobody else has it, as _part and _taken see to
+
+    def share(self, a: Tensor, b: Tensor) -> Tensor:  # noqa: D102
+        return (a.to(accumulator(a.dtype)) * b).sum()
+
+    def added(self, shares: Sequence[Tensor]) -> Tensor:  # noqa: D102
+        plain = [share for share in shares if not hasattr(share, "full_tensor")]
+        sharded = [share for share in shares if hasattr(share, "full_tensor")]
         if sharded:
-            products = [product for product in products if not hasattr(product, "full_tensor")]
-            products.append(whole(reduce(torch.add, sharded)))  # over the ranks once
-        return torch.stack(products).sum()
+            plain.append(whole(reduce(torch.add, sharded)))  # over the ranks once
+        return torch.stack(plain).sum()
 
     def stencil_sums(  # noqa: D102
         self,
@@ -123,7 +130,8 @@ class LiveLosses(InnerGradients):
         return totals
 
     def steppable(self, start: Params) -> Params:  # noqa: D102
-        self.live.load(start)
+        self._load(start)
+        self.held.append(start)
         return {name: self.live.parameters[name] for name in start}
 
     def count(self, gradients: int) -> None:  # noqa: D102
@@ -133,7 +141,7 @@ class LiveLosses(InnerGradients):
         self, weights: Weights, phi: Params, wanted: tuple[str, ...], step: int, minibatch: int = 0
     ) -> tuple[Tensor, Params]:
         """One ``.backward()`` a piece of a loss, so that its activations alone are alive; ``.grad`` adds them up."""
-        self.live.load(phi)
+        self._load(phi)
         self.live.watch(wanted)
         losses: dict[Role, Tensor] = {}
         sums: Params = {}
@@ -146,16 +154,17 @@ class LiveLosses(InnerGradients):
                     (weight * share * loss).backward()  # type: ignore[no-untyped-call]
                 value = share * loss.detach()
                 losses[role] = losses[role] + value if role in losses else value
+                self._part(wanted)
                 self._widen(wanted, sums)
         require_gradient(sums.get(name, self.live.parameters[name].grad) for name in wanted)
         self.tally.gradients += len(losses)
-        if step == minibatch == 0 and Role.SUPPORT in losses and not self.passed and self.live.untouched():
-            self.passed.append(losses[Role.SUPPORT])
+        if step == minibatch == 0 and Role.SUPPORT in losses and not self.passed and self._is_theta(phi):
+            self.passed.append(self.live.over_ranks(losses[Role.SUPPORT]))
         total = self.live.over_ranks(sum_of(weights, losses))
         return total, {name: sums[name] if name in sums else self._taken(name) for name in wanted}
 
     def _value(self, function: LossFunction, role: Role, phi: Params, microbatch: int | None) -> Tensor:
-        self.live.load(phi)
+        self._load(phi)
         with torch.no_grad():
             parts = [
                 share * self._evaluate(function, role, batch, 0, 0)
@@ -190,6 +199,13 @@ class LiveLosses(InnerGradients):
                 '.mean() (reduction="mean"), or leave microbatch out'
             )
 
+    def _load(self, phi: Params) -> None:
+        known = bool(self.held) and self.held.pop() is phi
+        self.live.load({} if known else phi)  # what was made of the parameters before is out of date all the same
+
+    def _is_theta(self, phi: Params) -> bool:
+        return all(leaf is self.live.values[name] for name, leaf in phi.items())
+
     def _pieces(self, role: Role, step: int, minibatch: int, microbatch: int | None) -> Iterator[tuple[Batch, float]]:
         """The batch of an evaluation in pieces, and its random state."""
         yield from pieces(self._batch(role, step, minibatch), microbatch)
@@ -220,6 +236,22 @@ class LiveLosses(InnerGradients):
 
         return self.norm.evaluate(role, function, self.losses[Role.SUPPORT], at)
 
+    def _part(self, wanted: tuple[str, ...]) -> None:
+        """Give every parameter a gradient of its own, to which can be added.
+
+        Of two views that are added, autograd makes gradients in one memory, and what the next ``.backward()`` adds to
+        one it then adds to both. (Sharded ones are parts that FSDP2 has cut itself.)
+        """
+        places: set[int] = set()
+        for name in wanted:
+            parameter = self.live.parameters[name]
+            if parameter.grad is None or hasattr(parameter.grad, "full_tensor"):
+                continue
+            place = parameter.grad.untyped_storage().data_ptr()
+            if place in places:
+                parameter.grad = parameter.grad.clone()
+            places.add(place)
+
     def _widen(self, wanted: tuple[str, ...], sums: Params) -> None:
         """Where gradients of less precision than float32 are to be added up, add them up in float32."""
         for name in wanted:
@@ -231,7 +263,7 @@ class LiveLosses(InnerGradients):
         """The gradient ``.backward()`` left; the module forgets it, so that the next one can not write into it."""
         parameter = self.live.parameters[name]
         gradient, parameter.grad = parameter.grad, None
-        return torch.zeros_like(parameter) if gradient is None else gradient
+        return torch.zeros_like(parameter, dtype=accumulator(parameter.dtype)) if gradient is None else gradient
 
 
 def _accumulate(sums: Params, name: str, leaf: Tensor, weight: float) -> None:

@@ -5,7 +5,7 @@ The derivative is taken outside the vmap by ordinary autograd, which runs no fun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -109,9 +109,11 @@ class StackedLosses(InnerGradients):
     def spread(self, params: Params) -> Params:  # noqa: D102
         return self._lanes(params, 1)
 
-    def inner(self, a: Params, b: Params) -> Tensor:  # noqa: D102
-        products = [(a[name] * b[name]).sum(-1) for name in a]
-        return torch.stack(products).sum(0) if len(products) > 1 else products[0]
+    def share(self, a: Tensor, b: Tensor) -> Tensor:  # noqa: D102
+        return (a * b).sum(-1)
+
+    def added(self, shares: Sequence[Tensor]) -> Tensor:  # noqa: D102
+        return torch.stack([*shares]).sum(0) if len(shares) > 1 else shares[0]
 
     def stencil_sums(  # noqa: D102
         self,

@@ -180,7 +180,7 @@ class Nesterov:
     ) -> tuple[Params, Params, tuple[Tensor, Params] | None, Decision]:
         """The next x and y, L and ∇f̂(y), and what was decided."""
         pull = energy.pull(y, index)
-        gradient = energy.total(dict(pull), y)
+        gradient = energy.total(pull, y)
         constant = None if plan is None else plan.constant
         if plan is not None and last is not None:
             constant = _raised(energy, plan, Secant(*last), y, pull)

@@ -17,10 +17,11 @@ from metanudge.types import Need, Params, Schedule
 
 
 class State(NamedTuple):
-    """The optimizer and the live parameters it steps."""
+    """The optimizer, the live parameters it steps, and what they hold: at first the start itself, later themselves."""
 
     optimizer: torch.optim.Optimizer
     phi: Params
+    held: Params
 
 
 @dataclass(frozen=True)
@@ -89,17 +90,17 @@ class TorchOptimizer:
             raise SettingsError(
                 "the factory of TorchOptimizer must put the parameters it is given, and no others, into its optimizer"
             )
-        return State(optimizer, phi)
+        return State(optimizer, phi, start)
 
     def step(self, energy: Energy, plan: None, state: State, index: int, decision: None) -> tuple[State, None]:
         """One step of the optimizer."""
-        gradient = energy.gradient(state.phi, index)
+        gradient = energy.gradient(state.held, index)
         for name, parameter in state.phi.items():
             parameter.grad = gradient.pop(name).to(parameter.dtype)
         state.optimizer.step()
         for parameter in state.phi.values():
             parameter.grad = None
-        return state, None
+        return state._replace(held=state.phi), None
 
     def settle(self, schedule: Schedule, steps: int) -> Schedule:
         """The same steps everywhere."""
