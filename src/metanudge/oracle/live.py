@@ -158,7 +158,8 @@ class LiveLosses(InnerGradients):
                 self._widen(wanted, sums)
         require_gradient(sums.get(name, self.live.parameters[name].grad) for name in wanted)
         self.tally.gradients += len(losses)
-        if step == minibatch == 0 and Role.SUPPORT in losses and not self.passed and self._is_theta(phi):
+        first = step == minibatch == 0 and Role.SUPPORT in losses and not self.passed
+        if first and (self._is_theta(phi) or self.live.untouched()):  # the latter compares all of them
             self.passed.append(self.live.over_ranks(losses[Role.SUPPORT]))
         total = self.live.over_ranks(sum_of(weights, losses))
         return total, {name: sums[name] if name in sums else self._taken(name) for name in wanted}

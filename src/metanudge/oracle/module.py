@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metanudge.oracle.common import accumulator, whole
+from metanudge.oracle.common import accumulator, is_sharded, whole
 from metanudge.oracle.written import Written
 from metanudge.types import Params
 
@@ -72,6 +72,13 @@ class LiveModule:
                 if value is not self.parameters[name]:
                     self.parameters[name].copy_(value)
         torch.clear_autocast_cache()
+
+    def untouched(self) -> bool:
+        """Whether the adapted parameters are what they were; of sharded ones, where a rank sees a part, no."""
+        if is_sharded(self.model):
+            return False
+        pairs = [(self.parameters[name], value) for name, value in self.values.items()]
+        return bool(torch.stack([(now == before.to(now.dtype)).all() for now, before in pairs]).all())
 
     def watch(self, wanted: Sequence[str]) -> None:
         """Let ``.backward()`` fill the gradients of ``wanted``, and, unless FSDP2 manages them, of nothing else."""
