@@ -93,7 +93,7 @@ class Call(nn.Module):
         return other
 
 
-_UNABLE = re.compile("vmap|batching rule|data pointer of Tensor|no available kernel|correctly aligned", re.IGNORECASE)
+_UNABLE = re.compile("vmap|batching rule|data pointer of Tensor|no available kernel|no viable backend", re.IGNORECASE)
 
 
 @contextmanager

@@ -78,7 +78,7 @@ class StepsSettings:
 
 @dataclass(frozen=True)
 class OnGpu(StepsSettings):
-    """Of a size that keeps a GPU busy; 20 steps of MAML fit into 80 GB."""
+    """Wider, with more examples."""
 
     limits: dict[str, int] = field(
         default_factory=lambda: (
@@ -87,7 +87,7 @@ class OnGpu(StepsSettings):
         )
     )
     width: int = 128
-    examples: int = 2**17
+    examples: int = 2**15
     measuring: Measuring = field(default_factory=lambda: Measuring(budget=0.5, judged_budget=4.0))
     device: Device = "cuda"
 
