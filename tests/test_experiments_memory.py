@@ -229,7 +229,7 @@ def test_a_study_of_a_gpu(monkeypatch):
         return prepare(inner, steps)
 
     monkeypatch.setitem(CANDIDATES, "maml", CANDIDATES["maml"]._replace(prepare=full))
-    settings = {"steps": (1, 4), "limits": {}, "compared": 1, "width": 4, "depth": 2, "examples": 16}
+    settings = {"steps": (1, 4), "limits": {}, "compared": 4, "width": 4, "depth": 2, "examples": 16}
     study = on_gpu(monkeypatch, "steps", **settings)
     assert study.name == "steps_gpu"
     assert set(study.figures) == {"steps_gpu"}
@@ -237,8 +237,16 @@ def test_a_study_of_a_gpu(monkeypatch):
     assert study.metrics["out_of_memory"] == {"maml": {"4": 2**30}}
     assert "On one GPU of a test" in study.summary
     assert "In its 1 GiB there was no room for MAML (unrolled) at 4." in study.summary
-    assert [claim.holds for claim in study.claims[:2]] == [True, False]
+    assert [claim.holds for claim in study.claims[:2]] == [True, True]
+    assert study.claims[1].measured == f"more than the {2**30 / 7:.1f} times that there is room for"
     assert "allocated +0.000 MiB" in study.claims[0].measured
+
+
+def test_where_nothing_has_room_no_claim_holds():
+    empty = {"peak_bytes": {}, "out_of_memory": {name: {"1": MIB, "20": MIB} for name in ("plain", "fobmaml", "maml")}}
+    found = [*steps.claims(empty, steps.StepsSettings(steps=(1, 20))), memory_claim(empty, "1", "here")]
+    assert not any(claim.holds for claim in found)
+    assert all("no room" in claim.measured for claim in found)
 
 
 def test_only_what_is_adapted_is_counted_as_a_copy():

@@ -307,28 +307,65 @@ def test_a_microbatch_takes_what_has_no_axis_whole() -> None:
     assert distance(*found) < 1e-9
 
 
+def summed(model: nn.Module, batch: mn.Batch) -> Tensor:
+    return (model(batch.inputs) - batch.targets).square().sum()
+
+
 @pytest.mark.parametrize("where", ["support", "query"])
-@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_a_loss_that_adds_up_is_refused_with_microbatches(size: int, where: str) -> None:
-    """Not silently divided by the number of pieces; and not where the whole batch is one piece."""
-
-    def summed(model: nn.Module, batch: mn.Batch) -> Tensor:
-        return (model(batch.inputs) - batch.targets).square().sum()
-
+    """Not silently divided by the number of pieces."""
     model, data = network(), vectors(2, size=7, width=6, dtype=DTYPE)
     losses = (summed, squared_error) if where == "support" else (squared_error, summed)
     solver = mn.GradientDescent(2, lr=1e-3)
+    learner = mn.MetaLearner(model, losses[0], query_loss=losses[1], solver=solver, microbatch=size)
     for _ in range(2):  # again at every call
-        learner = mn.MetaLearner(model, losses[0], query_loss=losses[1], solver=solver, microbatch=size)
         with pytest.raises(mn.LossError, match=f"the {where} loss adds up over the examples .*microbatch.*mean"):
             learner.backward(data)
     assert all(parameter.grad is None for parameter in model.parameters())
-    mn.MetaLearner(model, losses[0], query_loss=losses[1], solver=solver, execution="in_place").backward(data)
 
 
-def test_a_loss_of_one_example_is_not_taken_for_a_sum() -> None:
-    data = vectors(2, size=1, width=6, dtype=DTYPE)
-    assert distance(gradient(data, microbatch=2), gradient(data)) < 1e-12
+def test_a_loss_that_adds_up_may_where_there_is_one_piece() -> None:
+    data, found = vectors(2, size=7, width=6, dtype=DTYPE), []
+    for microbatch in (None, 7):
+        torch.manual_seed(7)
+        model = network()
+        settings = {"solver": mn.GradientDescent(2, lr=1e-3), "execution": "in_place", "microbatch": microbatch}
+        mn.MetaLearner(model, summed, **settings).backward(data)
+        found.append(flat_gradient(model))
+    assert torch.equal(*found)
+
+
+def test_means_are_not_taken_for_sums() -> None:
+    """Though half a batch may count for nothing, and a loss may differentiate on its own."""
+
+    def masked(model: nn.Module, batch: mn.Batch) -> Tensor:
+        kept = (batch.inputs[:, 0] > 0).to(DTYPE)
+        return ((model(batch.inputs) - batch.targets).square().mean(-1) * kept).sum() / kept.sum().clamp_min(1)
+
+    def penalised(model: nn.Module, batch: mn.Batch) -> Tensor:
+        x = batch.inputs.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return squared_error(model, batch) + slope.square().mean()
+
+    data = vectors(2, size=8, width=6, dtype=DTYPE)
+    data.support.inputs[..., 0] = torch.tensor([1.0, 1, 0, 0, 1, 0, 1, 0])  # the first piece has a half of nothing
+    for loss in (masked, penalised):
+        settings = {"solver": mn.GradientDescent(2, lr=1e-3), "microbatch": 4}
+        assert mn.MetaLearner(network(), loss, **settings).backward(data).dropped_tasks == 0
+
+
+def test_what_the_check_of_sums_casts_is_not_kept() -> None:
+    """Autocast would give the first gradient the casts of a forward pass whose graph is gone."""
+    found = []
+    for microbatch in (None, 4):
+        torch.manual_seed(7)
+        model, data = network().float(), vectors(2, size=8, width=6)
+        settings = {"solver": mn.GradientDescent(2, lr=0.1), "estimator": mn.FOMAML(), "execution": "in_place"}
+        with torch.autocast("cpu", torch.bfloat16):
+            mn.MetaLearner(model, squared_error, microbatch=microbatch, **settings).backward(data)
+        found.append(flat_gradient(model))
+    assert distance(*found) < 0.02
 
 
 def test_dropout_is_matched_over_microbatches() -> None:

@@ -373,6 +373,21 @@ def test_devices_that_processes_can_not_share(device: str, words: str, monkeypat
     assert not distributed.is_initialized()
 
 
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl")])
+def test_ranks_of_a_command_reach_its_devices(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts on the CPU, and sums on the model's device."""
+    asked = []
+    monkeypatch.setattr("metanudge.ranks.processes", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda place: None)
+    monkeypatch.setattr(distributed, "init_process_group", lambda backend=None: asked.append(backend))
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with joined(device):
+        pass
+    assert asked == [backend]
+
+
 def test_processes_that_do_not_know_of_each_other_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metanudge.ranks.processes", lambda: 4)
     with pytest.warns(UserWarning, match=r"are 4 processes.*process_group=torch\.distributed\.group\.WORLD") as caught:

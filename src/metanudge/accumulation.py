@@ -50,10 +50,9 @@ class FiniteMean:
 
         Returns which of them were kept, ``[T]``.
         """
-        valid = estimate.size.isfinite() & estimate.query_loss.isfinite() & estimate.support_loss.isfinite()
+        square = problem.losses.inner(estimate.gradient, estimate.gradient)
+        valid = square.isfinite() & estimate.query_loss.isfinite() & estimate.support_loss.isfinite()
         valid = valid & ~estimate.diverged
-        if shared := {name: estimate.gradient[name] for name in problem.losses.shared}:
-            valid = valid & problem.losses.inner(shared, shared).isfinite()
         kept = tree.tree_map(lambda leaf: leaf.where(tree.over(valid, leaf), 0.0), estimate.gradient)
         for name, leaf in named(kept).items():
             if name in self._gradient:
@@ -90,7 +89,7 @@ class FiniteMean:
         """The mean meta-gradient by parameter name; each sum is let go when it has been used."""
         kept = self.kept
         for name in list(self._gradient):
-            yield name, self._gradient.pop(name).div_(kept)
+            yield name, self._gradient.pop(name) / kept
 
     def numbers(self) -> Numbers:
         """Means over the kept tasks; of the error bound the ratio of two, ||error|| to ||g||."""

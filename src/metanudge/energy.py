@@ -108,7 +108,7 @@ class Energy:
         return self._total(self.pull(phi, step), phi, self.losses.plus)
 
     def total(self, pull: Params, phi: Params) -> Params:
-        """∂E/∂φ from ∇f̂ + ν ∇f, which stays as it is."""
+        """∂E/∂φ from ∇f̂ + ν ∇f, which stays as it is, and is what is returned where φ is θ itself."""
         return self._total(dict(pull), phi, Tensor.add)
 
     def _total(self, pull: Params, phi: Params, plus: Callable[..., Tensor]) -> Params:

@@ -185,7 +185,7 @@ class InPlace:
         losses: The user's support and query loss.
         microbatch: Most examples in a forward pass; None for all.
         norm: What BatchNorm layers normalise by.
-        means: Whose losses have been seen to be no sums over the examples, where pieces are averaged.
+        looks: How many more looks at a loss to take, to see whether it is a mean over the examples.
     """
 
     name: ClassVar[str] = "in_place"
@@ -196,7 +196,7 @@ class InPlace:
     losses: Mapping[Role, LossFunction]
     microbatch: int | None = None
     norm: BatchNorm = NONE
-    means: set[Role] = field(default_factory=set)
+    looks: dict[Role, int] = field(default_factory=dict)
 
     @contextmanager
     def lend(self, use: Use) -> Iterator[Lent]:  # noqa: D102
@@ -224,7 +224,7 @@ class InPlace:
                     random,
                     tally,
                     self.norm,
-                    self.means,
+                    self.looks,
                 )
                 yield InnerProblem(losses, theta, use.prox, round_off=spacing)
 

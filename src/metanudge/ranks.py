@@ -206,7 +206,7 @@ def joined(device: str) -> Iterator[Ranks]:
                 f"{place + 1} of them; start fewer (torchrun --nproc-per-node {max(here, 1)})"
             )
         torch.cuda.set_device(place)
-    distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
         yield Ranks(distributed.group.WORLD, ALONE.model)
     finally:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules import rnn
 
 from metanudge.errors import LossError
 from metanudge.oracle.common import scalar_loss
@@ -73,13 +74,14 @@ class Call(nn.Module):
 
         In eval mode transformers take a path of their own that has no derivative, wherever they see no parameter that
         asks for one, as behind vmap. Of a GPU's attention kernels, cuDNN's gives NaN for stacks and the
-        memory-efficient one has no gradient there: flash attention, and plain operations, are left. Convolutions of
-        stacks are matrix products where the model is compiled.
+        memory-efficient one has no gradient there: flash attention, and plain operations, are left. (The switches are
+        the process's: no other thread should call a model in the meantime.) Convolutions of stacks are matrix products
+        where the model is compiled.
         """
         before = [enabled() for enabled, _ in _NOT_FOR_STACKS]
-        for _, enable in _NOT_FOR_STACKS:
-            enable(False)
         try:
+            for _, enable in _NOT_FOR_STACKS:
+                enable(False)
             with MatrixConvolutions() if self.steady else nullcontext():
                 yield
         finally:
@@ -116,10 +118,10 @@ _NUMBER = (
 
 def _does(error: RuntimeError) -> str:
     """What vmap can not run, and what to do about it; nothing that would be refused in place again."""
-    said, in_cudnn = str(error), traceback.extract_tb(error.__traceback__)[-1].filename.endswith("rnn.py")
+    said, frame = str(error), traceback.extract_tb(error.__traceback__)[-1]
     if "item()" in said:
         return f"calls .item(), float(), int() or .tolist() to take a number {_NUMBER}"
-    if "data pointer" in said and not in_cudnn:
+    if "data pointer" in said and frame.filename != rnn.__file__:  # cuDNN's recurrent layers say the same
         return f"calls .numpy() to take an array {_NUMBER}, and .detach() before .numpy()"
     if "control flow" in said:
         return (

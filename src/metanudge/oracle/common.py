@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,6 +76,7 @@ def same_modes(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@cache
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """What sums over tensors of ``dtype`` are kept in: float32 for those of less precision."""
     return torch.promote_types(dtype, torch.float32)

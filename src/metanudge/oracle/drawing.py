@@ -44,15 +44,16 @@ _DROPOUT, _ATTENTION = F.dropout, F.scaled_dot_product_attention
 
 @contextmanager
 def _replaced() -> Iterator[None]:
+    before = F.dropout, F.scaled_dot_product_attention
     F.dropout, F.scaled_dot_product_attention = dropout, attention_of_torch
     try:
         yield
     finally:
-        F.dropout, F.scaled_dot_product_attention = _DROPOUT, _ATTENTION
+        F.dropout, F.scaled_dot_product_attention = before
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
-    """``F.dropout``, of the same draws as on a CPU."""
+    """``F.dropout``, by the operations that it is made of on a CPU."""
     return _DROPOUT(input if inplace or not training else input.clone(), p, training, inplace=True)
 
 

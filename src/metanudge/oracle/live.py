@@ -28,6 +28,9 @@ from metanudge.oracle.mismatch import told_of_misfits
 from metanudge.oracle.module import LiveModule
 from metanudge.types import Batch, HessianProduct, InnerGradients, LossFunction, Params, Role, Tasks, Weights
 
+LOOKS = 3
+"""At a loss that tells no mean from a sum, as with dropout."""
+
 
 @dataclass(frozen=True)
 class LiveLosses(InnerGradients):
@@ -43,7 +46,7 @@ class LiveLosses(InnerGradients):
         random: Seeds.
         tally: Counter.
         norm: What BatchNorm layers normalise by.
-        means: Whose losses have been seen to be no sums over the examples, where pieces are averaged.
+        looks: How many more looks at a loss to take, to see whether it is a mean over the examples.
         passed: f̂(θ), once it was seen, by a gradient there as a rule, so that no forward pass more is spent on it.
         held: Where a solve begins, which the module is known to hold until something is evaluated.
     """
@@ -57,7 +60,7 @@ class LiveLosses(InnerGradients):
     random: RandomState
     tally: Tally
     norm: BatchNorm
-    means: set[Role]
+    looks: dict[Role, int]
     shared: Params = field(init=False)
     passed: list[Tensor] = field(init=False, default_factory=list)
     held: list[Params] = field(init=False, default_factory=list)
@@ -153,6 +156,7 @@ class LiveLosses(InnerGradients):
                     require_graph(loss)
                     (weight * share * loss).backward()  # type: ignore[no-untyped-call]
                 value = share * loss.detach()
+                del loss  # and with it its graph, before the next one is built
                 losses[role] = losses[role] + value if role in losses else value
                 self._part(wanted)
                 self._widen(wanted, sums)
@@ -174,30 +178,36 @@ class LiveLosses(InnerGradients):
         return self.live.over_ranks(torch.stack(parts).sum())
 
     def _check_mean(self, role: Role, step: int, minibatch: int) -> None:
-        """Refuse, once, a loss that adds its examples up where pieces are averaged: by one piece and its halves.
+        """Refuse a loss that adds its examples up where pieces are averaged: by one piece and its halves.
 
         Raises:
             LossError: It is a sum.
         """
-        if self.microbatch is None or role in self.means:
+        if self.microbatch is None or self.microbatch < 2 or not self.looks.get(role, LOOKS):
             return
-        self.means.add(role)
-        piece, _ = next(pieces(self._batch(role, step, minibatch), max(self.microbatch, 2)))
-        number = examples(piece)
-        if number % 2:
-            piece, _ = next(pieces(piece, max(number - 1, 1)))
-        with torch.no_grad():
-            whole, *parts = (
-                float(self._evaluate(self.losses[role], role, one, step, minibatch))
-                for one in (piece, *(half for half, _ in pieces(piece, max(number // 2, 1))))
-            )
-        summed, mean = sum(parts), sum(parts) / len(parts)
-        if len(parts) == 2 and abs(whole - summed) < 1e-3 * abs(whole) < abs(whole - mean):
-            self.means.discard(role)
+        batch = self._batch(role, step, minibatch)
+        if examples(batch) <= self.microbatch:
+            return
+        piece, _ = next(pieces(batch, self.microbatch - self.microbatch % 2))
+        halves = [half for half, _ in pieces(piece, self.microbatch // 2)]
+
+        def of(one: Batch) -> float:
+            with torch.enable_grad():  # which the loss itself may ask for
+                loss = self._evaluate(self.losses[role], role, one, step, minibatch).detach()
+            return float(self.live.over_ranks(loss))  # ranks that share the examples have to agree
+
+        whole, first, second = of(piece), *map(of, halves)
+        self.live.load({})  # what a forward pass without a backward pass leaves
+        self.looks[role] = self.looks.get(role, LOOKS) - 1
+        near = 1e-3 * abs(whole)
+        if abs(whole - (first + second) / 2) < near:
+            self.looks[role] = 0
+        elif abs(whole - first - second) < near and min(abs(first), abs(second)) > 0.1 * abs(whole):
+            self.looks[role] = LOOKS
             raise LossError(
                 f"the {role.name.lower()} loss adds up over the examples (it is {whole:.4g}, and of the two halves "
-                f"{parts[0]:.4g} and {parts[1]:.4g}), while microbatch takes the mean over pieces: reduce it with "
-                '.mean() (reduction="mean"), or leave microbatch out'
+                f"{first:.4g} and {second:.4g}), while microbatch takes the mean over pieces: reduce it with .mean() "
+                '(reduction="mean"), or leave microbatch out'
             )
 
     def _load(self, phi: Params) -> None:

@@ -17,11 +17,19 @@ from metanudge.types import Need, Params, Schedule
 
 
 class State(NamedTuple):
-    """The optimizer, the live parameters it steps, and what they hold: at first the start itself, later themselves."""
+    """An optimizer in the middle of a solve.
+
+    Attributes:
+        optimizer: Made for this solve.
+        phi: The live parameters it steps.
+        start: What they hold at the first step, unless one was written to since; at θ itself less is to be computed.
+        written: How often each had been written to then. (Fused optimizers do not count.)
+    """
 
     optimizer: torch.optim.Optimizer
     phi: Params
-    held: Params
+    start: Params
+    written: list[int]
 
 
 @dataclass(frozen=True)
@@ -90,17 +98,18 @@ class TorchOptimizer:
             raise SettingsError(
                 "the factory of TorchOptimizer must put the parameters it is given, and no others, into its optimizer"
             )
-        return State(optimizer, phi, start)
+        return State(optimizer, phi, start, _versions(phi))
 
     def step(self, energy: Energy, plan: None, state: State, index: int, decision: None) -> tuple[State, None]:
         """One step of the optimizer."""
-        gradient = energy.gradient(state.held, index)
+        at_start = index == 0 and _versions(state.phi) == state.written
+        gradient = energy.gradient(state.start if at_start else state.phi, index)
         for name, parameter in state.phi.items():
             parameter.grad = gradient.pop(name).to(parameter.dtype)
         state.optimizer.step()
         for parameter in state.phi.values():
             parameter.grad = None
-        return state._replace(held=state.phi), None
+        return state, None
 
     def settle(self, schedule: Schedule, steps: int) -> Schedule:
         """The same steps everywhere."""
@@ -113,3 +122,8 @@ class TorchOptimizer:
     def finished(self, state: State) -> bool:
         """All steps are always taken."""
         return False
+
+
+def _versions(phi: Params) -> list[int]:
+    """How often each has been written to."""
+    return [parameter._version for parameter in phi.values()]
