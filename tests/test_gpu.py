@@ -248,6 +248,15 @@ def gradient(model: nn.Module, tasks: mn.Tasks, **settings: object) -> Tensor:
     return flat_gradient(model)
 
 
+def attention(precision: torch.dtype, data: mn.Tasks) -> tuple[Attention, Tensor]:
+    """A model in that precision, and its meta-gradient by plain operations in float32."""
+    torch.manual_seed(5)
+    model, plain = Attention(precision).to(GPU), Attention(torch.float32).to(GPU)
+    plain.load_state_dict(model.state_dict())
+    with sdpa_kernel(SDPBackend.MATH):
+        return model, gradient(plain, data)
+
+
 def twice(loss: Tensor, model: nn.Module) -> None:
     """Differentiate a function of the gradient, as MAML does."""
     parameters = list(model.parameters())
@@ -266,11 +275,7 @@ def twice(loss: Tensor, model: nn.Module) -> None:
 )
 def test_attention_kernels(backend: SDPBackend, precision: torch.dtype, near: float) -> None:
     data = sequences()
-    torch.manual_seed(5)
-    model, plain = Attention(precision).to(GPU), Attention(torch.float32).to(GPU)
-    plain.load_state_dict(model.state_dict())
-    with sdpa_kernel(SDPBackend.MATH):
-        exact = gradient(plain, data)
+    model, exact = attention(precision, data)
     with sdpa_kernel(backend):
         assert distance(gradient(model, data), exact) < near
         with pytest.raises(mn.LossError, match="Use FOBMAML"):
@@ -284,11 +289,7 @@ def test_attention_kernels(backend: SDPBackend, precision: torch.dtype, near: fl
 def test_attention_in_stacks(precision: torch.dtype, near: float) -> None:
     """With what torch chooses of what runs there; and what it may choose elsewhere is as it was."""
     data = sequences()
-    torch.manual_seed(5)
-    model, plain = Attention(precision).to(GPU), Attention(torch.float32).to(GPU)
-    plain.load_state_dict(model.state_dict())
-    with sdpa_kernel(SDPBackend.MATH):
-        exact = gradient(plain, data)
+    model, exact = attention(precision, data)
     assert distance(gradient(model, data, execution="vectorized"), exact) < near
     assert torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.mem_efficient_sdp_enabled()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import metanudge as mn
 from metanudge.experiments.memory.candidates import EVERYWHERE, Inner
 from metanudge.experiments.memory.claims import memory_claim, time_claim
-from metanudge.experiments.memory.measuring import QUICK, Job, Measuring
+from metanudge.experiments.memory.measuring import BRIEF, QUICK, Job, Measuring
 from metanudge.experiments.memory.places import Device, check, finished, measure
 from metanudge.experiments.study import Advance, Study
 
@@ -61,7 +61,7 @@ class OnGpu(ChannelsSettings):
     """Larger images."""
 
     size: int = 84
-    measuring: Measuring = field(default_factory=lambda: Measuring(budget=0.5, judged_budget=4.0))
+    measuring: Measuring = BRIEF
     device: Device = "cuda"
 
 

@@ -17,7 +17,7 @@ import metanudge as mn
 from metanudge.errors import SettingsError
 from metanudge.experiments.memory.candidates import EVERYWHERE, SECOND_ORDER, Inner
 from metanudge.experiments.memory.claims import memory_claim, time_claim
-from metanudge.experiments.memory.measuring import QUICK, Job, Measuring
+from metanudge.experiments.memory.measuring import BRIEF, QUICK, Job, Measuring
 from metanudge.experiments.memory.places import Device, check, finished, measure
 from metanudge.experiments.study import Advance, Claim, Study
 
@@ -73,7 +73,7 @@ class OnGpu(LoraSettings):
     heads: int = 16
     length: int = 512
     vocabulary: int = 8192
-    measuring: Measuring = field(default_factory=lambda: Measuring(budget=0.5, judged_budget=4.0))
+    measuring: Measuring = BRIEF
     device: Device = "cuda"
 
 

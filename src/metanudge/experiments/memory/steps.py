@@ -12,7 +12,7 @@ from torch import nn
 import metanudge as mn
 from metanudge.experiments.memory.candidates import CANDIDATES, Inner
 from metanudge.experiments.memory.claims import lacking, peaks, time_claim
-from metanudge.experiments.memory.measuring import QUICK, Job, Measuring
+from metanudge.experiments.memory.measuring import BRIEF, QUICK, Job, Measuring
 from metanudge.experiments.memory.places import Device, check, finished, measure
 from metanudge.experiments.study import Advance, Claim, Study
 
@@ -88,7 +88,7 @@ class OnGpu(StepsSettings):
     )
     width: int = 128
     examples: int = 2**15
-    measuring: Measuring = field(default_factory=lambda: Measuring(budget=0.5, judged_budget=4.0))
+    measuring: Measuring = BRIEF
     device: Device = "cuda"
 
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import metanudge as mn
 from metanudge.experiments.memory.candidates import EVERYWHERE, SECOND_ORDER, Inner
 from metanudge.experiments.memory.claims import memory_claim, time_claim
-from metanudge.experiments.memory.measuring import QUICK, Job, Measuring
+from metanudge.experiments.memory.measuring import BRIEF, QUICK, Job, Measuring
 from metanudge.experiments.memory.places import Device, check, finished, measure
 from metanudge.experiments.study import Advance, Study
 
@@ -61,7 +61,7 @@ class OnGpu(TransformerSettings):
     width: int = 768
     heads: int = 12
     vocabulary: int = 8192
-    measuring: Measuring = field(default_factory=lambda: Measuring(budget=0.5, judged_budget=4.0))
+    measuring: Measuring = BRIEF
     device: Device = "cuda"
 
 
