@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -15,30 +13,15 @@ from problems import (
     PROBLEMS,
     SOLVERS,
     Problem,
+    coarse,
     distance,
     estimate,
     flat_gradient,
     normal,
+    refused_in_place,
     single_tasks,
     squared_error,
 )
-
-
-def coarse(estimator: object) -> object:
-    """The estimator with wide finite differences.
-
-    A difference quotient divides round-off by its width: at the default nu (or displacement) of 1e-5 two summation
-    orders that differ by 1e-16 give estimates that differ by 1e-11. At 1e-1 they must agree to 1e-12.
-    """
-    if isinstance(estimator, mn.FOBMAML):
-        return dataclasses.replace(estimator, nu=0.1)
-    if getattr(estimator, "products", None) == "two_gradient" or isinstance(estimator, mn.HFMAML):
-        return dataclasses.replace(estimator, displacement=0.1)
-    return estimator
-
-
-def refused_in_place(estimator: object) -> bool:
-    return isinstance(estimator, mn.MAML) or getattr(estimator, "products", None) == "exact"
 
 
 def unrolls(estimator: object) -> bool:

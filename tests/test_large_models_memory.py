@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import metanudge as mn
+from metanudge import bundles
 from metanudge.diagnostics.memory import LiveBytes
 from problems import DTYPE, PROBLEMS, distance, flat_gradient, normal, single_tasks, squared_error
 
@@ -22,12 +23,12 @@ def sgd(steps: int = 3, lr: float = 0.1, **settings: object) -> mn.TorchOptimize
 
 # Memory, in copies of the adapted parameters beyond what ordinary training keeps: the parameters and their gradients.
 
-LAYERS, WIDTH = 40, 64
+LAYERS, WIDTH = 40, 72
 COPY = LAYERS * WIDTH**2 * 4
 
 
 def deep(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Big parameters, small activations; one parameter is a fortieth of all."""
+    """Big parameters, small activations; one parameter is a fortieth of all, and too large for a bundle."""
     layers = [layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh())]
     return nn.Sequential(*layers).to(dtype)
 
@@ -93,6 +94,15 @@ def test_what_solvers_keep_beside_what_gradient_descent_does(solver: object, mor
     for estimator in (mn.FOMAML(), LEAN, mn.FOBMAML(certify=False)):
         plain = copies(estimator, mn.GradientDescent(3, lr=0.1), tasks=2)
         assert copies(estimator, solver, tasks=2) <= plain + more + 4 / LAYERS
+
+
+@pytest.mark.parametrize(("solver", "most"), [(sgd(), 3), (adamw(), 5), (mn.GradientDescent(3, lr=0.1), 4)])
+def test_bundles_keep_no_more_than_a_few_of_them(solver: object, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the page, but what is in the hand are bundles, here of two layers."""
+    monkeypatch.setattr(bundles, "SMALL", {"cpu": WIDTH**2})
+    monkeypatch.setattr(bundles, "FULL", {"cpu": 2 * WIDTH**2})
+    assert len(bundles.Bundles.of(dict(deep().named_parameters()))) == LAYERS / 2
+    assert most - 0.02 <= copies(LEAN, solver, tasks=2) <= most + 4 * 2 / LAYERS
 
 
 def test_memory_does_not_grow_with_tasks_or_steps() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import metanudge as mn
+from metanudge.bundles import Bundles
 from metanudge.curvature import lipschitz_constant
 from metanudge.energy import Energy
 from metanudge.solvers.loop import replay, solve
@@ -60,8 +61,8 @@ class Plain:
     def fused(self, name: object, function: Callable[..., Any], given: object) -> Any:
         return function(self, given)
 
-    def steppable(self, start: Params) -> Params:
-        return {"phi": nn.Parameter(start["phi"].clone())}
+    def steppable(self, start: Params) -> Bundles:
+        return Bundles.apart(start)
 
 
 def quadratics(*eigenvalues: list[float]) -> Plain:

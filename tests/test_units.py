@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import metanudge as mn
 from metanudge.energy import Energy
+from metanudge.losses import InnerGradients
 from metanudge.tasks import logistic, logistic_loss
-from metanudge.types import InnerGradients
 
 TASKS = logistic(3, features=4, shots=12, queries=12)
 EXECUTIONS = ["vectorized", "in_place"]

@@ -38,15 +38,15 @@ class FiniteMean:
         self.total = 0
         self._kept = torch.zeros(())
         self._numbers = torch.zeros(7)
-        self._gradient: dict[str, Tensor] = {}
+        self._gradient: Params = {}
 
     @property
     def kept(self) -> int:
         """Tasks that have a part in the mean."""
         return int(self._kept)
 
-    def add(self, problem: InnerProblem, estimate: Estimate, named: Callable[[Params], dict[str, Tensor]]) -> Tensor:
-        """Add the tasks of one problem; ``named`` sums over their lanes. Nothing is copied to the host.
+    def add(self, problem: InnerProblem, estimate: Estimate, summed: Callable[[Params], Params]) -> Tensor:
+        """Add the tasks of one problem; ``summed`` adds up its lanes. Nothing is copied to the host.
 
         Returns which of them were kept, ``[T]``.
         """
@@ -54,11 +54,11 @@ class FiniteMean:
         valid = square.isfinite() & estimate.query_loss.isfinite() & estimate.support_loss.isfinite()
         valid = valid & ~estimate.diverged
         kept = tree.tree_map(lambda leaf: leaf.where(tree.over(valid, leaf), 0.0), estimate.gradient)
-        for name, leaf in named(kept).items():
-            if name in self._gradient:
-                self._gradient[name].add_(leaf)
+        for key, leaf in summed(kept).items():
+            if key in self._gradient:
+                self._gradient[key].add_(leaf)
             else:
-                self._gradient[name] = leaf.to(accumulator(leaf.dtype))
+                self._gradient[key] = leaf.to(accumulator(leaf.dtype))
         amplified = (estimate.size > (1 + 1e-6) * estimate.slope + estimate.noise).to(estimate.size.dtype)
         numbers = torch.stack(
             [
@@ -85,11 +85,11 @@ class FiniteMean:
         self._gradient = {name: leaf.contiguous() for name, leaf in self._gradient.items()}
         ranks.sum([self._kept, self._numbers, *self._gradient.values()])
 
-    def spend(self) -> Iterator[tuple[str, Tensor]]:
-        """The mean meta-gradient by parameter name; each sum is let go when it has been used."""
+    def spend(self) -> Iterator[Params]:
+        """The mean meta-gradient, leaf by leaf; each sum is let go when it has been used."""
         kept = self.kept
-        for name in list(self._gradient):
-            yield name, self._gradient.pop(name) / kept
+        for key in list(self._gradient):
+            yield {key: self._gradient.pop(key) / kept}
 
     def numbers(self) -> Numbers:
         """Means over the kept tasks; of the error bound the ratio of two, ||error|| to ||g||."""

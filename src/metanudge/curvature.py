@@ -10,8 +10,9 @@ from torch import Tensor
 
 from metanudge import tree
 from metanudge.energy import Energy
+from metanudge.losses import HessianProduct, LossGradients
 from metanudge.oracle.common import sharded_like
-from metanudge.types import HessianProduct, LossGradients, Params, Role, Weights
+from metanudge.types import Params, Role, Weights
 
 
 def default_displacement(unit: float) -> float:

@@ -17,6 +17,7 @@ from metanudge.checks import not_finite
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, UnsolvedWarning
 from metanudge.estimators import Estimator
 from metanudge.oracle.common import whole
+from metanudge.packing import Named
 from metanudge.probe import Probe, needed
 from metanudge.ranks import Ranks
 from metanudge.solvers import Solver
@@ -169,15 +170,17 @@ def _tell_once(told: Told, kind: type[Warning], text: str) -> None:
         warn(text, kind)
 
 
-def add_to_grad(model: nn.Module, mean: FiniteMean) -> float:
+def add_to_grad(model: nn.Module, mean: FiniteMean, named: Named) -> float:
     """Add the mean meta-gradient, which is used up, to ``.grad``; returns its norm."""
     parameters, squares = dict(model.named_parameters()), []
     with torch.no_grad():
-        for name, leaf in mean.spend():
-            squares.append(whole(torch.linalg.vector_norm(leaf, dtype=torch.float64)).square())
-            parameter = parameters[name]
-            if parameter.grad is None:
-                parameter.grad = leaf.to(parameter.dtype)
-            else:
-                parameter.grad.add_(leaf)
+        for one in mean.spend():
+            norms = [whole(torch.linalg.vector_norm(leaf, dtype=torch.float64)) for leaf in one.values()]
+            squares += [norm.square() for norm in norms]
+            for name, part in named(one).items():
+                parameter = parameters[name]
+                if parameter.grad is None:
+                    parameter.grad = part.to(parameter.dtype)
+                else:
+                    parameter.grad.add_(part)
     return float(torch.stack(squares).sum().sqrt())

@@ -19,14 +19,15 @@ Source: Chayti & Jaggi, arXiv:2409.03682; linear nudge: Domke, AISTATS 2010 (the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, where
 
 from metanudge import tree
-from metanudge.types import InnerGradients, LossGradients, Params, PyTree, Role
+from metanudge.losses import InnerGradients, LossGradients
+from metanudge.types import Params, PyTree, Role
 
 
 class Balance(NamedTuple):
@@ -77,7 +78,7 @@ class Energy:
             return phi
         return tree.tree_map(lambda leaf: leaf.expand(*nu.shape, *leaf.shape[nu.ndim :]), phi)
 
-    def pull(self, phi: Params, step: int) -> Params:
+    def pull(self, phi: Mapping[str, Tensor], step: int) -> Params:
         """∇f̂ + ν ∇f."""
         weights: dict[Role, float | Tensor] = {Role.SUPPORT: 1.0}
         if self.nu is not None and self.slope is None:
@@ -103,7 +104,7 @@ class Energy:
         """The two parts of ∂E/∂φ, which balance at the solution."""
         return self.pull(phi, step), self.push(phi)
 
-    def gradient(self, phi: Params, step: int) -> Params:
+    def gradient(self, phi: Mapping[str, Tensor], step: int) -> Params:
         """∂E/∂φ = ∇f̂ + ν ∇f + λ (φ - θ)."""
         return self._total(self.pull(phi, step), phi, self.losses.plus)
 
@@ -111,7 +112,7 @@ class Energy:
         """∂E/∂φ from ∇f̂ + ν ∇f, which stays as it is, and is what is returned where φ is θ itself."""
         return self._total(dict(pull), phi, Tensor.add)
 
-    def _total(self, pull: Params, phi: Params, plus: Callable[..., Tensor]) -> Params:
+    def _total(self, pull: Params, phi: Mapping[str, Tensor], plus: Callable[..., Tensor]) -> Params:
         """The sum, and ``pull`` is emptied. Where φ is θ itself, as solves begin, the spring is slack."""
 
         def of(force: Tensor, p: Tensor, t: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from metanudge.energy import InnerProblem
 from metanudge.oracle import BatchNorm, Call, LiveLosses, LiveModule, Programs, RandomState, StackedLosses, Tally
 from metanudge.oracle.common import device_of, forked, round_off, same_modes
 from metanudge.oracle.compiled import Bound, plain_attributes
-from metanudge.packing import Packing
+from metanudge.packing import Named, Packing
 from metanudge.selection import Selection
 from metanudge.types import LossFunction, Need, Params, Role, Tasks
 
@@ -47,13 +47,15 @@ class Lent(NamedTuple):
 
     Attributes:
         problems: The inner problems, in order.
-        named: Sum over the lanes of one problem, by parameter name.
+        summed: Sum over the lanes of one problem.
+        named: Views of such a sum by parameter name.
         rows: Adapted parameters of the lanes of one problem as ``[T, P]``.
         lanes: And back.
     """
 
     problems: Iterator[InnerProblem]
-    named: Callable[[Params], dict[str, Tensor]]
+    summed: Callable[[Params], Params]
+    named: Named
     rows: Callable[[Params], Tensor]
     lanes: Callable[[Tensor], Params]
 
@@ -153,8 +155,8 @@ class Vectorized:
                     yield InnerProblem(losses, theta, use.prox, number, round_off=spacing)
                     first += number
 
-        def named(params: Params) -> dict[str, Tensor]:
-            return packing.unpack(tree.tree_map(lambda leaf: leaf.sum((0, 1)), params))
+        def summed(params: Params) -> Params:
+            return tree.tree_map(lambda leaf: leaf.sum((0, 1)), params)
 
         def rows(params: Params) -> Tensor:
             return torch.cat([leaf.squeeze(1) for leaf in params.values()], dim=1)
@@ -163,7 +165,7 @@ class Vectorized:
             parts = torch.split(found, [leaf.shape[-1] for leaf in theta.values()], dim=1)
             return {key: part.unsqueeze(1).to(theta[key]) for key, part in zip(theta, parts, strict=True)}
 
-        return Lent(problems(), named, rows, lanes)
+        return Lent(problems(), summed, packing.unpack, rows, lanes)
 
     def _binding(
         self, programs: Programs, selection: Selection, packing: Packing, call: Call
@@ -209,7 +211,7 @@ class InPlace:
 
     def _lent(self, live: LiveModule, use: Use, random: RandomState) -> Lent:
         selection, tally = use.selection, use.tally
-        theta = {name: live.values[name] for name in selection.adapted}
+        theta, bundles = live.values, live.bundles
         spacing = round_off([live.parameters[name] for name in selection.adapted])
 
         def problems() -> Iterator[InnerProblem]:
@@ -229,12 +231,14 @@ class InPlace:
                 yield InnerProblem(losses, theta, use.prox, round_off=spacing)
 
         def rows(params: Params) -> Tensor:
-            return torch.cat([leaf.reshape(1, -1) for leaf in params.values()], dim=1)
+            named = bundles.named(params)
+            return torch.cat([named[name].reshape(1, -1) for name in selection.adapted], dim=1)
 
         def lanes(found: Tensor) -> Params:
-            parts = torch.split(found[0], [leaf.numel() for leaf in theta.values()])
-            return {
-                name: part.reshape(theta[name].shape).to(theta[name]) for name, part in zip(theta, parts, strict=True)
-            }
+            chosen = {name: live.parameters[name] for name in selection.adapted}
+            parts = torch.split(found[0], [parameter.numel() for parameter in chosen.values()])
+            named = {name: part.view(chosen[name].shape) for name, part in zip(chosen, parts, strict=True)}
+            leaves = bundles.joined(named)
+            return {key: leaf.to(theta[key]) for key, leaf in leaves.items()}
 
-        return Lent(problems(), dict, rows, lanes)
+        return Lent(problems(), dict, bundles.named, rows, lanes)

@@ -227,11 +227,12 @@ class MetaLearner:
             gradients = sum(ranks.counts(tally.gradients))  # without those of advice
             mean.over(ranks, sum(counts))
             numbers = verdict(mean, lost, probes, Given(stacks, places), self, self._told)
+        named = lent.named
         del lent, probes  # and with them what the estimates were made of
         if self.warm_start is not None:  # which may refuse: nothing has been changed yet
             known = [index for indices_of_one, _ in solved for index in indices_of_one]
             self.warm_start.put(known, torch.cat([rows for _, rows in solved]))
-        return MetaStep(*numbers, add_to_grad(self.model, mean), mean.total - mean.kept, gradients)
+        return MetaStep(*numbers, add_to_grad(self.model, mean, named), mean.total - mean.kept, gradients)
 
     def _add(
         self, mean: FiniteMean, probes: list[Probe], lent: Lent, problem: InnerProblem, known: list[int]
@@ -242,7 +243,7 @@ class MetaLearner:
             problem = replace(problem, start=lent.lanes(self.warm_start.get(known, rows)))
         with told_to_go_first_order(self.estimator):
             estimate = self.estimator(problem, self.solver)
-        kept = mean.add(problem, estimate, lent.named)
+        kept = mean.add(problem, estimate, lent.summed)
         tried = replace(problem, start=None) if self.execution.tries else None
         probes.append(Probe(estimate.residual.reshape(-1), kept, tried, problem.sampled))
         if self.warm_start is None:
@@ -283,7 +284,7 @@ class MetaLearner:
         with torch.no_grad(), self.execution.lend(Use(self._selection(), stacks, self.prox, Tally())) as lent:
             problem = next(lent.problems)
             solution = solve(self.solver, problem.energy(), problem.losses.spread(problem.theta))
-            named = {name: leaf.clone() for name, leaf in lent.named(solution.params).items()}
+            named = {name: leaf.clone() for name, leaf in lent.named(lent.summed(solution.params)).items()}
         if not all(bool(leaf.isfinite().all()) for leaf in named.values()):
             raise not_adapted(stacks, self.solver, self.prox)
         return adapted_copy(self.model, named, self.norm, self.losses[Role.SUPPORT], support)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, finfo, ones_like, where, zeros_like
 
@@ -25,12 +25,12 @@ def or_one(divisor: Tensor) -> Tensor:
     return where(divisor == 0, ones_like(divisor), divisor)
 
 
-def tree_map(function: Callable[..., Tensor], first: Params, *rest: Params) -> Params:
+def tree_map(function: Callable[..., Tensor], first: Mapping[str, Tensor], *rest: Mapping[str, Tensor]) -> Params:
     """Apply ``function`` leaf by leaf."""
     return {name: function(leaf, *(tree[name] for tree in rest)) for name, leaf in first.items()}
 
 
-def spend(function: Callable[..., Tensor], first: Params, *rest: Params) -> Params:
+def spend(function: Callable[..., Tensor], first: Params, *rest: Mapping[str, Tensor]) -> Params:
     """``tree_map`` that empties ``first``: a leaf is let go when it has been used, so that the two never both exist."""
     return {name: function(first.pop(name), *(tree[name] for tree in rest)) for name in list(first)}
 

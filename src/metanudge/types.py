@@ -7,9 +7,9 @@ in-place execution solves one problem at a time and has no lane axes. Below, ``[
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
@@ -207,110 +207,3 @@ class Evaluation(NamedTuple):
         """On one line, without the tables."""
         tasks, points = self.values.shape
         return f"Evaluation({self.metric} {self.mean:.4g} ± {self.ci95:.2g}, tasks={tasks}, steps={points - 1})"
-
-
-class HessianProduct(Protocol):
-    """``v -> d/d eps`` of the support gradient along ``phi + eps v``.
-
-    The result has a leaf for every adapted and every shared parameter.
-    """
-
-    def __call__(self, vector: Params) -> Params:
-        """Multiply ``vector`` (adapted parameters)."""
-        ...
-
-
-class InnerGradients(Protocol):
-    """What an inner solver needs to know of the losses."""
-
-    @property
-    def sampled(self) -> bool:
-        """Whether f̂ is another function at every step, as it is seen through minibatches."""
-        return False
-
-    def gradient(self, weights: Weights, phi: Params, step: int) -> Params:
-        """Gradient in ``phi`` of a weighted sum; ``step`` selects the random state, the same for every node."""
-        ...
-
-    def plus(self, gradient: Tensor, more: Tensor, alpha: float) -> Tensor:
-        """``gradient + alpha * more``, in the place of ``gradient``, a leaf of what ``gradient`` gave, if it may be."""
-        return gradient.add(more, alpha=alpha)
-
-    def inner(self, a: Params, b: Params) -> Tensor:
-        """Inner product over parameters, one number a lane: ``[*L]``."""
-        return self.added([self.share(a[name], b[name]) for name in a])
-
-    def share(self, a: Tensor, b: Tensor) -> Tensor:
-        """That of one leaf; of a sharded one, this rank's part."""
-        ...
-
-    def added(self, shares: Sequence[Tensor]) -> Tensor:
-        """The inner product, from the shares of all leaves, ``[*L]``."""
-        ...
-
-    def fused(self, name: Hashable, function: Callable[[InnerGradients, PyTree], PyTree], given: PyTree) -> PyTree:
-        """``function(self, given)``, all of it one program where gradients are compiled; elsewhere as it is.
-
-        Args:
-            name: Of the function, and of all that it reads but tensors: equal names are equal functions.
-            function: Pure, of trees of tensors (and constants); it draws no random numbers of its own.
-            given: What it is of.
-        """
-        return function(self, given)
-
-    def steppable(self, start: Params) -> Params:
-        """Leaf parameters at ``start`` that a torch optimizer can step in place."""
-        ...
-
-
-class LossGradients(InnerGradients, Protocol):
-    """Seam 1: where loss gradients come from. Written twice (oracle/); all mathematics is written on top of it."""
-
-    @property
-    def shared(self) -> Params:
-        """Trainable parameters that are not adapted, broadcastable to ``[*L, *shape]``."""
-        ...
-
-    def value_and_gradient(self, role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:
-        """Loss ``[*L]`` and its gradient in ``phi``."""
-        ...
-
-    def value_and_all_gradients(self, role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:
-        """Loss and its gradient in ``phi`` and in the shared parameters."""
-        ...
-
-    def value(self, function: LossFunction, role: Role, phi: Params) -> Tensor:
-        """``function`` (a loss or a metric) on the task's batch, ``[*L]``, no gradient."""
-        ...
-
-    def loss(self, role: Role, phi: Params) -> Tensor:
-        """The loss alone, ``[*L]``, no gradient."""
-        ...
-
-    def hessian_product(self, phi: Params, step: int) -> HessianProduct:
-        """Exact products with the Hessian of the support loss at ``phi``, by double backward."""
-        ...
-
-    def unrolled(self, shared: Params) -> InnerGradients:
-        """The same losses, whose gradients stay attached to the graph of ``phi`` and ``shared``."""
-        ...
-
-    def spread(self, params: Params) -> Params:
-        """One copy a task: ``[*shape]`` to ``[*L, *shape]``, without further nodes."""
-        ...
-
-    def stencil_sums(
-        self,
-        nodes: tuple[float, ...],
-        rows: tuple[tuple[float, ...], ...],
-        term: Callable[[Tensor], tuple[Params, ...]],
-    ) -> list[tuple[Params, ...]]:
-        """``sum_k weights[k] * term(nodes[k])`` for every row of weights: at once along the node axis, or in turn.
-
-        What ``term`` returns is emptied.
-        """
-        ...
-
-    def count(self, gradients: int) -> None:
-        """Add ``gradients`` evaluations per task to the tally."""
-        ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from metanudge.curvature import default_displacement, far, two_gradient_product
 from metanudge.energy import Energy, InnerProblem
 from metanudge.estimators.unrolled import leaves_per_task, unroll
+from metanudge.losses import InnerGradients, LossGradients
 from metanudge.settings import check_positive
 from metanudge.solvers.loop import Solver
-from metanudge.types import Estimate, InnerGradients, LossGradients, Need, Params, Role, Weights
+from metanudge.types import Estimate, Need, Params, Role, Weights
 
 
 class _TwoGradientBackward(torch.autograd.Function):
@@ -59,7 +60,7 @@ class TwoGradientLosses(InnerGradients):
         """As the free problem."""
         return self.energy.losses.sampled
 
-    def gradient(self, weights: Weights, phi: Params, step: int) -> Params:
+    def gradient(self, weights: Weights, phi: Mapping[str, Tensor], step: int) -> Params:
         """∇f̂: unrolled problems are never nudged."""
         names = tuple(phi)
         gradient = _TwoGradientBackward.apply(  # type: ignore[no-untyped-call]
@@ -72,9 +73,6 @@ class TwoGradientLosses(InnerGradients):
 
     def added(self, shares: Sequence[Tensor]) -> Tensor:  # noqa: D102
         return self.energy.losses.added(shares)
-
-    def steppable(self, start: Params) -> Params:  # noqa: D102
-        return self.energy.losses.steppable(start)
 
 
 @dataclass(frozen=True)

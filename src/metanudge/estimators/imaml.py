@@ -18,9 +18,10 @@ from metanudge.estimators.products import (
     needs_of,
     with_shared,
 )
+from metanudge.losses import HessianProduct, LossGradients
 from metanudge.settings import check_positive, check_steps
 from metanudge.solvers.loop import Solver
-from metanudge.types import Estimate, HessianProduct, LossGradients, Need, Params
+from metanudge.types import Estimate, Need, Params
 
 
 @dataclass(frozen=True)

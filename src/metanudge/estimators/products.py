@@ -9,8 +9,9 @@ from metanudge.curvature import default_displacement, two_gradient_product
 from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError
 from metanudge.estimators.base import FreeSolve
+from metanudge.losses import HessianProduct
 from metanudge.settings import check_positive
-from metanudge.types import HessianProduct, Need, Params
+from metanudge.types import Need, Params
 
 Products: TypeAlias = Literal["exact", "two_gradient"]
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from metanudge import tree
+from metanudge.bundles import Bundles
 from metanudge.energy import Energy, InnerProblem
 from metanudge.estimators.base import solve_free
 from metanudge.estimators.products import Products, check_products, hessian_product, needs_of, with_shared
+from metanudge.losses import HessianProduct, InnerGradients, LossGradients
 from metanudge.settings import check_steps
 from metanudge.solvers.loop import Solver, replay
-from metanudge.types import Estimate, HessianProduct, InnerGradients, LossGradients, Need, Params, Weights
+from metanudge.types import Estimate, Need, Params, Weights
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class Linearized(InnerGradients):
     product: HessianProduct
     slope: Params
 
-    def gradient(self, weights: Weights, phi: Params, step: int) -> Params:
+    def gradient(self, weights: Weights, phi: Mapping[str, Tensor], step: int) -> Params:
         """Hz + ∇f."""
-        image = self.product(phi)
+        image = self.product(dict(phi))
         return {name: image[name] + self.slope[name] for name in phi}
 
     def share(self, a: Tensor, b: Tensor) -> Tensor:  # noqa: D102
@@ -37,8 +38,8 @@ class Linearized(InnerGradients):
     def added(self, shares: Sequence[Tensor]) -> Tensor:  # noqa: D102
         return self.losses.added(shares)
 
-    def steppable(self, start: Params) -> Params:  # noqa: D102
-        return {name: torch.nn.Parameter(leaf.detach().clone()) for name, leaf in start.items()}
+    def steppable(self, start: Params) -> Bundles:  # noqa: D102
+        return Bundles.apart(start)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from metanudge import tree
 from metanudge.energy import Energy, InnerProblem
 from metanudge.estimators.base import FreeSolve, judge
+from metanudge.losses import InnerGradients
 from metanudge.solvers.loop import Solver, advance
-from metanudge.types import Estimate, InnerGradients, Params, Schedule
+from metanudge.types import Estimate, Params, Schedule
 
 
 def leaves_per_task(problem: InnerProblem, params: Params) -> Params:

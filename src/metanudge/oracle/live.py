@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from metanudge.batching import examples, pieces
+from metanudge.bundles import Bundles
 from metanudge.checks import check_device, leaves
 from metanudge.errors import LossError
+from metanudge.losses import HessianProduct, InnerGradients
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle.batch_norm import BatchNorm
 from metanudge.oracle.common import (
@@ -26,7 +29,7 @@ from metanudge.oracle.common import (
 )
 from metanudge.oracle.mismatch import told_of_misfits
 from metanudge.oracle.module import LiveModule
-from metanudge.types import Batch, HessianProduct, InnerGradients, LossFunction, Params, Role, Tasks, Weights
+from metanudge.types import Batch, LossFunction, Params, Role, Tasks, Weights
 
 LOOKS = 3
 """At a loss that tells no mean from a sum, as with dropout."""
@@ -73,7 +76,7 @@ class LiveLosses(InnerGradients):
     def sampled(self) -> bool:  # noqa: D102
         return as_minibatches(self.task.support) is not None
 
-    def gradient(self, weights: Weights, phi: Params, step: int) -> Params:  # noqa: D102
+    def gradient(self, weights: Weights, phi: Mapping[str, Tensor], step: int) -> Params:  # noqa: D102
         return self._differentiate(weights, phi, tuple(phi), step, minibatch=step)[1]
 
     def value_and_gradient(self, role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:  # noqa: D102
@@ -132,20 +135,21 @@ class LiveLosses(InnerGradients):
                         _accumulate(sums[place], name, leaf, weight)
         return totals
 
-    def steppable(self, start: Params) -> Params:  # noqa: D102
+    def steppable(self, start: Params) -> Bundles:  # noqa: D102
         self._load(start)
         self.held.append(start)
-        return {name: self.live.parameters[name] for name in start}
+        return self.live.bundles
 
     def count(self, gradients: int) -> None:  # noqa: D102
         self.tally.gradients += gradients
 
     def _differentiate(
-        self, weights: Weights, phi: Params, wanted: tuple[str, ...], step: int, minibatch: int = 0
+        self, weights: Weights, phi: Mapping[str, Tensor], wanted: tuple[str, ...], step: int, minibatch: int = 0
     ) -> tuple[Tensor, Params]:
         """One ``.backward()`` a piece of a loss, so that its activations alone are alive; ``.grad`` adds them up."""
         self._load(phi)
-        self.live.watch(wanted)
+        names = [name for key in wanted for name in self.live.bundles.names(key)]
+        self.live.watch(names)
         losses: dict[Role, Tensor] = {}
         sums: Params = {}
         for role, weight in weights.items():
@@ -154,19 +158,21 @@ class LiveLosses(InnerGradients):
                 with torch.enable_grad():
                     loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
                     require_graph(loss)
+                    if losses:
+                        self._part(names)
                     (weight * share * loss).backward()  # type: ignore[no-untyped-call]
                 value = share * loss.detach()
                 del loss  # and with it its graph, before the next one is built
                 losses[role] = losses[role] + value if role in losses else value
-                self._part(wanted)
                 self._widen(wanted, sums)
-        require_gradient(sums.get(name, self.live.parameters[name].grad) for name in wanted)
+        require_gradient(chain(sums.values(), (self.live.parameters[name].grad for name in names)))
+        self._part([key for key in wanted if self.live.bundles.alone(key)])  # bundles are copies
         self.tally.gradients += len(losses)
         first = step == minibatch == 0 and Role.SUPPORT in losses and not self.passed
         if first and (self._is_theta(phi) or self.live.untouched()):  # the latter compares all of them
             self.passed.append(self.live.over_ranks(losses[Role.SUPPORT]))
         total = self.live.over_ranks(sum_of(weights, losses))
-        return total, {name: sums[name] if name in sums else self._taken(name) for name in wanted}
+        return total, {key: sums[key] if key in sums else self._taken(key) for key in wanted}
 
     def _value(self, function: LossFunction, role: Role, phi: Params, microbatch: int | None) -> Tensor:
         self._load(phi)
@@ -210,12 +216,12 @@ class LiveLosses(InnerGradients):
                 '(reduction="mean"), or leave microbatch out'
             )
 
-    def _load(self, phi: Params) -> None:
+    def _load(self, phi: Mapping[str, Tensor]) -> None:
         known = bool(self.held) and self.held.pop() is phi
         self.live.load({} if known else phi)  # what was made of the parameters before is out of date all the same
 
-    def _is_theta(self, phi: Params) -> bool:
-        return all(leaf is self.live.values[name] for name, leaf in phi.items())
+    def _is_theta(self, phi: Mapping[str, Tensor]) -> bool:
+        return all(phi[key] is value for key, value in self.live.values.items())
 
     def _pieces(self, role: Role, step: int, minibatch: int, microbatch: int | None) -> Iterator[tuple[Batch, float]]:
         """The batch of an evaluation in pieces, and its random state."""
@@ -247,16 +253,16 @@ class LiveLosses(InnerGradients):
 
         return self.norm.evaluate(role, function, self.losses[Role.SUPPORT], at)
 
-    def _part(self, wanted: tuple[str, ...]) -> None:
+    def _part(self, names: Sequence[str]) -> None:
         """Give every parameter a gradient of its own, to which can be added.
 
         Of two views that are added, autograd makes gradients in one memory, and what the next ``.backward()`` adds to
         one it then adds to both. (Sharded ones are parts that FSDP2 has cut itself.)
         """
         places: set[int] = set()
-        for name in wanted:
+        for name in names:
             parameter = self.live.parameters[name]
-            if parameter.grad is None or hasattr(parameter.grad, "full_tensor"):
+            if parameter.grad is None or parameter.grad.is_sparse or hasattr(parameter.grad, "full_tensor"):
                 continue
             place = parameter.grad.untyped_storage().data_ptr()
             if place in places:
@@ -265,16 +271,22 @@ class LiveLosses(InnerGradients):
 
     def _widen(self, wanted: tuple[str, ...], sums: Params) -> None:
         """Where gradients of less precision than float32 are to be added up, add them up in float32."""
-        for name in wanted:
-            gradient = self.live.parameters[name].grad
-            if gradient is not None and accumulator(gradient.dtype) != gradient.dtype:
-                _accumulate(sums, name, self._taken(name), 1.0)
+        for key in wanted:
+            parameters = [self.live.parameters[name] for name in self.live.bundles.names(key)]
+            narrow = accumulator(parameters[0].dtype) != parameters[0].dtype  # of gradients as of parameters
+            if narrow and any(parameter.grad is not None for parameter in parameters):
+                _accumulate(sums, key, self._taken(key), 1.0)
 
-    def _taken(self, name: str) -> Tensor:
+    def _taken(self, key: str) -> Tensor:
         """The gradient ``.backward()`` left; the module forgets it, so that the next one can not write into it."""
-        parameter = self.live.parameters[name]
-        gradient, parameter.grad = parameter.grad, None
-        return torch.zeros_like(parameter, dtype=accumulator(parameter.dtype)) if gradient is None else gradient
+        parts = []
+        for name in self.live.bundles.names(key):
+            parameter = self.live.parameters[name]
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None:
+                gradient = torch.zeros_like(parameter, dtype=accumulator(parameter.dtype))
+            parts.append(gradient.to_dense() if gradient.is_sparse else gradient)
+        return self.live.bundles.join(key, parts)
 
 
 def _accumulate(sums: Params, name: str, leaf: Tensor, weight: float) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metanudge.bundles import Bundles
 from metanudge.oracle.common import accumulator, is_sharded, whole
 from metanudge.oracle.written import Written
 from metanudge.types import Params
@@ -21,6 +22,7 @@ class LiveModule:
     Attributes:
         model: The module.
         parameters: Its parameters, tied ones once.
+        bundles: The adapted ones, as they are computed with.
         values: Copies of the adapted ones, the only ones that are written to; in float32 where they have less
             precision, so that all arithmetic with them is.
         gradients: What was in ``.grad``.
@@ -32,6 +34,7 @@ class LiveModule:
 
     model: nn.Module
     parameters: dict[str, nn.Parameter]
+    bundles: Bundles
     values: Params
     gradients: dict[str, Tensor | None]
     trainable: dict[str, bool]
@@ -43,11 +46,12 @@ class LiveModule:
     def take(cls, model: nn.Module, adapted: Sequence[str]) -> LiveModule:
         """Remember parameters, gradients, flags, buffers and attributes."""
         parameters = dict(model.named_parameters())
-        chosen = {name: parameters[name].detach() for name in adapted}
+        bundles = Bundles.of({name: parameters[name] for name in adapted})
         return cls(
             model,
             parameters,
-            {name: value.to(accumulator(value.dtype), copy=True) for name, value in chosen.items()},
+            bundles,
+            {key: value.to(accumulator(value.dtype)) for key, value in bundles.copied().items()},
             {name: parameter.grad for name, parameter in parameters.items()},
             {name: parameter.requires_grad for name, parameter in parameters.items()},
             [
@@ -60,24 +64,22 @@ class LiveModule:
         )
 
     def load(self, params: Mapping[str, Tensor]) -> None:
-        """Write ``params`` into the module; those that already are its parameters stay.
+        """Write ``params`` into the module, which may be where it stands already.
 
         What was made of the parameters before is out of date: what FSDP2 gathered for a forward pass without a backward
         pass, and the casts that autocast keeps.
         """
         for module in self.sharded:
             module.reshard()
-        with torch.no_grad():
-            for name, value in params.items():
-                if value is not self.parameters[name]:
-                    self.parameters[name].copy_(value)
+        if params is not self.bundles:
+            self.bundles.load(params)
         torch.clear_autocast_cache()
 
     def untouched(self) -> bool:
         """Whether the adapted parameters are what they were; of sharded ones, where a rank sees a part, no."""
         if is_sharded(self.model):
             return False
-        pairs = [(self.parameters[name], value) for name, value in self.values.items()]
+        pairs = [(self.bundles[key], value) for key, value in self.values.items()]
         return bool(torch.stack([(now == before.to(now.dtype)).all() for now, before in pairs]).all())
 
     def watch(self, wanted: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from metanudge import tree
 from metanudge.errors import LossError
+from metanudge.losses import HessianProduct, InnerGradients
 from metanudge.oracle.batch_norm import BatchNorm
 from metanudge.oracle.call import Call, explained
 from metanudge.oracle.common import (
@@ -30,7 +31,7 @@ from metanudge.oracle.compiled import Bound
 from metanudge.oracle.drawing import UnfusedDrawing
 from metanudge.oracle.mismatch import told_of_misfits
 from metanudge.packing import Packing
-from metanudge.types import Batch, HessianProduct, InnerGradients, LossFunction, Params, PyTree, Role, Tasks, Weights
+from metanudge.types import Batch, LossFunction, Params, PyTree, Role, Tasks, Weights
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class StackedLosses(InnerGradients):
     attached: bool = False
     compiled: Bound | None = None
 
-    def gradient(self, weights: Weights, phi: Params, step: int) -> Params:  # noqa: D102
+    def gradient(self, weights: Weights, phi: Mapping[str, Tensor], step: int) -> Params:  # noqa: D102
         nodes = max(_nodes(phi), *(weight.shape[1] for weight in weights.values() if isinstance(weight, Tensor)), 1)
         return self._differentiate(weights, self._leaves(self._lanes(phi, nodes)), self.shared, step)[1]
 
@@ -156,13 +157,10 @@ class StackedLosses(InnerGradients):
         tasks, *held = own
         return replace(self, tasks=tasks, call=self.call.holding(*held), shared=shared, tally=Tally(), compiled=None)
 
-    def steppable(self, start: Params) -> Params:  # noqa: D102
-        raise NotImplementedError("a torch optimizer steps one task, not a stack of them")
-
     def count(self, gradients: int) -> None:  # noqa: D102
         self.tally.gradients += gradients * self.number
 
-    def _lanes(self, params: Params, nodes: int) -> Params:
+    def _lanes(self, params: Mapping[str, Tensor], nodes: int) -> Params:
         return tree.tree_map(lambda leaf: leaf.expand(self.number, nodes, -1), params)
 
     def _leaves(self, params: Params) -> Params:
@@ -264,7 +262,7 @@ _DRAWS = (
 )
 
 
-def _nodes(params: Params) -> int:
+def _nodes(params: Mapping[str, Tensor]) -> int:
     return max((leaf.shape[1] for leaf in params.values()), default=1)
 
 

@@ -44,7 +44,7 @@ class Written(NamedTuple):
     def undo(self) -> None:
         """Put back what was replaced or taken away, and take away what is new. Cost: less than a forward pass."""
         for now, before in self.held:
-            if _same(now, before):
+            if not (now or before) or _same(now, before):
                 continue
             now.clear()
             if type(now) is list:

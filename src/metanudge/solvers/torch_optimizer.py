@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from metanudge import tree
+from metanudge.bundles import Bundles
 from metanudge.energy import Energy
 from metanudge.errors import SettingsError
 from metanudge.settings import check_steps
@@ -21,13 +21,13 @@ class State(NamedTuple):
 
     Attributes:
         optimizer: Made for this solve.
-        phi: The live parameters it steps.
+        phi: The live parameters it steps, as leaves.
         start: What they hold at the first step, unless one was written to since; at θ itself less is to be computed.
         written: How often each had been written to then. (Fused optimizers do not count.)
     """
 
     optimizer: torch.optim.Optimizer
-    phi: Params
+    phi: Bundles
     start: Params
     written: list[int]
 
@@ -80,7 +80,7 @@ class TorchOptimizer:
     def init(self, energy: Energy, start: Params, plan: None) -> State:
         """The module's parameters at ``start`` and a fresh optimizer on them."""
         phi = energy.losses.steppable(start)
-        optimizer = self.factory(list(phi.values()))
+        optimizer = self.factory(list(phi.parameters))
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise SettingsError(f"the factory of TorchOptimizer must return a torch.optim optimizer, got {optimizer!r}")
         if optimizer.state:
@@ -94,7 +94,7 @@ class TorchOptimizer:
                 "use Nesterov, or another optimizer"
             )
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if stepped != {id(parameter) for parameter in phi.values()}:
+        if stepped != {id(parameter) for parameter in phi.parameters}:
             raise SettingsError(
                 "the factory of TorchOptimizer must put the parameters it is given, and no others, into its optimizer"
             )
@@ -104,10 +104,9 @@ class TorchOptimizer:
         """One step of the optimizer."""
         at_start = index == 0 and _versions(state.phi) == state.written
         gradient = energy.gradient(state.start if at_start else state.phi, index)
-        for name, parameter in state.phi.items():
-            parameter.grad = gradient.pop(name).to(parameter.dtype)
+        state.phi.give(gradient)
         state.optimizer.step()
-        for parameter in state.phi.values():
+        for parameter in state.phi.parameters:
             parameter.grad = None
         return state, None
 
@@ -117,13 +116,13 @@ class TorchOptimizer:
 
     def point(self, state: State) -> Params:
         """A copy of phi; the parameters themselves move on."""
-        return tree.clone(tree.detach(state.phi))
+        return state.phi.copied()
 
     def finished(self, state: State) -> bool:
         """All steps are always taken."""
         return False
 
 
-def _versions(phi: Params) -> list[int]:
+def _versions(phi: Bundles) -> list[int]:
     """How often each has been written to."""
-    return [parameter._version for parameter in phi.values()]
+    return [parameter._version for parameter in phi.parameters]

@@ -13,8 +13,9 @@ from metanudge.energy import InnerProblem
 from metanudge.estimators.base import judge
 from metanudge.estimators.imaml import conjugate_gradients
 from metanudge.estimators.products import implicit_system, needs_of, with_shared
+from metanudge.losses import HessianProduct
 from metanudge.solvers.loop import Solver, solve
-from metanudge.types import Estimate, HessianProduct, Need, Params
+from metanudge.types import Estimate, Need, Params
 
 LENGTHS = (30, 100, 300, 1000, 3000)
 """Of conjugate gradients, one after the other: most problems need the first two, ill-conditioned ones the last."""
