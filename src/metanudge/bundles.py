@@ -29,24 +29,26 @@ class Bundles(Mapping[str, Tensor]):
     """
 
     def __init__(self, held: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
-        self._held = held
-        self._lists = {key: list(parameters.values()) for key, parameters in held.items()}
-        self.parameters = [parameter for some in self._lists.values() for parameter in some]
+        self._names = {key: tuple(named) for key, named in held.items()}
+        self._held = {key: list(named.values()) for key, named in held.items()}
+        self.parameters = [parameter for some in self._held.values() for parameter in some]
 
     @classmethod
     def of(cls, named: Mapping[str, nn.Parameter]) -> Bundles:
         """Bundle what is small."""
         groups: list[dict[str, nn.Parameter]] = []
-        filling: dict[torch.dtype, dict[str, nn.Parameter]] = {}
+        filling: dict[torch.dtype, tuple[dict[str, nn.Parameter], int]] = {}
         for name, parameter in named.items():
-            group = filling.get(parameter.dtype, {}) if _small(parameter) else {}
-            if sum(map(Tensor.numel, group.values())) + parameter.numel() > _most(FULL, parameter):
-                group = {}
-            if not group:
+            if not _small(parameter):
+                groups.append({name: parameter})
+                continue
+            group, size = filling.get(parameter.dtype, ({}, 0))
+            size += parameter.numel()
+            if not group or size > FULL[parameter.device.type]:
+                group, size = {}, parameter.numel()
                 groups.append(group)
-            if _small(parameter):
-                filling[parameter.dtype] = group
             group[name] = parameter
+            filling[parameter.dtype] = group, size
         return cls({_key(group): group for group in groups})
 
     @classmethod
@@ -56,7 +58,11 @@ class Bundles(Mapping[str, Tensor]):
 
     def __getitem__(self, key: str) -> Tensor:
         """A leaf; of one that is alone, the parameter itself."""
-        return self.join(key, self._lists[key]).detach()
+        return self.join(key, self._held[key]).detach()
+
+    def __contains__(self, key: object) -> bool:
+        """Whether there is such a leaf, which is not read for it."""
+        return key in self._held
 
     def __iter__(self) -> Iterator[str]:
         """Over the keys of the leaves."""
@@ -68,23 +74,27 @@ class Bundles(Mapping[str, Tensor]):
 
     def alone(self, key: str) -> bool:
         """Whether a leaf is a parameter under its own name."""
-        return len(self._held.get(key, (key,))) == 1
+        return len(self._names.get(key, (key,))) == 1
 
     def names(self, key: str) -> Sequence[str]:
-        """The parameters of a leaf; any other key, such as that of a shared parameter, is the name of one."""
-        return tuple(self._held[key]) if key in self._held else (key,)
+        """Of the parameters of a leaf; any other key, such as that of a shared parameter, is the name of one."""
+        return self._names.get(key, (key,))
+
+    def held(self, key: str) -> list[nn.Parameter]:
+        """The parameters of a leaf."""
+        return self._held[key]
 
     def join(self, key: str, parts: Sequence[Tensor]) -> Tensor:
         """A leaf out of what there is for its parameters: of one that is alone, that tensor itself, else a copy."""
         return parts[0] if self.alone(key) else _flat(parts)
 
-    def parts(self, key: str, leaf: Tensor) -> Sequence[Tensor]:
+    def parts(self, key: str, leaf: Tensor) -> tuple[Tensor, ...]:
         """Views of a leaf, one a parameter."""
-        return [leaf] if self.alone(key) else _views(leaf, self._lists[key])
+        return (leaf,) if self.alone(key) else _views(leaf, self._held[key])
 
     def joined(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Leaves out of tensors by name."""
-        return {key: self.join(key, [named[name] for name in group]) for key, group in self._held.items()}
+        return {key: self.join(key, [named[name] for name in names]) for key, names in self._names.items()}
 
     def named(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Views of ``leaves`` by parameter name; others than these, such as those of shared parameters, as they are."""
@@ -101,14 +111,14 @@ class Bundles(Mapping[str, Tensor]):
         """Write leaves into the module."""
         with torch.no_grad():
             for key, leaf in leaves.items():
-                if self.alone(key):
-                    self._lists[key][0].copy_(leaf)
+                if self.alone(key):  # and may be sharded
+                    self._held[key][0].copy_(leaf)
                 else:
-                    torch._foreach_copy_(self._lists[key], self.parts(key, leaf))
+                    torch._foreach_copy_(tuple(self._held[key]), self.parts(key, leaf))
 
     def give(self, gradient: dict[str, Tensor]) -> None:
         """Put ``gradient`` into ``.grad``; it is emptied."""
-        for key, parameters in self._lists.items():
+        for key, parameters in self._held.items():
             leaf = gradient.pop(key).to(parameters[0].dtype)
             for parameter, part in zip(parameters, self.parts(key, leaf), strict=True):
                 parameter.grad = part
@@ -120,19 +130,16 @@ def _flat(parts: Sequence[Tensor]) -> Tensor:
     return found
 
 
-def _views(leaf: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+def _views(leaf: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """And back."""
-    found: Sequence[Tensor] = _unflatten_dense_tensors(leaf, like)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, ...] = _unflatten_dense_tensors(leaf, like)  # type: ignore[no-untyped-call]
     return found
 
 
 def _small(parameter: Tensor) -> bool:
     plain = type(parameter) in (Tensor, nn.Parameter) and parameter.layout is torch.strided
-    return plain and parameter.is_contiguous() and 0 < parameter.numel() <= _most(SMALL, parameter)
-
-
-def _most(sizes: Mapping[str, int], parameter: Tensor) -> int:
-    return sizes.get(parameter.device.type, 0)
+    most = SMALL.get(parameter.device.type, 0)
+    return plain and parameter.is_contiguous() and 0 < parameter.numel() <= most
 
 
 def _key(group: Mapping[str, Tensor]) -> str:

@@ -8,7 +8,7 @@ from functools import reduce
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metanudge.batching import examples, pieces
 from metanudge.bundles import Bundles
@@ -148,8 +148,8 @@ class LiveLosses(InnerGradients):
     ) -> tuple[Tensor, Params]:
         """One ``.backward()`` a piece of a loss, so that its activations alone are alive; ``.grad`` adds them up."""
         self._load(phi)
-        names = [name for key in wanted for name in self.live.bundles.names(key)]
-        self.live.watch(names)
+        parameters = [parameter for key in wanted for parameter in self.live.held(key)]
+        self.live.watch(parameters)
         losses: dict[Role, Tensor] = {}
         sums: Params = {}
         for role, weight in weights.items():
@@ -159,14 +159,14 @@ class LiveLosses(InnerGradients):
                     loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
                     require_graph(loss)
                     if losses:
-                        self._part(names)
+                        _part(parameters)
                     (weight * share * loss).backward()  # type: ignore[no-untyped-call]
                 value = share * loss.detach()
                 del loss  # and with it its graph, before the next one is built
                 losses[role] = losses[role] + value if role in losses else value
                 self._widen(wanted, sums)
-        require_gradient(chain(sums.values(), (self.live.parameters[name].grad for name in names)))
-        self._part([key for key in wanted if self.live.bundles.alone(key)])  # bundles are copies
+        require_gradient(chain(sums.values(), (parameter.grad for parameter in parameters)))
+        _part([self.live.held(key)[0] for key in wanted if self.live.bundles.alone(key)])  # bundles are copies
         self.tally.gradients += len(losses)
         first = step == minibatch == 0 and Role.SUPPORT in losses and not self.passed
         if first and (self._is_theta(phi) or self.live.untouched()):  # the latter compares all of them
@@ -253,40 +253,40 @@ class LiveLosses(InnerGradients):
 
         return self.norm.evaluate(role, function, self.losses[Role.SUPPORT], at)
 
-    def _part(self, names: Sequence[str]) -> None:
-        """Give every parameter a gradient of its own, to which can be added.
-
-        Of two views that are added, autograd makes gradients in one memory, and what the next ``.backward()`` adds to
-        one it then adds to both. (Sharded ones are parts that FSDP2 has cut itself.)
-        """
-        places: set[int] = set()
-        for name in names:
-            parameter = self.live.parameters[name]
-            if parameter.grad is None or parameter.grad.is_sparse or hasattr(parameter.grad, "full_tensor"):
-                continue
-            place = parameter.grad.untyped_storage().data_ptr()
-            if place in places:
-                parameter.grad = parameter.grad.clone()
-            places.add(place)
-
     def _widen(self, wanted: tuple[str, ...], sums: Params) -> None:
         """Where gradients of less precision than float32 are to be added up, add them up in float32."""
         for key in wanted:
-            parameters = [self.live.parameters[name] for name in self.live.bundles.names(key)]
-            narrow = accumulator(parameters[0].dtype) != parameters[0].dtype  # of gradients as of parameters
-            if narrow and any(parameter.grad is not None for parameter in parameters):
+            parameters = self.live.held(key)
+            kind = parameters[0].dtype  # of all of them, and of their gradients
+            if accumulator(kind) != kind and any(parameter.grad is not None for parameter in parameters):
                 _accumulate(sums, key, self._taken(key), 1.0)
 
     def _taken(self, key: str) -> Tensor:
         """The gradient ``.backward()`` left; the module forgets it, so that the next one can not write into it."""
         parts = []
-        for name in self.live.bundles.names(key):
-            parameter = self.live.parameters[name]
+        for parameter in self.live.held(key):
             gradient, parameter.grad = parameter.grad, None
             if gradient is None:
                 gradient = torch.zeros_like(parameter, dtype=accumulator(parameter.dtype))
             parts.append(gradient.to_dense() if gradient.is_sparse else gradient)
         return self.live.bundles.join(key, parts)
+
+
+def _part(parameters: Sequence[nn.Parameter]) -> None:
+    """Give every parameter a gradient of its own, to which can be added.
+
+    Of two views that are added, autograd makes gradients in one memory, and what the next ``.backward()`` adds to one
+    it then adds to both. (Sharded ones are parts that FSDP2 has cut itself.)
+    """
+    places: set[int] = set()
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None or gradient.is_sparse or hasattr(gradient, "full_tensor"):
+            continue
+        place = gradient.untyped_storage().data_ptr()
+        if place in places:
+            parameter.grad = gradient.clone()
+        places.add(place)
 
 
 def _accumulate(sums: Params, name: str, leaf: Tensor, weight: float) -> None:

@@ -82,13 +82,17 @@ class LiveModule:
         pairs = [(self.bundles[key], value) for key, value in self.values.items()]
         return bool(torch.stack([(now == before.to(now.dtype)).all() for now, before in pairs]).all())
 
-    def watch(self, wanted: Sequence[str]) -> None:
+    def held(self, key: str) -> list[nn.Parameter]:
+        """The parameters of a leaf; any other key, of a parameter that is not adapted, is its name."""
+        return self.bundles.held(key) if key in self.bundles else [self.parameters[key]]
+
+    def watch(self, wanted: Sequence[nn.Parameter]) -> None:
         """Let ``.backward()`` fill the gradients of ``wanted``, and, unless FSDP2 manages them, of nothing else."""
-        names = set(wanted)
-        for name, parameter in self.parameters.items():
+        chosen = set(map(id, wanted))
+        for parameter in self.parameters.values():
             parameter.grad = None
             if not self.sharded:
-                parameter.requires_grad_(name in names)
+                parameter.requires_grad_(id(parameter) in chosen)
 
     def over_ranks(self, loss: Tensor) -> Tensor:
         """The loss of a task whose examples the ranks of FSDP2 have divided: the mean, as FSDP2 takes of gradients."""
