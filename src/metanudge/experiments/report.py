@@ -174,7 +174,7 @@ def section(study: Study) -> str:
     parts = [f"<section id={html.escape(study.name)}>", f"<h2>{html.escape(study.title)}</h2>"]
     parts += [f"<p>{html.escape(text)}</p>" for text in study.summary.split("\n\n")]
     for drawn, caption in study.figures.values():
-        data = base64.b64encode(render(drawn, "png", dpi=110)).decode()
+        data = base64.b64encode(render(drawn, "png", dpi=90)).decode()
         parts.append(
             f'<figure><img alt="{html.escape(caption, quote=True)}" src="data:image/png;base64,{data}">'
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"
