@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import metanudge as mn
 from metanudge import bundles
+from metanudge.accumulation import FiniteMean
 from metanudge.bundles import Bundles
 from metanudge.estimators.base import Estimator
 from problems import (
@@ -54,7 +55,7 @@ def test_every_parameter_is_in_one_leaf(shapes: list[tuple[int, ...]], narrow: s
         assert laid[key].shape == (sum(parameter.numel() for parameter in held),)
         assert laid[key].numel() <= bundles.FULL["cpu"]
         assert all(parameter.is_contiguous() and 0 < parameter.numel() <= 2**12 for parameter in held)
-    found = laid.named(dict(laid))
+    found = laid.by_name(dict(laid))
     assert {name: tensor.shape for name, tensor in found.items()} == {name: p.shape for name, p in named.items()}
     assert all(torch.equal(found[name], parameter) for name, parameter in named.items())
     again = laid.joined(found)
@@ -71,7 +72,7 @@ def test_what_is_read_is_where_the_module_stands() -> None:
     model = nn.Linear(3, 2)
     laid = Bundles.of(dict(model.named_parameters()))
     (key,) = laid
-    before = laid.copied()
+    before = laid.copied(lambda kind: kind)
     laid.load({key: torch.arange(8.0)})
     assert torch.equal(model.weight, torch.arange(6.0).view(2, 3))
     assert torch.equal(laid[key], torch.arange(8.0))
@@ -164,6 +165,86 @@ def test_torch_optimizers_of_all_kinds_of_parameters(
     solver = mn.TorchOptimizer(OPTIMIZERS[optimizer], 3)
     bundled, single = both(monkeypatch, lambda: in_place(mn.FOBMAML(nudge=nudge, nu=0.1), solver))
     torch.testing.assert_close(bundled, single, rtol=1e-6, atol=1e-7)  # one parameter is in float32
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "sgd"])
+def test_the_tangent_problem_has_parameters_of_the_same_shapes(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    solver = mn.TorchOptimizer(OPTIMIZERS[optimizer], 3)
+    tangent = mn.Tangent(products="two_gradient", displacement=0.1)
+    bundled, single = both(monkeypatch, lambda: in_place(tangent, solver))
+    torch.testing.assert_close(bundled, single, rtol=1e-6, atol=1e-7)
+
+
+class Alternating(nn.Module):
+    """Large and small parameters by turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second, self.third = nn.Linear(4, 100), nn.Linear(100, 100), nn.Linear(100, 4)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+def test_a_factory_gets_the_parameters_in_the_order_of_the_model() -> None:
+    """By which it may tell them apart, in every problem that is solved."""
+    given: list[list[torch.Size]] = []
+
+    def factory(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        given.append([parameter.shape for parameter in parameters])
+        return torch.optim.SGD(parameters, lr=0.01)
+
+    in_place(mn.Tangent(products="two_gradient"), mn.TorchOptimizer(factory, 2), Alternating)
+    assert len(given) == 2 * 2
+    assert all(shapes == [parameter.shape for parameter in Alternating().parameters()] for shapes in given)
+
+
+@pytest.mark.parametrize("solver", [mn.Nesterov(6), mn.Nesterov(4, power_iterations=2)], ids=str)
+def test_step_sizes_do_not_depend_on_what_is_bundled(solver: object) -> None:
+    """The direction that they are measured along is the same numbers of the same parameters."""
+    live = in_place(mn.FOMAML(), solver, Alternating)
+    model = Alternating()
+    torch.manual_seed(3)
+    learner = mn.MetaLearner(model, squared_error, prox=2.0, solver=solver, estimator=mn.FOMAML())
+    learner.backward(mixed_tasks())
+    assert distance(live, flat_gradient(model)) < 1e-12
+
+
+@pytest.mark.parametrize("execution", ["in_place", "vectorized"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_gradient_that_is_left_has_memory_of_its_own(dtype: torch.dtype, execution: str) -> None:
+    """So that one may be kept, saved or written to without the others."""
+    model = Alternating().to(dtype)
+    tasks = mn.Tasks(*(mn.Batch(*(leaf.to(dtype) for leaf in batch)) for batch in mixed_tasks()))
+    learner = mn.MetaLearner(model, squared_error, solver=mn.GradientDescent(2, lr=0.1), execution=execution)
+    learner.backward(tasks)
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert all(gradient.untyped_storage().nbytes() == gradient.nbytes for gradient in gradients)
+    assert not any(gradient._is_view() for gradient in gradients)
+
+
+def test_sums_over_ranks_are_of_parameters() -> None:
+    """How a rank's parameters are laid out in memory decides what it bundles, and another's may lie otherwise."""
+    summed: list[torch.Size] = []
+
+    class Pair:
+        size = 2
+
+        def sum(self, tensors: list[Tensor]) -> None:
+            summed.extend(tensor.shape for tensor in tensors)
+            for tensor in tensors:
+                tensor.mul_(2)  # as if the other had found the same
+
+    model = nn.Linear(3, 2)
+    laid = Bundles.of(dict(model.named_parameters()))
+    mean = FiniteMean()
+    mean._gradient, mean._kept = laid.copied(lambda kind: kind), torch.ones(())
+    mean.over(Pair(), 2, laid.by_name)
+    assert summed[-2:] == [model.weight.shape, model.bias.shape]
+    found = laid.by_name(next(mean.spend()))
+    assert all(torch.equal(found[name], parameter) for name, parameter in model.named_parameters())
 
 
 @pytest.mark.parametrize("settings", [{"microbatch": 4}, {"adapt_only": ["inner", "scale"]}], ids=["pieces", "shared"])

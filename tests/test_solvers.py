@@ -62,7 +62,10 @@ class Plain:
         return function(self, given)
 
     def steppable(self, start: Params) -> Bundles:
-        return Bundles.apart(start)
+        return Bundles({"phi": nn.Parameter(start["phi"].clone())}, {"phi": ["phi"]})
+
+    def by_parameter(self, make: Callable[[Params], Params], like: Params) -> Params:
+        return make(like)
 
 
 def quadratics(*eigenvalues: list[float]) -> Plain:

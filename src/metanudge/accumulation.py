@@ -13,7 +13,7 @@ from metanudge import tree
 from metanudge.energy import InnerProblem
 from metanudge.oracle.common import accumulator
 from metanudge.ranks import Ranks
-from metanudge.types import Estimate, Evaluation, Params
+from metanudge.types import Estimate, Evaluation, Named, Params
 
 
 class Numbers(NamedTuple):
@@ -77,19 +77,19 @@ class FiniteMean:
         self._numbers = self._numbers.to(numbers) + numbers.where(mask, 0.0).sum(1)
         return mask
 
-    def over(self, ranks: Ranks, total: int) -> None:
-        """Take in the sums of the other ranks, which have seen ``total`` tasks with this one."""
+    def over(self, ranks: Ranks, total: int, named: Named) -> None:
+        """Take in the sums of the other ranks, which have seen ``total`` tasks with this one; ``named`` cuts leaves."""
         if ranks.size == 1:
             return
         self.total = total
-        self._gradient = {name: leaf.contiguous() for name, leaf in self._gradient.items()}
-        ranks.sum([self._kept, self._numbers, *self._gradient.values()])
+        self._gradient = {key: leaf.contiguous() for key, leaf in self._gradient.items()}
+        ranks.sum([self._kept, self._numbers, *named(self._gradient).values()])  # how leaves are cut is a rank's own
 
     def spend(self) -> Iterator[Params]:
-        """The mean meta-gradient, leaf by leaf; each sum is let go when it has been used."""
+        """The mean meta-gradient, leaf by leaf; each is let go when it has been used."""
         kept = self.kept
         for key in list(self._gradient):
-            yield {key: self._gradient.pop(key) / kept}
+            yield {key: self._gradient.pop(key).div_(kept)}
 
     def numbers(self) -> Numbers:
         """Means over the kept tasks; of the error bound the ratio of two, ||error|| to ||g||."""

@@ -6,7 +6,7 @@ an operation takes longer than doing it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,49 +15,58 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 SMALL = {"cpu": 2**12, "cuda": 2**20}
 """Numbers of a parameter up to which it is bundled, by device; above, what its copy costs is more than it saves."""
 FULL = {"cpu": 2**15, "cuda": 2**22}
-"""Numbers of a bundle, at most, so that one that is in use twice does not count beside a model."""
+"""Numbers of a bundle, at most, as up to three more of one are alive while sums are formed; and, unless that is less than
+2^15, a sixteenth of all."""
 
 
 class Bundles(Mapping[str, Tensor]):
     """Parameters of the live module as leaves to compute with; reading one reads where the module stands.
 
     A leaf is a *bundle*, ``[P]``, of plain, contiguous parameters of one dtype: a copy, made when it is read and not
-    kept. Or it is a parameter, under its own name, that is large, sharded, or the only one of its kind.
+    kept. Or it is a parameter, under its own name, that is large, sharded, or the only one of its kind. What is read is
+    a new tensor each time.
 
     Args:
-        held: The parameters of every leaf, by name.
+        named: Parameters of the module, in its order.
+        names: Those of every leaf, by its key.
+
+    Attributes:
+        named: As given.
+        parameters: The same without names.
     """
 
-    def __init__(self, held: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
-        self._names = {key: tuple(named) for key, named in held.items()}
-        self._held = {key: list(named.values()) for key, named in held.items()}
-        self.parameters = [parameter for some in self._held.values() for parameter in some]
+    def __init__(self, named: Mapping[str, nn.Parameter], names: Mapping[str, Sequence[str]]) -> None:
+        self.named, self._names = named, names
+        self.parameters = list(named.values())
+        self._held = {key: [named[name] for name in some] for key, some in names.items()}
 
     @classmethod
     def of(cls, named: Mapping[str, nn.Parameter]) -> Bundles:
         """Bundle what is small."""
-        groups: list[dict[str, nn.Parameter]] = []
-        filling: dict[torch.dtype, tuple[dict[str, nn.Parameter], int]] = {}
+        full = max(sum(parameter.numel() for parameter in named.values()) // 16, 2**15)
+        groups: list[list[str]] = []
+        filling: dict[torch.dtype, tuple[list[str], int]] = {}
         for name, parameter in named.items():
             if not _small(parameter):
-                groups.append({name: parameter})
+                groups.append([name])
                 continue
-            group, size = filling.get(parameter.dtype, ({}, 0))
+            group, size = filling.get(parameter.dtype, ([], 0))
             size += parameter.numel()
-            if not group or size > FULL[parameter.device.type]:
-                group, size = {}, parameter.numel()
+            if not group or size > min(FULL[parameter.device.type], full):
+                group, size = [], parameter.numel()
                 groups.append(group)
-            group[name] = parameter
+            group.append(name)
             filling[parameter.dtype] = group, size
-        return cls({_key(group): group for group in groups})
+        # no parameter has the name of a bundle, as no module is called by an empty one
+        return cls(named, {group[0] if len(group) == 1 else f".{group[0]}": tuple(group) for group in groups})
 
-    @classmethod
-    def apart(cls, leaves: Mapping[str, Tensor]) -> Bundles:
-        """Parameters of their own, each a leaf, at ``leaves``."""
-        return cls({key: {key: nn.Parameter(leaf.detach().clone())} for key, leaf in leaves.items()})
+    def anew(self, leaves: Mapping[str, Tensor]) -> Bundles:
+        """Parameters of their own at ``leaves``, of the same names and shapes."""
+        found = self.by_name(leaves)
+        return Bundles({name: nn.Parameter(found[name].detach().clone()) for name in self.named}, self._names)
 
     def __getitem__(self, key: str) -> Tensor:
-        """A leaf; of one that is alone, the parameter itself."""
+        """A leaf; of a parameter that is alone, in its own memory."""
         return self.join(key, self._held[key]).detach()
 
     def __contains__(self, key: object) -> bool:
@@ -96,16 +105,16 @@ class Bundles(Mapping[str, Tensor]):
         """Leaves out of tensors by name."""
         return {key: self.join(key, [named[name] for name in names]) for key, names in self._names.items()}
 
-    def named(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def by_name(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Views of ``leaves`` by parameter name; others than these, such as those of shared parameters, as they are."""
         found: dict[str, Tensor] = {}
         for key, leaf in leaves.items():
             found.update(zip(self.names(key), self.parts(key, leaf), strict=True))
         return found
 
-    def copied(self) -> dict[str, Tensor]:
-        """Where the module stands, in leaves that it does not write to."""
-        return {key: self[key].clone() if self.alone(key) else self[key] for key in self}
+    def copied(self, to: Callable[[torch.dtype], torch.dtype]) -> dict[str, Tensor]:
+        """Where the module stands, in leaves that it does not write to, of another precision."""
+        return {key: self[key].to(to(self._held[key][0].dtype), copy=self.alone(key)) for key in self}
 
     def load(self, leaves: Mapping[str, Tensor]) -> None:
         """Write leaves into the module."""
@@ -140,9 +149,3 @@ def _small(parameter: Tensor) -> bool:
     plain = type(parameter) in (Tensor, nn.Parameter) and parameter.layout is torch.strided
     most = SMALL.get(parameter.device.type, 0)
     return plain and parameter.is_contiguous() and 0 < parameter.numel() <= most
-
-
-def _key(group: Mapping[str, Tensor]) -> str:
-    """The parameter's own name, or what none can have, as no module is called by an empty one."""
-    first = next(iter(group))
-    return first if len(group) == 1 else f".{first}"

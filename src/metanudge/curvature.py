@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from metanudge import tree
 from metanudge.energy import Energy
-from metanudge.losses import HessianProduct, LossGradients
+from metanudge.losses import HessianProduct, InnerGradients, LossGradients
 from metanudge.oracle.common import sharded_like
 from metanudge.types import Params, Role, Weights
 
@@ -84,7 +85,7 @@ def lipschitz_constant(energy: Energy, phi: Params, iterations: int, step: int) 
     # far enough that round-off is nothing, and near enough for an estimate that is only to set a step size
     whole = far(energy, phi, value, gradient)
     length = 1e-2 * whole
-    along, across = _unit(energy, gradient), _unit(energy, _generic(gradient, length.ndim))
+    along, across = _unit(energy, gradient), _unit(energy, _generic(energy.losses, gradient, length.ndim))
     across = tree.scale(torch.where(energy.losses.inner(along, across) < 0, -1.0, 1.0).to(length), across)
     direction = _unit(energy, tree.add(along, across))  # never zero: with few parameters the two may be opposite
     constant = torch.zeros_like(length)
@@ -101,16 +102,20 @@ def _unit(energy: Energy, a: Params) -> Params:
     return tree.scale(1 / tree.or_one(energy.norm(a)), a)
 
 
-def _generic(like: Params, lanes: int) -> Params:
-    """Numbers that look like noise, the same in every lane and in both executions: cos(i²) for parameter i of a dtype.
+def _generic(losses: InnerGradients, like: Params, lanes: int) -> Params:
+    """Numbers that look like noise, the same in every lane and in both executions: cos(i²) for number i of a dtype.
 
     Drawn numbers would depend on how the parameters are cut into leaves.
     """
-    begun: Counter[torch.dtype] = Counter()
-    found = {}
-    for name, leaf in like.items():
-        shape = leaf.shape[lanes:]
-        index = torch.arange(shape.numel(), dtype=torch.float64, device=leaf.device) + (1 + begun[leaf.dtype])
-        begun[leaf.dtype] += shape.numel()
-        found[name] = sharded_like(index.square().cos().to(leaf.dtype).reshape(shape).expand(leaf.shape), leaf)
-    return found
+
+    def numbers(like: Mapping[str, Tensor]) -> Params:
+        begun: Counter[torch.dtype] = Counter()
+        found = {}
+        for name, leaf in like.items():
+            shape = leaf.shape[lanes:]
+            index = torch.arange(shape.numel(), dtype=torch.float64, device=leaf.device) + (1 + begun[leaf.dtype])
+            begun[leaf.dtype] += shape.numel()
+            found[name] = sharded_like(index.square().cos().to(leaf.dtype).reshape(shape).expand(leaf.shape), leaf)
+        return found
+
+    return losses.by_parameter(numbers, like)

@@ -17,11 +17,10 @@ from metanudge.checks import not_finite
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, UnsolvedWarning
 from metanudge.estimators import Estimator
 from metanudge.oracle.common import whole
-from metanudge.packing import Named
 from metanudge.probe import Probe, needed
 from metanudge.ranks import Ranks
 from metanudge.solvers import Solver
-from metanudge.types import Need, Tasks
+from metanudge.types import Named, Need, Tasks
 from metanudge.warned import warn
 
 
@@ -179,8 +178,8 @@ def add_to_grad(model: nn.Module, mean: FiniteMean, named: Named) -> float:
             squares += [norm.square() for norm in norms]
             for name, part in named(one).items():
                 parameter = parameters[name]
-                if parameter.grad is None:
-                    parameter.grad = part.to(parameter.dtype)
+                if parameter.grad is None:  # which has memory of its own
+                    parameter.grad = part.to(parameter.dtype, copy=part._is_view())
                 else:
                     parameter.grad.add_(part)
     return float(torch.stack(squares).sum().sqrt())

@@ -17,9 +17,9 @@ from metanudge.energy import InnerProblem
 from metanudge.oracle import BatchNorm, Call, LiveLosses, LiveModule, Programs, RandomState, StackedLosses, Tally
 from metanudge.oracle.common import device_of, forked, round_off, same_modes
 from metanudge.oracle.compiled import Bound, plain_attributes
-from metanudge.packing import Named, Packing
+from metanudge.packing import Packing
 from metanudge.selection import Selection
-from metanudge.types import LossFunction, Need, Params, Role, Tasks
+from metanudge.types import LossFunction, Named, Need, Params, Role, Tasks
 
 
 class Use(NamedTuple):
@@ -231,7 +231,7 @@ class InPlace:
                 yield InnerProblem(losses, theta, use.prox, round_off=spacing)
 
         def rows(params: Params) -> Tensor:
-            named = bundles.named(params)
+            named = bundles.by_name(params)
             return torch.cat([named[name].reshape(1, -1) for name in selection.adapted], dim=1)
 
         def lanes(found: Tensor) -> Params:
@@ -241,4 +241,4 @@ class InPlace:
             leaves = bundles.joined(named)
             return {key: leaf.to(theta[key]) for key, leaf in leaves.items()}
 
-        return Lent(problems(), dict, bundles.named, rows, lanes)
+        return Lent(problems(), dict, bundles.by_name, rows, lanes)

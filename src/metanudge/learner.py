@@ -225,7 +225,7 @@ class MetaLearner:
                 solved = [self._add(mean, probes, lent, one, list(islice(order, one.tasks))) for one in lent.problems]
             lost = mean.total - mean.kept
             gradients = sum(ranks.counts(tally.gradients))  # without those of advice
-            mean.over(ranks, sum(counts))
+            mean.over(ranks, sum(counts), lent.named)
             numbers = verdict(mean, lost, probes, Given(stacks, places), self, self._told)
         named = lent.named
         del lent, probes  # and with them what the estimates were made of

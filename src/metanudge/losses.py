@@ -1,4 +1,4 @@
-"""Seam 1: where loss gradients come from. Written twice (oracle/); all mathematics is written on top of it."""
+"""What mathematics asks of losses; oracle/ answers it twice."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from metanudge.bundles import Bundles
 from metanudge.types import LossFunction, Params, PyTree, Role, Weights
+
+NOT_LIVE = "these losses are not those of one task on the live module, whose parameters a torch optimizer steps"
 
 
 class HessianProduct(Protocol):
@@ -60,9 +62,17 @@ class InnerGradients(Protocol):
         """
         return function(self, given)
 
+    def by_parameter(self, make: Callable[[Mapping[str, Tensor]], Params], like: Params) -> Params:
+        """``make(like)``, which may count numbers: they come in the order of the parameters, however leaves are cut."""
+        return make(like)
+
     def steppable(self, start: Params) -> Bundles:
-        """The live module's parameters, at ``start``, for a torch optimizer to step."""
-        raise TypeError("a torch optimizer steps one task, not a stack of them")
+        """Parameters, at ``start``, for a torch optimizer to step."""
+        raise TypeError(NOT_LIVE)
+
+    def anew(self, start: Params) -> Bundles:
+        """The same parameters, at ``start``, in memory of their own: for solves in which they are not those of f̂."""
+        raise TypeError(NOT_LIVE)
 
 
 class LossGradients(InnerGradients, Protocol):

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from metanudge.types import Params
-
-Named: TypeAlias = Callable[[Params], dict[str, Tensor]]
-"""From leaves to views of them by parameter name."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ PyTree: TypeAlias = Any
 Params: TypeAlias = dict[str, Tensor]
 """Parameters by name, each leaf ``[*L, *shape]``."""
 
+Named: TypeAlias = Callable[[Params], dict[str, Tensor]]
+"""From leaves without lanes to views of them by parameter name."""
+
 LossFunction: TypeAlias = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch)``: the scalar loss of one task's batch; a metric has the same form."""
 

@@ -39,7 +39,7 @@ class Linearized(InnerGradients):
         return self.losses.added(shares)
 
     def steppable(self, start: Params) -> Bundles:  # noqa: D102
-        return Bundles.apart(start)
+        return self.losses.anew(start)
 
 
 @dataclass(frozen=True)

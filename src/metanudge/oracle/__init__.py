@@ -1,4 +1,4 @@
-"""Seam 1: where loss gradients come from. Two implementations of ``LossGradients``; nothing above them differs.
+"""Seam 1: where loss gradients come from. Two answers to losses.py; nothing above them differs.
 
 ``StackedLosses``: a functional call of the model under ``torch.func.vmap``, for all tasks and all nodes at once.
 ``LiveLosses``: the module as it is and ``loss.backward()``, for one task.

@@ -140,6 +140,13 @@ class LiveLosses(InnerGradients):
         self.held.append(start)
         return self.live.bundles
 
+    def anew(self, start: Params) -> Bundles:  # noqa: D102
+        return self.live.bundles.anew(start)
+
+    def by_parameter(self, make: Callable[[Mapping[str, Tensor]], Params], like: Params) -> Params:  # noqa: D102
+        bundles, named = self.live.bundles, self.live.bundles.by_name(like)
+        return bundles.joined(make({name: named[name] for name in bundles.named}))
+
     def count(self, gradients: int) -> None:  # noqa: D102
         self.tally.gradients += gradients
 
@@ -221,7 +228,7 @@ class LiveLosses(InnerGradients):
         self.live.load({} if known else phi)  # what was made of the parameters before is out of date all the same
 
     def _is_theta(self, phi: Mapping[str, Tensor]) -> bool:
-        return all(phi[key] is value for key, value in self.live.values.items())
+        return phi is not self.live.bundles and all(phi[key] is leaf for key, leaf in self.live.values.items())
 
     def _pieces(self, role: Role, step: int, minibatch: int, microbatch: int | None) -> Iterator[tuple[Batch, float]]:
         """The batch of an evaluation in pieces, and its random state."""

@@ -51,7 +51,7 @@ class LiveModule:
             model,
             parameters,
             bundles,
-            {key: value.to(accumulator(value.dtype)) for key, value in bundles.copied().items()},
+            bundles.copied(accumulator),
             {name: parameter.grad for name, parameter in parameters.items()},
             {name: parameter.requires_grad for name, parameter in parameters.items()},
             [

@@ -116,7 +116,7 @@ class TorchOptimizer:
 
     def point(self, state: State) -> Params:
         """A copy of phi; the parameters themselves move on."""
-        return state.phi.copied()
+        return state.phi.copied(lambda kind: kind)
 
     def finished(self, state: State) -> bool:
         """All steps are always taken."""
