@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,9 @@ def as_stacks(tasks: Tasks | Sequence[Tasks], device: torch.device) -> tuple[lis
         if isinstance(tasks, DataLoader):
             check_loader(tasks)
         loop = "; loop over it: for tasks in loader: learner.backward(tasks)" if hasattr(tasks, "__iter__") else ""
-        if is_dataset(tasks):  # whose single tasks a loop would give as if they were stacks
+        if isinstance(tasks, Mapping):
+            loop = "; give mn.Tasks(support=mn.Batch(...), query=mn.Batch(...))"
+        elif is_dataset(tasks):  # whose single tasks a loop would give as if they were stacks
             loop = f", a dataset of single tasks; give some as a list: {taken(tasks)}"
         raise TasksError(f"expected mn.Tasks or a list of mn.Tasks, got {type(tasks).__name__}{loop}")
     if not tasks:

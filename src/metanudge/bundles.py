@@ -15,8 +15,8 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 SMALL = {"cpu": 2**12, "cuda": 2**20}
 """Numbers of a parameter up to which it is bundled, by device; above, what its copy costs is more than it saves."""
 FULL = {"cpu": 2**15, "cuda": 2**22}
-"""Numbers of a bundle, at most, as up to three more of one are alive while sums are formed; and, unless that is less than
-2^15, a sixteenth of all."""
+"""Numbers of a bundle, at most, as up to three more of one are alive while sums are formed; and, unless that is less
+than 2^15, a sixteenth of all."""
 
 
 class Bundles(Mapping[str, Tensor]):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
+from torch.utils.data import DataLoader
 
 from metanudge.errors import TasksError
 from metanudge.minibatches import as_minibatches
@@ -29,7 +30,10 @@ def leaves(tree: Any) -> list[Tensor]:
                 f"{leaf.dtype} {list(leaf.shape)}; make it a tensor: torch.from_numpy(array)"
             )
         if not isinstance(leaf, Tensor):
-            raise TasksError(f"tasks hold tensors or pytrees of tensors, but found {type(leaf).__name__}: {leaf!r:.80}")
+            parts = "; for a support set in minibatches give mn.Minibatches" if isinstance(leaf, DataLoader) else ""
+            raise TasksError(
+                f"tasks hold tensors or pytrees of tensors, but found {type(leaf).__name__}: {leaf!r:.80}{parts}"
+            )
     return found
 
 
@@ -107,7 +111,7 @@ def check_device(tensors: list[Tensor], device: torch.device) -> None:
     for tensor in tensors:
         if tensor.device != device:
             raise TasksError(
-                f"the model is on {device} but a tensor of the tasks on {tensor.device}; move it with .to()"
+                f'the model is on {device} but a tensor of the tasks on {tensor.device}; move it: tasks.to("{device}")'
             )
 
 

@@ -54,7 +54,7 @@ def choose_execution(
             Need.LIVE_MODULE in solver.needs
             or compiled
             or is_sharded(model)
-            or any(isinstance(module, nn.RNNBase) for module in model.modules())  # which vmap can not run
+            or any(map(_not_for_vmap, model.modules()))
             or adapted > LARGE
             or microbatch is not None
         )
@@ -82,3 +82,9 @@ def choose_execution(
             'at a time; give batch_norm="frozen", leave microbatch out, or take GroupNorm or LayerNorm'
         )
     return InPlace(model, losses, microbatch, norm)
+
+
+def _not_for_vmap(module: nn.Module) -> bool:
+    """Recurrent layers; embeddings that give sparse gradients, or write to their weights in a forward pass."""
+    tables = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    return isinstance(module, nn.RNNBase) or (tables and (bool(module.sparse) or module.max_norm is not None))

@@ -180,6 +180,8 @@ def add_to_grad(model: nn.Module, mean: FiniteMean, named: Named) -> float:
                 parameter = parameters[name]
                 if parameter.grad is None:  # which has memory of its own
                     parameter.grad = part.to(parameter.dtype, copy=part._is_view())
+                elif parameter.grad.is_sparse:
+                    parameter.grad = part.to(parameter.dtype) + parameter.grad
                 else:
                     parameter.grad.add_(part)
     return float(torch.stack(squares).sum().sqrt())

@@ -56,7 +56,8 @@ class MetaLearner:
         estimator: How the meta-gradient is formed; None for ``FOBMAML()``.
         execution: "vectorized" (all tasks at once under vmap), "in_place" (the live module, ``.backward()`` only), or
             "auto": in place when the solver is a torch optimizer, the model is compiled or sharded or has recurrent
-            layers, more than ten million parameters or some in float16 are adapted, or ``microbatch`` is given;
+            layers, or embeddings with ``sparse=True`` or ``max_norm``, more than ten million parameters or some in
+            float16 are adapted, or ``microbatch`` is given;
             otherwise vectorised.
         adapt_only: Parameters the inner problem adapts: names of parameters or modules (``"head"``), patterns
             (``"*.bias"``), or a predicate ``(name, parameter) -> bool``; None for all. Other trainable parameters are

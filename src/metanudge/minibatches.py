@@ -19,8 +19,8 @@ class Minibatches:
     Args:
         source: A function of the step, ``k -> mn.Batch``, called again for every solve: it has to return the same batch
             for the same k. What it draws from torch's default generator is the same for every solve by itself. Or a
-            list of batches, begun again at its end. Or any other iterable, such as a DataLoader, which is read as far
-            as needed, once, and kept.
+            list of batches, begun again at its end. Or any other iterable of batches, which is read as far as needed,
+            once, and kept: of a DataLoader of pairs, ``(mn.Batch(x, y) for x, y in loader)``.
 
     Raises:
         SettingsError: Neither a function nor an iterable; a batch alone.
@@ -49,9 +49,11 @@ class Minibatches:
 
     def __getitem__(self, step: int) -> Batch:
         """Minibatch number ``step``."""
-        batch = self._read(step) if self._function is None else self._function(step)
+        batch: object = self._read(step) if self._function is None else self._function(step)
         if not isinstance(batch, Batch):
-            raise TasksError(f"minibatch {step} must be mn.Batch(inputs, targets), got {type(batch).__name__}")
+            pair = isinstance(batch, tuple | list) and len(batch) == 2
+            wrap = "; of pairs make batches: mn.Minibatches(mn.Batch(x, y) for x, y in loader)" if pair else ""
+            raise TasksError(f"minibatch {step} must be mn.Batch(inputs, targets), got {type(batch).__name__}{wrap}")
         return batch
 
     def _read(self, step: int) -> Batch:

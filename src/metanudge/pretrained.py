@@ -129,8 +129,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """
     from safetensors.torch import load_file
 
-    stored = load_file(folder / WEIGHTS)
     own = model.state_dict()
+    compiled = {_plain(name): name for name in own}  # what torch.compile wraps goes by another name
+    stored = {compiled.get(_plain(name), name): value for name, value in load_file(folder / WEIGHTS).items()}
     held = [_span(own[name]) for name in stored if name in own]
     missing = [
         name
@@ -150,6 +151,11 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             "holds nothing"
         )
     model.load_state_dict(stored, strict=False)  # of tied ones, one is there
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what ``torch.compile`` puts into it."""
+    return name.replace("_orig_mod.", "")
 
 
 def _span(value: Tensor) -> tuple[int, int]:

@@ -84,7 +84,7 @@ def select_parameters(model: nn.Module, adapt_only: AdaptOnly | None) -> Selecti
                 meant = f'did you mean "{close[0]}"? ' if close else ""
                 raise SettingsError(
                     f"adapt_only={pattern!r} matches no parameter or module of the model; {meant}"
-                    f"Its parameters are {_some(every)}"
+                    f"its parameters are {_some(every)}"
                 )
         chosen = {
             first
@@ -106,7 +106,8 @@ def _some(names: list[str]) -> str:
 
 def _matches(name: str, pattern: str) -> bool:
     """Whether the parameter, or a module that holds it, goes by ``pattern``."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")
+    plain = name.replace("_orig_mod.", "")  # which torch.compile puts there
+    return any(fnmatchcase(one, form) for one in (name, plain) for form in (pattern, pattern + ".*"))
 
 
 def _patterns(adapt_only: object) -> tuple[str, ...]:

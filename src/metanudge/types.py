@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from enum import Enum
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 PyTree: TypeAlias = Any
 """A tensor, or tuples, lists and dicts of tensors."""
@@ -32,6 +35,15 @@ class Batch(NamedTuple):
     inputs: PyTree
     targets: PyTree
 
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on ``device``."""
+        return tree_map(partial(_moved, device), self)  # type: ignore[no-any-return]
+
+    def __repr__(self) -> str:
+        """What it holds, without the numbers."""
+        inputs, targets = (tree_map(_Shown, part) for part in self)
+        return f"Batch(inputs={inputs}, targets={targets})"
+
 
 class Tasks(NamedTuple):
     """One task or a stack of tasks: adapted on ``support``, judged on ``query``.
@@ -46,6 +58,27 @@ class Tasks(NamedTuple):
 
     support: Batch
     query: Batch
+
+    def to(self, device: torch.device | str) -> Tasks:
+        """The same on ``device``."""
+        return tree_map(partial(_moved, device), self)  # type: ignore[no-any-return]
+
+
+def _moved(device: torch.device | str, leaf: Any) -> Any:
+    return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+
+class _Shown:
+    """A tensor, as its type and shape; anything else as it is."""
+
+    def __init__(self, leaf: object) -> None:
+        self.leaf = leaf
+
+    def __repr__(self) -> str:
+        if not isinstance(self.leaf, Tensor):
+            return repr(self.leaf)
+        device = "" if self.leaf.device.type == "cpu" else f" on {self.leaf.device}"
+        return f"{str(self.leaf.dtype).removeprefix('torch.')} {list(self.leaf.shape)}{device}"
 
 
 class Role(Enum):
@@ -70,7 +103,8 @@ class Need(Enum):
         "it differentiates the loss twice, which neither the live module's .backward() of the in-place execution nor "
         "compiled gradients allow",
         'Use FOBMAML, which needs first derivatives only, products="two_gradient" for IMAML and Tangent, HFMAML in the '
-        'place of MAML, or execution="vectorized" without compile.',
+        'place of MAML, or execution="vectorized" without compile, where vmap can run the model ("auto" goes in place '
+        "where it can not).",
     )
     DIFFERENTIABLE_SOLVER = (
         "it differentiates through the solver's steps, which a torch.optim optimizer does not allow",

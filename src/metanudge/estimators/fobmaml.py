@@ -18,6 +18,9 @@ from metanudge.settings import check_flag, check_positive, check_steps
 from metanudge.solvers.loop import Solver, replay
 from metanudge.types import Estimate, Need, Params
 
+WAYS = 4.0
+"""Times the way on which the support loss drove φ: over so much it is taken to bend (docs/theory.md, measured)."""
+
 
 @dataclass(frozen=True)
 class FOBMAML:
@@ -37,12 +40,13 @@ class FOBMAML:
 
     ν by default, per task. Let s = λ l / ||∇f(φ(0))||, the nudge that would displace φ by its own length l, that of the
     parameters which the query gradient touches (``Energy.length``), so that d = ν / s is the relative displacement (of
-    the node nearest to 0, whatever unit a stencil is written in);
-    round-off contributes about ε / d and truncation d^p. With the linear nudge d = ε^(1/(p+1)), where the two meet, or
-    (ρ/10)^(1/p) if that is larger, but at most 1/20, ρ being the residual: truncation then stays far below what an
-    unfinished solve leaves anyway, and the larger displacement averages over kinks and sharp bends of the loss. With
-    the full nudge ν = ε^(1/(p+1)) min(s, s^(1/(p+1))); the second term is for ν^p, how much the query loss bends the
-    energy.
+    the node nearest to 0, whatever unit a stencil is written in). Round-off contributes about ε / d, and truncation
+    (d/b)^p, b the part of l over which the support loss bends, taken to be min(1, 4 ||φ(0) - θ|| / l): four times the
+    way on which it drove φ. With the linear nudge d = b (ε/b)^(1/(p+1)), where the two meet, or b (ρ/10)^(1/p) if that
+    is larger, but of that at most b/20, ρ being the residual: truncation then stays far below what an unfinished solve
+    leaves anyway, and the larger displacement averages over kinks and sharp bends of the loss. With the full nudge
+    ν = d min(s, s^(1/(p+1))), which is for ν^p, how much the query loss bends the energy; d = ε^(1/(p+1)), but at most
+    b/10 or b (ε/b)^(1/(p+1)), whichever is larger.
 
     Cost per task, K inner and K' nudged steps, N nodes other than 0: K + 2 + N K' gradients with the linear nudge, and
     4 + N for the bound ``MetaStep.error_bound``; K + 2 + 2 N K' with the full one, which has no bound, as little as the
@@ -173,16 +177,19 @@ class FOBMAML:
 
     def _nudge_size(self, problem: InnerProblem, free: FreeSolve) -> tuple[Tensor, Tensor]:
         """ν, and the relative displacement d = n ν / s of the nearest node n."""
-        order, nearest = self.stencil.order, self.stencil.nearest
+        order, nearest, unit = self.stencil.order, self.stencil.nearest, problem.unit(free.phi)
         length, slope = free.length(problem), free.slope_norm
         seen = slope > torch.finfo(slope.dtype).tiny ** 0.5  # any ν will do where the query gradient vanishes
         s = torch.where(seen, length * problem.prox / slope, torch.ones_like(slope))
         if self.nu != "auto":
             nu = torch.full_like(s, self.nu)
             return nu, nearest * nu / s
-        least = problem.unit(free.phi) ** (1 / (order + 1))
+        bend = (WAYS * free.way / length).clamp(unit**0.5, 1.0)
+        least = (unit / bend).pow(1 / (order + 1))
         if self.nudge == "full":
-            near = least * torch.minimum(s, s ** (1 / (order + 1)))
+            near = (bend * least.clamp_min(1 / 10)).clamp_max(unit ** (1 / (order + 1)))
+            near = near * torch.minimum(s, s ** (1 / (order + 1)))
             return near / nearest, near / s
-        displacement = (free.residual / 10).pow(1 / order).clamp(least, max(least, 1 / 20))
+        unfinished = (free.residual / 10).pow(1 / order).clamp_max(1 / 20)
+        displacement = bend * torch.maximum(least, unfinished)
         return displacement * s / nearest, displacement

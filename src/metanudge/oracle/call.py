@@ -95,7 +95,9 @@ class Call(nn.Module):
         return other
 
 
-_UNABLE = re.compile("vmap|batching rule|data pointer of Tensor|no available kernel|no viable backend", re.IGNORECASE)
+_UNABLE = re.compile(
+    "vmap|batching rule|data pointer of Tensor|no available kernel|no viable backend|for sparse tensors", re.IGNORECASE
+)
 
 
 @contextmanager
@@ -123,6 +125,11 @@ def _does(error: RuntimeError) -> str:
         return f"calls .item(), float(), int() or .tolist() to take a number {_NUMBER}"
     if "data pointer" in said and frame.filename != rnn.__file__:  # cuDNN's recurrent layers say the same
         return f"calls .numpy() to take an array {_NUMBER}, and .detach() before .numpy()"
+    if "sparse" in said:
+        return (
+            "gives sparse gradients (nn.Embedding(sparse=True)), which torch.func.vmap can not take for many tasks at "
+            'once. Leave out sparse=True, or give the MetaLearner execution="in_place", which makes them dense'
+        )
     if "control flow" in said:
         return (
             "branches on the value of a tensor (if, while), which differs between the tasks that torch.func.vmap runs "

@@ -161,8 +161,8 @@ def labels_of(dataset: Any) -> Any:
     labels = np.asarray(found.cpu() if isinstance(found, Tensor) else found)
     if labels.ndim != 1 or len(labels) != len(dataset) or not np.issubdtype(labels.dtype, np.integer):
         raise SettingsError(
-            f"few_shot needs a whole number for each of the {len(dataset)} items as its class, got an array of shape "
-            f"{labels.shape} and type {labels.dtype}"
+            f"few_shot needs a whole number for each of the {len(dataset)} items as its class, got "
+            + ("strings; number them" if labels.dtype.kind in "USO" else f"shape {labels.shape}, type {labels.dtype}")
         )
     return labels.astype(np.int64)
 
