@@ -40,13 +40,13 @@ class FOBMAML:
 
     ν by default, per task. Let s = λ l / ||∇f(φ(0))||, the nudge that would displace φ by its own length l, that of the
     parameters which the query gradient touches (``Energy.length``), so that d = ν / s is the relative displacement (of
-    the node nearest to 0, whatever unit a stencil is written in). Round-off contributes about ε / d, and truncation
+    the node nearest to 0, whatever unit a stencil is written in). Round-off contributes about ε / 2d, and truncation
     (d/b)^p, b the part of l over which the support loss bends, taken to be min(1, 4 ||φ(0) - θ|| / l): four times the
-    way on which it drove φ. With the linear nudge d = b (ε/b)^(1/(p+1)), where the two meet, or b (ρ/10)^(1/p) if that
-    is larger, but of that at most b/20, ρ being the residual: truncation then stays far below what an unfinished solve
-    leaves anyway, and the larger displacement averages over kinks and sharp bends of the loss. With the full nudge
-    ν = d min(s, s^(1/(p+1))), which is for ν^p, how much the query loss bends the energy; d = ε^(1/(p+1)), but at most
-    b/10 or b (ε/b)^(1/(p+1)), whichever is larger.
+    way on which it drove φ. With the linear nudge d = b (ε/2pb)^(1/(p+1)), where their sum is least, or b (ρ/10)^(1/p)
+    if that is larger, but of that at most b/20, ρ being the residual: truncation then stays far below what an
+    unfinished solve leaves anyway, and the larger displacement averages over kinks and sharp bends of the loss. With
+    the full nudge ν = d min(s, s^(1/(p+1))), which is for ν^p, how much the query loss bends the energy;
+    d = ε^(1/(p+1)), but at most b/10 or b (ε/b)^(1/(p+1)), whichever is larger.
 
     Cost per task, K inner and K' nudged steps, N nodes other than 0: K + 2 + N K' gradients with the linear nudge, and
     4 + N for the bound ``MetaStep.error_bound``; K + 2 + 2 N K' with the full one, which has no bound, as little as the
@@ -190,6 +190,7 @@ class FOBMAML:
             near = (bend * least.clamp_min(1 / 10)).clamp_max(unit ** (1 / (order + 1)))
             near = near * torch.minimum(s, s ** (1 / (order + 1)))
             return near / nearest, near / s
+        least = least / (2 * order) ** (1 / (order + 1))  # the minimum of ε / (2 d) + (d/b)^p
         unfinished = (free.residual / 10).pow(1 / order).clamp_max(1 / 20)
         displacement = bend * torch.maximum(least, unfinished)
         return displacement * s / nearest, displacement
