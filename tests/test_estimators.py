@@ -8,11 +8,15 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metanudge as mn
 import naive
+from metanudge.estimators import fobmaml
 from problems import (
+    DTYPE,
     ESTIMATORS,
     ONE_SIDED,
     PROBLEMS,
@@ -134,10 +138,14 @@ def test_automatic_nudge_holds_at_any_scale_of_the_query_loss(scale: float, nudg
     assert distance(scaled / scale, made.meta_gradient()) < 1e-6
 
 
+@pytest.mark.parametrize("ways", [4.0, 0.02])
 @pytest.mark.parametrize("nudge", ["full", "linear"])
 @pytest.mark.parametrize(("scheme", "order"), [("forward", 1), ("symmetric", 2), ("fourth_order", 4)])
-def test_automatic_nudge_follows_its_formula(scheme: str, order: int, nudge: str) -> None:
-    """nu = eps^(1/(p+1)) min(s, s^(1/(p+1))), s = prox ||phi|| / ||grad f||; s alone for the linear nudge."""
+def test_automatic_nudge_follows_its_formula(
+    scheme: str, order: int, nudge: str, ways: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its docstring, for finished solves."""
+    monkeypatch.setattr(fobmaml, "WAYS", ways)
     made = PROBLEMS["ridge"]()
     model = made.make()
     learner = mn.MetaLearner(
@@ -147,12 +155,56 @@ def test_automatic_nudge_follows_its_formula(scheme: str, order: int, nudge: str
         solver=mn.Nesterov(steps=100),
         estimator=mn.FOBMAML(scheme, nudge=nudge),
     )
-    expected = []
+    expected, bends, unit, root = [], [], torch.finfo(torch.float64).eps, 1 / (order + 1)
     for task, phi in zip(made.plain, made.solutions(), strict=True):
         s = float(made.prox * phi.norm() / slope(task.query, phi).norm())
-        largest = s if nudge == "linear" else min(s, s ** (1 / (order + 1)))
-        expected.append(torch.finfo(torch.float64).eps ** (1 / (order + 1)) * largest)
+        b = min(1.0, float(ways * (phi - made.theta).norm() / phi.norm()))
+        bends.append(b)
+        if nudge == "linear":
+            expected.append(s * b * (unit / (2 * order * b)) ** root)
+        else:
+            expected.append(min(s, s**root) * min(unit**root, max(b / 10, b * (unit / b) ** root)))
+    assert (max(bends) < 0.1) is (ways < 1)
     assert learner.backward(made.tasks).nu == pytest.approx(sum(expected) / len(expected), rel=1e-8)
+
+
+class Tokens(torch.nn.Module):
+    """Long by its embeddings, of which the loss knows nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = torch.nn.Embedding(50, 32), torch.nn.Linear(32, 3)
+        self.layer = torch.nn.TransformerEncoderLayer(32, 4, 64, 0.0, "gelu", batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.layer(self.embedding(tokens)).mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_the_automatic_nudge_is_not_measured_by_long_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(1)
+    tasks = mn.Tasks(
+        *(
+            mn.Batch(torch.randint(50, (2, 12, 6), generator=g), torch.randint(3, (2, 12), generator=g))
+            for _ in range(2)
+        )
+    )
+
+    def loss(model: torch.nn.Module, batch: mn.Batch) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.cross_entropy(model(batch.inputs), batch.targets)
+
+    def found(estimator: object, steps: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        model = Tokens().to(dtype)
+        mn.MetaLearner(model, loss, solver=mn.Nesterov(steps), estimator=estimator).backward(tasks)
+        return flat_gradient(model).double()
+
+    exact = found(mn.Tangent(), 200, DTYPE)
+    error = distance(found(mn.FOBMAML(), 16), exact)
+    assert error < 0.02
+    monkeypatch.setattr(fobmaml, "WAYS", 1e9)  # by the length of the parameters alone
+    assert distance(found(mn.FOBMAML(), 16), exact) > 5 * error
 
 
 @pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "reptile"])
