@@ -26,8 +26,9 @@ def test_a_step_size_of_the_user_comes_before_steps_that_were_not_tried() -> Non
     for solver, first in ((sgd, "look at the step size of TorchOptimizer"), (mn.GradientDescent(3, 0.1), "look at lr")):
         told = advice.unsolved(0.8, 3.0, solver, 0.5, None)
         assert re.search(f"rough: {first}.*; or raise steps from 3 to perhaps 30", told)
-    assert (
-        advice.calmer(sgd, 0.5) == "let the inner solver (TorchOptimizer) take smaller steps (the lr of its optimizer)"
+    assert "look at the step size of TorchOptimizer (leave out weight_decay" in advice.unsolved(0.8, 3, sgd, 0.5, None)
+    assert advice.calmer(sgd, 0.5) == (
+        "let the inner solver (TorchOptimizer) take smaller steps (the lr of its optimizer; and no weight_decay)"
     )
 
 

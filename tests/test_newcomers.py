@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,15 @@ def test_a_compiled_model_is_saved_for_a_plain_one_and_back(compiled: bool, tmp_
 def test_names_in_a_compiled_model_are_those_of_the_model() -> None:
     learner = mn.MetaLearner(torch.compile(table()), mn.metrics.cross_entropy, adapt_only="1")
     assert learner._selection().adapted == ("_orig_mod.1.weight", "_orig_mod.1.bias")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_optimizer_that_would_step_narrow_parameters_is_told(dtype: torch.dtype) -> None:
+    solver = mn.TorchOptimizer(lambda parameters: torch.optim.SGD(parameters, lr=0.1), 2)
+    model = nn.Linear(3, 1).to(dtype)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        mn.MetaLearner(model, mn.metrics.squared_error, solver=solver)
+        mn.MetaLearner(model, mn.metrics.squared_error, solver=mn.Nesterov(2))
+    assert len(told) == (dtype == torch.bfloat16)
+    assert all("torch.autocast" in str(one.message) for one in told)

@@ -139,7 +139,8 @@ def _step_size(solver: Any, prox: float) -> str:
     """What to look at where a solver's step is fixed: a larger prox only asks for a shorter one."""
     lr, name = fixed_lr(solver), type(solver).__name__
     if lr is None:
-        return f"look at the step size of {name}, or take Nesterov, which finds its own"
+        decay = " (leave out weight_decay, if it has any)" if name == "TorchOptimizer" else ""
+        return f"look at the step size of {name}{decay}, or take Nesterov, which finds its own"
     own = 'lr="auto"' if name == "Nesterov" else "Nesterov"
     way = "a larger one may do (a smaller one where it oscillates)"
     if lr * prox >= 1:
@@ -167,7 +168,7 @@ def calmer(solver: Any, prox: float) -> str:
     if isinstance(lr, str):
         closer = f"hold it closer (a larger prox than {prox:g})"
         return f'{closer}, or give {name} a small lr of your own in the place of "{lr}"'
-    whose = "the lr of its optimizer" if name == "TorchOptimizer" else "its step size"
+    whose = "the lr of its optimizer; and no weight_decay" if name == "TorchOptimizer" else "its step size"
     return f"let the inner solver ({name}) take smaller steps ({whose})"
 
 

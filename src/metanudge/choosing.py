@@ -11,10 +11,11 @@ from metanudge.errors import SettingsError
 from metanudge.estimators import Estimator
 from metanudge.execution import Execution, InPlace, Vectorized
 from metanudge.oracle import BatchNorm, Programs
-from metanudge.oracle.common import is_sharded
+from metanudge.oracle.common import accumulator, is_sharded
 from metanudge.selection import Selection
 from metanudge.solvers.loop import Solver
 from metanudge.types import LossFunction, Need, Role
+from metanudge.warned import warn
 
 
 def check_needs(missing: Set[Need], *parts: Estimator | Solver) -> None:
@@ -43,10 +44,22 @@ def choose_execution(
 
     Raises:
         SettingsError: An unknown name, or a setting of the other execution.
+
+    Warns:
+        UserWarning: A torch optimizer is to step parameters in bfloat16 or float16.
     """
     if name not in ("auto", "vectorized", "in_place"):
         raise SettingsError(f'execution must be "auto", "vectorized" or "in_place", got {name!r}')
-    narrow = any(model.get_parameter(key).dtype == torch.float16 for key in selection.adapted)
+    kinds = {model.get_parameter(key).dtype for key in selection.adapted}
+    narrow = torch.float16 in kinds
+    if Need.LIVE_MODULE in solver.needs and any(accumulator(kind) != kind for kind in kinds):
+        warn(
+            f"{type(solver).__name__} steps the parameters themselves, of which some are narrower than float32: small "
+            "steps, and nudges, are lost to rounding, and estimates can be far off. Keep the adapted parameters in "
+            "float32 and put torch.autocast around backward, or take mn.Nesterov or mn.Adam, whose iterates are in "
+            "float32 in place",
+            UserWarning,
+        )
     if name == "auto":
         compiled = any(isinstance(module, torch._dynamo.OptimizedModule) for module in model.modules())
         adapted = sum(model.get_parameter(key).numel() for key in selection.adapted)

@@ -85,6 +85,9 @@ class MetaLearner:
     Raises:
         SettingsError: Settings that can not work, alone or together, with the reason and the cure.
 
+    Warns:
+        UserWarning: A torch optimizer is to step parameters in bfloat16 or float16.
+
     Example:
         >>> import torch, metanudge as mn
         >>> model = torch.nn.Linear(2, 1)

@@ -38,6 +38,8 @@ class TorchOptimizer:
 
     Each step gives it the gradient of the energy in ``.grad`` and calls ``step()``. In-place execution only: an
     optimizer may mix its parameters (Muon, L-BFGS, clipping by global norm), so tasks can not share one.
+    The proximal term holds parameters at the initialisation: weight decay, which draws them to zero, makes it another
+    inner problem than the one that is judged (``MetaStep.residual`` stays high), so leave it out.
     Cost: one gradient of the energy a step. Memory: phi and the optimizer's state.
 
     Args:
