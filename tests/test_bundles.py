@@ -226,7 +226,7 @@ def test_every_gradient_that_is_left_has_memory_of_its_own(dtype: torch.dtype, e
 
 
 def test_sums_over_ranks_are_of_parameters() -> None:
-    """How a rank's parameters are laid out in memory decides what it bundles, and another's may lie otherwise."""
+    """In one order. How a rank's parameters lie in memory decides what it bundles, and another's may lie otherwise."""
     summed: list[torch.Size] = []
 
     class Pair:
@@ -237,14 +237,22 @@ def test_sums_over_ranks_are_of_parameters() -> None:
             for tensor in tensors:
                 tensor.mul_(2)  # as if the other had found the same
 
-    model = nn.Linear(3, 2)
-    laid = Bundles.of(dict(model.named_parameters()))
-    mean = FiniteMean()
-    mean._gradient, mean._kept = laid.copied(lambda kind: kind), torch.ones(())
-    mean.over(Pair(), 2, laid.by_name)
-    assert summed[-2:] == [model.weight.shape, model.bias.shape]
-    found = laid.by_name(next(mean.spend()))
-    assert all(torch.equal(found[name], parameter) for name, parameter in model.named_parameters())
+    orders = []
+    for turned in (False, True):
+        model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4, bias=False), nn.Linear(4, 1))
+        if turned:
+            model[1].weight = nn.Parameter(torch.randn(2, 4).mT)
+        laid = Bundles.of(dict(model.named_parameters()))
+        assert len(laid) == 1 + turned
+        mean = FiniteMean()
+        mean._gradient, mean._kept = laid.copied(lambda kind: kind), torch.ones(())
+        mean.over(Pair(), 2, laid.by_name)
+        orders.append(summed[2:])
+        summed.clear()
+        found = {name: part for one in mean.spend() for name, part in laid.by_name(one).items()}
+        assert all(torch.equal(found[name], parameter) for name, parameter in model.named_parameters())
+    assert orders[0] == orders[1]
+    assert sorted(orders[0]) == sorted(parameter.shape for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("settings", [{"microbatch": 4}, {"adapt_only": ["inner", "scale"]}], ids=["pieces", "shared"])

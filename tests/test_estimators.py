@@ -138,7 +138,7 @@ def test_automatic_nudge_holds_at_any_scale_of_the_query_loss(scale: float, nudg
     assert distance(scaled / scale, made.meta_gradient()) < 1e-6
 
 
-@pytest.mark.parametrize("ways", [4.0, 0.02])
+@pytest.mark.parametrize("ways", [4.0, 0.02, 1e-9])
 @pytest.mark.parametrize("nudge", ["full", "linear"])
 @pytest.mark.parametrize(("scheme", "order"), [("forward", 1), ("symmetric", 2), ("fourth_order", 4)])
 def test_automatic_nudge_follows_its_formula(
@@ -158,7 +158,7 @@ def test_automatic_nudge_follows_its_formula(
     expected, bends, unit, root = [], [], torch.finfo(torch.float64).eps, 1 / (order + 1)
     for task, phi in zip(made.plain, made.solutions(), strict=True):
         s = float(made.prox * phi.norm() / slope(task.query, phi).norm())
-        b = min(1.0, float(ways * (phi - made.theta).norm() / phi.norm()))
+        b = min(1.0, max(0.01, float(ways * (phi - made.theta).norm() / phi.norm())))
         bends.append(b)
         if nudge == "linear":
             expected.append(s * b * (unit / (2 * order * b)) ** root)
@@ -166,6 +166,34 @@ def test_automatic_nudge_follows_its_formula(
             expected.append(min(s, s**root) * min(unit**root, max(b / 10, b * (unit / b) ** root)))
     assert (max(bends) < 0.1) is (ways < 1)
     assert learner.backward(made.tasks).nu == pytest.approx(sum(expected) / len(expected), rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("nudge", "prox"),
+    [("linear", 1.0), ("linear", 1e2), ("linear", 1e4), ("linear", 1e6), ("full", 1.0), ("full", 1e2)],
+)
+@pytest.mark.parametrize("solved", [True, False])
+def test_a_short_way_does_not_drown_the_nudge_in_round_off(solved: bool, prox: float, nudge: str) -> None:
+    """Where theta solves the support set there is none, and a large prox leaves little of it.
+
+    (The full nudge at a larger one is kept small by another rule, for the query loss's own bends.)
+    """
+    found = []
+    for dtype, estimator in ((torch.float32, mn.FOBMAML(nudge=nudge)), (DTYPE, mn.Tangent())):
+        g = torch.Generator().manual_seed(1)
+        torch.manual_seed(2)
+        model = torch.nn.Linear(4, 1).double()
+        inputs = torch.randn(3, 8, 4, generator=g, dtype=DTYPE)
+        targets = model(inputs).detach() if solved else torch.randn(3, 8, 1, generator=g, dtype=DTYPE)
+        query = torch.randn(3, 8, 1, generator=g, dtype=DTYPE)
+        model.to(dtype)
+        tasks = mn.Tasks(mn.Batch(inputs.to(dtype), targets.to(dtype)), mn.Batch(inputs.to(dtype), query.to(dtype)))
+        learner = mn.MetaLearner(
+            model, mn.metrics.squared_error, prox=prox, solver=mn.Nesterov(60), estimator=estimator
+        )
+        learner.backward(tasks)
+        found.append(flat_gradient(model).double())
+    assert distance(*found) < 2e-3
 
 
 class Tokens(torch.nn.Module):

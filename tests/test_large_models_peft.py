@@ -66,6 +66,7 @@ def test_the_meta_gradient_of_adapters() -> None:
     found = gradient(llama(), estimator=mn.FOBMAML(nu=1e-2), execution="in_place", **settings)
     exact = gradient(llama("eager"), estimator=mn.Tangent(), **settings)
     assert distance(found, exact) < 1e-4
+    assert distance(gradient(llama(), estimator=mn.FOBMAML(), execution="in_place", **settings), exact) < 2e-3
 
 
 def test_in_place_equals_the_stack() -> None:

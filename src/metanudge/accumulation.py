@@ -83,7 +83,8 @@ class FiniteMean:
             return
         self.total = total
         self._gradient = {key: leaf.contiguous() for key, leaf in self._gradient.items()}
-        ranks.sum([self._kept, self._numbers, *named(self._gradient).values()])  # how leaves are cut is a rank's own
+        parts = named(self._gradient)  # how leaves are cut, and so their order, is a rank's own
+        ranks.sum([self._kept, self._numbers, *(parts[name] for name in sorted(parts))])
 
     def spend(self) -> Iterator[Params]:
         """The mean meta-gradient, leaf by leaf; each is let go when it has been used."""

@@ -55,7 +55,7 @@ def choose_execution(
     if Need.LIVE_MODULE in solver.needs and any(accumulator(kind) != kind for kind in kinds):
         warn(
             f"{type(solver).__name__} steps the parameters themselves, of which some are narrower than float32: small "
-            "steps, and nudges, are lost to rounding, and estimates can be far off. Keep the adapted parameters in "
+            "steps are lost to rounding, and estimates can be far off. Keep the adapted parameters in "
             "float32 and put torch.autocast around backward, or take mn.Nesterov or mn.Adam, whose iterates are in "
             "float32 in place",
             UserWarning,
@@ -99,5 +99,6 @@ def choose_execution(
 
 def _not_for_vmap(module: nn.Module) -> bool:
     """Recurrent layers; embeddings that give sparse gradients, or write to their weights in a forward pass."""
-    tables = isinstance(module, nn.Embedding | nn.EmbeddingBag)
-    return isinstance(module, nn.RNNBase) or (tables and (bool(module.sparse) or module.max_norm is not None))
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return (module.sparse and module.weight.requires_grad) or module.max_norm is not None
+    return isinstance(module, nn.RNNBase)

@@ -179,7 +179,7 @@ def add_to_grad(model: nn.Module, mean: FiniteMean, named: Named) -> float:
             for name, part in named(one).items():
                 parameter = parameters[name]
                 if parameter.grad is None:  # which has memory of its own
-                    parameter.grad = part.to(parameter.dtype, copy=part._is_view())
+                    parameter.grad = part.to(parameter.dtype, copy=name not in one)
                 elif parameter.grad.is_sparse:
                     parameter.grad = part.to(parameter.dtype) + parameter.grad
                 else:

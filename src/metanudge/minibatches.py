@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import torch
+
 from metanudge.errors import SettingsError, TasksError
 from metanudge.types import Batch
 
@@ -55,6 +57,10 @@ class Minibatches:
             wrap = "; of pairs make batches: mn.Minibatches(mn.Batch(x, y) for x, y in loader)" if pair else ""
             raise TasksError(f"minibatch {step} must be mn.Batch(inputs, targets), got {type(batch).__name__}{wrap}")
         return batch
+
+    def to(self, device: torch.device | str) -> Minibatches:
+        """The same on ``device``, each moved when it is asked for."""
+        return Minibatches(lambda step: self[step].to(device))
 
     def _read(self, step: int) -> Batch:
         while step >= len(self._kept):

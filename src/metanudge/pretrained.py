@@ -15,6 +15,7 @@ from metanudge.errors import SettingsError
 from metanudge.estimators import ESTIMATORS, Stencil
 from metanudge.files import write
 from metanudge.learner import MetaLearner
+from metanudge.selection import uncompiled
 from metanudge.settings import check_folder
 from metanudge.solvers import SOLVERS
 from metanudge.types import LossFunction, Role
@@ -130,8 +131,11 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     from safetensors.torch import load_file
 
     own = model.state_dict()
-    compiled = {_plain(name): name for name in own}  # what torch.compile wraps goes by another name
-    stored = {compiled.get(_plain(name), name): value for name, value in load_file(folder / WEIGHTS).items()}
+    compiled = {uncompiled(name): name for name in own}
+    stored = {
+        name if name in own else compiled.get(uncompiled(name), name): value
+        for name, value in load_file(folder / WEIGHTS).items()
+    }
     held = [_span(own[name]) for name in stored if name in own]
     missing = [
         name
@@ -151,11 +155,6 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             "holds nothing"
         )
     model.load_state_dict(stored, strict=False)  # of tied ones, one is there
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without what ``torch.compile`` puts into it."""
-    return name.replace("_orig_mod.", "")
 
 
 def _span(value: Tensor) -> tuple[int, int]:

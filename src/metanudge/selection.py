@@ -106,8 +106,12 @@ def _some(names: list[str]) -> str:
 
 def _matches(name: str, pattern: str) -> bool:
     """Whether the parameter, or a module that holds it, goes by ``pattern``."""
-    plain = name.replace("_orig_mod.", "")  # which torch.compile puts there
-    return any(fnmatchcase(one, form) for one in (name, plain) for form in (pattern, pattern + ".*"))
+    return any(fnmatchcase(one, form) for one in (name, uncompiled(name)) for form in (pattern, pattern + ".*"))
+
+
+def uncompiled(name: str) -> str:
+    """A parameter's name without what ``torch.compile`` puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _patterns(adapt_only: object) -> tuple[str, ...]:

@@ -41,8 +41,7 @@ class Batch(NamedTuple):
 
     def __repr__(self) -> str:
         """What it holds, without the numbers."""
-        inputs, targets = (tree_map(_Shown, part) for part in self)
-        return f"Batch(inputs={inputs}, targets={targets})"
+        return f"Batch(inputs={_shown(self.inputs)}, targets={_shown(self.targets)})"
 
 
 class Tasks(NamedTuple):
@@ -65,7 +64,14 @@ class Tasks(NamedTuple):
 
 
 def _moved(device: torch.device | str, leaf: Any) -> Any:
-    return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+    return leaf.to(device) if hasattr(leaf, "to") else leaf
+
+
+def _shown(part: PyTree) -> str:
+    try:
+        return repr(tree_map(_Shown, part))
+    except Exception:  # a container that looks at what it holds
+        return repr(part)
 
 
 class _Shown:

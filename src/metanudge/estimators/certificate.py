@@ -18,7 +18,7 @@ class Nudged(NamedTuple):
 
     Attributes:
         nu: ν of the nudged point nearest to 0, ``[*L]``.
-        displacement: Relative displacement of the solution there, ``[*L]``.
+        bent: Displacement of the solution there, relative to the distance over which f̂ bends, ``[*L]``.
         noise: What round-off of the solutions may add to ||λ u||, ``[*L]``.
         derivative: u = dφ/dν.
         force: r, what is left of the forces: dν-derivative of ∂E/∂φ at the nudged points; 0 for perfect solves.
@@ -27,7 +27,7 @@ class Nudged(NamedTuple):
     """
 
     nu: Tensor
-    displacement: Tensor
+    bent: Tensor
     noise: Tensor
     derivative: Params
     force: Params
@@ -40,7 +40,7 @@ class Nudged(NamedTuple):
         problem: InnerProblem,
         nu: Tensor,
         nearest: float,
-        displacement: Tensor,
+        bent: Tensor,
         noise: Tensor,
         derivative: tuple[Params, ...],
         middle: tuple[Params, ...],
@@ -56,7 +56,7 @@ class Nudged(NamedTuple):
             return {name: -partial[name] / problem.prox for name in theta}
 
         u, force = moved(tree.scale(1 / nu, derivative[0])), tree.scale(1 / nu, derivative[1])
-        return cls(nearest * nu, displacement, noise, u, force, tree.add(moved(middle[0]), theta), middle[1])
+        return cls(nearest * nu, bent, noise, u, force, tree.add(moved(middle[0]), theta), middle[1])
 
 
 class Parts(NamedTuple):
@@ -103,8 +103,9 @@ def measure(problem: InnerProblem, free: FreeSolve, nudged: Nudged, order: int) 
         \|r\| + (1 + t) \|\Delta \nabla f\| + \tfrac43 \|\Delta H u\|
             + \frac{\|\text{even part of } \nabla \hat f / \nu\|^2}{\|\nabla f\|} + \frac{d^p}{4} \|\nabla f\|
 
-    with d the relative displacement. A steep piece of the loss that no point has met is not seen. Yet λ (H + λ)⁻¹ maps
-    q = ∇f(φ*) into the ball that has q as a diameter, so that the error is never more than the *whole*
+    with d the displacement relative to the distance over which the loss bends (that of ``FOBMAML``). A steep piece of
+    the loss that no point has met is not seen. Yet λ (H + λ)⁻¹ maps q = ∇f(φ*) into the ball that has q as a diameter,
+    so that the error is never more than the *whole*
 
     .. math::
         \|g - q / 2\| + \|q\| / 2, \qquad \|q - \nabla f(\phi_0)\| \le (1 + t) \|\Delta \nabla f\|
@@ -146,7 +147,7 @@ def measure(problem: InnerProblem, free: FreeSolve, nudged: Nudged, order: int) 
         + change_of_slope
         + 4 / 3 * norm(_change_of_curvature(problem, free, nudged))
         + even**2 / slope.clamp_min(tiny)
-        + nudged.displacement**order / 4 * slope
+        + nudged.bent**order / 4 * slope
     )
     whole = norm(tree.axpy(problem.prox, nudged.derivative, tree.scale(0.5, free.slope))) + slope / 2
     return Parts(seen, whole, change_of_slope, residual, nudged.noise)

@@ -20,6 +20,8 @@ from metanudge.types import Estimate, Need, Params
 
 WAYS = 4.0
 """Times the way on which the support loss drove φ: over so much it is taken to bend (docs/theory.md, measured)."""
+SHORT = 1e-2
+"""The least part of the length of φ over which it is taken to bend: shorter nudges would drown in round-off."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,11 @@ class FOBMAML:
     ν by default, per task. Let s = λ l / ||∇f(φ(0))||, the nudge that would displace φ by its own length l, that of the
     parameters which the query gradient touches (``Energy.length``), so that d = ν / s is the relative displacement (of
     the node nearest to 0, whatever unit a stencil is written in). Round-off contributes about ε / 2d, and truncation
-    (d/b)^p, b the part of l over which the support loss bends, taken to be min(1, 4 ||φ(0) - θ|| / l): four times the
-    way on which it drove φ. With the linear nudge d = b (ε/2pb)^(1/(p+1)), where their sum is least, or b (ρ/10)^(1/p)
-    if that is larger, but of that at most b/20, ρ being the residual: truncation then stays far below what an
-    unfinished solve leaves anyway, and the larger displacement averages over kinks and sharp bends of the loss. With
-    the full nudge ν = d min(s, s^(1/(p+1))), which is for ν^p, how much the query loss bends the energy;
+    (d/b)^p, b the part of l over which the support loss bends, taken to be 4 ||φ(0) - θ|| / l, four times the way on
+    which it drove φ, between max(.01, ε^(1/3)) and 1. With the linear nudge d = b (ε/2pb)^(1/(p+1)), where their sum is
+    least, or b (ρ/10)^(1/p) if that is larger, but of that at most b/20, ρ being the residual: truncation then stays
+    far below what an unfinished solve leaves anyway, and the larger displacement averages over kinks and sharp bends of
+    the loss. With the full nudge ν = d min(s, s^(1/(p+1))), which is for ν^p, how much the query loss bends the energy;
     d = ε^(1/(p+1)), but at most b/10 or b (ε/b)^(1/(p+1)), whichever is larger.
 
     Cost per task, K inner and K' nudged steps, N nodes other than 0: K + 2 + N K' gradients with the linear nudge, and
@@ -120,7 +122,7 @@ class FOBMAML:
     def __call__(self, problem: InnerProblem, solver: Solver) -> Estimate:
         """Solve the free problem, then one matched problem a node."""
         free = solve_free(problem, solver)
-        nu, displacement = self._nudge_size(problem, free)
+        nu, displacement, bent = self._nudge_size(problem, free)
         # of the solutions, and of a gradient, which in narrow precision may be off by a whole unit
         noise = (problem.unit(free.phi) / (2 * displacement) + 16 * problem.round_off) * free.slope_norm
         slope = free.slope if self.nudge == "linear" else None
@@ -159,7 +161,7 @@ class FOBMAML:
         error = None
         if certified:
             middle = sums[1]
-            nudged = Nudged.of(problem, nu, self.stencil.nearest, displacement, noise, derivative, middle)
+            nudged = Nudged.of(problem, nu, self.stencil.nearest, bent, noise, derivative, middle)
             error = self.certificate(problem, free, nudged).bound()
         gradient = tree.spend(lambda leaf: tree.over(1 / nu, leaf) * leaf, derivative[0])
         if self.nudge == "linear":
@@ -175,22 +177,24 @@ class FOBMAML:
             return self.steps
         return 2 * solver.steps if self.nudge == "linear" else solver.steps
 
-    def _nudge_size(self, problem: InnerProblem, free: FreeSolve) -> tuple[Tensor, Tensor]:
-        """ν, and the relative displacement d = n ν / s of the nearest node n."""
+    def _nudge_size(self, problem: InnerProblem, free: FreeSolve) -> tuple[Tensor, Tensor, Tensor]:
+        """ν, the relative displacement d = n ν / s of the nearest node n, and d / b."""
         order, nearest, unit = self.stencil.order, self.stencil.nearest, problem.unit(free.phi)
         length, slope = free.length(problem), free.slope_norm
         seen = slope > torch.finfo(slope.dtype).tiny ** 0.5  # any ν will do where the query gradient vanishes
         s = torch.where(seen, length * problem.prox / slope, torch.ones_like(slope))
+        bend = (WAYS * free.way / length).clamp(max(SHORT, unit ** (1 / 3)), 1.0)
+        least = (unit / bend).pow(1 / (order + 1))
         if self.nu != "auto":
             nu = torch.full_like(s, self.nu)
-            return nu, nearest * nu / s
-        bend = (WAYS * free.way / length).clamp(unit**0.5, 1.0)
-        least = (unit / bend).pow(1 / (order + 1))
-        if self.nudge == "full":
+            displacement = nearest * nu / s
+        elif self.nudge == "full":
             near = (bend * least.clamp_min(1 / 10)).clamp_max(unit ** (1 / (order + 1)))
             near = near * torch.minimum(s, s ** (1 / (order + 1)))
-            return near / nearest, near / s
-        least = least / (2 * order) ** (1 / (order + 1))  # the minimum of ε / (2 d) + (d/b)^p
-        unfinished = (free.residual / 10).pow(1 / order).clamp_max(1 / 20)
-        displacement = bend * torch.maximum(least, unfinished)
-        return displacement * s / nearest, displacement
+            nu, displacement = near / nearest, near / s
+        else:
+            least = least / (2 * order) ** (1 / (order + 1))  # the minimum of ε / (2 d) + (d/b)^p
+            unfinished = (free.residual / 10).pow(1 / order).clamp_max(1 / 20)
+            displacement = bend * torch.maximum(least, unfinished)
+            nu = displacement * s / nearest
+        return nu, displacement, displacement / bend

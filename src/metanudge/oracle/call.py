@@ -96,7 +96,8 @@ class Call(nn.Module):
 
 
 _UNABLE = re.compile(
-    "vmap|batching rule|data pointer of Tensor|no available kernel|no viable backend|for sparse tensors", re.IGNORECASE
+    "vmap|batching rule|data pointer of Tensor|no available kernel|no viable backend|implemented for sparse tensors",
+    re.IGNORECASE,
 )
 
 
@@ -125,7 +126,7 @@ def _does(error: RuntimeError) -> str:
         return f"calls .item(), float(), int() or .tolist() to take a number {_NUMBER}"
     if "data pointer" in said and frame.filename != rnn.__file__:  # cuDNN's recurrent layers say the same
         return f"calls .numpy() to take an array {_NUMBER}, and .detach() before .numpy()"
-    if "sparse" in said:
+    if "implemented for sparse tensors" in said:
         return (
             "gives sparse gradients (nn.Embedding(sparse=True)), which torch.func.vmap can not take for many tasks at "
             'once. Leave out sparse=True, or give the MetaLearner execution="in_place", which makes them dense'

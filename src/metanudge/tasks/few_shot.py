@@ -159,10 +159,11 @@ def labels_of(dataset: Any) -> Any:
             )
         found = [item[1] for item in items]
     labels = np.asarray(found.cpu() if isinstance(found, Tensor) else found)
+    words = any(isinstance(label, str) for label in labels.flat)
     if labels.ndim != 1 or len(labels) != len(dataset) or not np.issubdtype(labels.dtype, np.integer):
         raise SettingsError(
             f"few_shot needs a whole number for each of the {len(dataset)} items as its class, got "
-            + ("strings; number them" if labels.dtype.kind in "USO" else f"shape {labels.shape}, type {labels.dtype}")
+            + ("strings; number them" if words else f"shape {labels.shape}, type {labels.dtype}")
         )
     return labels.astype(np.int64)
 

@@ -1,13 +1,14 @@
 """How far the default nudge displaces solutions, and whether another one would have come nearer.
 
-The error of the estimate against the nudge, in multiples of the one that ``nu="auto"`` takes: below it round-off grows,
-above it truncation. On a transformer, whose embeddings make its parameters long and its loss no less bent, and on the
-network of the sinusoid; smooth and kinked; in float32 and under autocast to bfloat16.
+The error of the estimate against the nudge, in multiples of the mean one that ``nu="auto"`` takes: below it round-off
+grows, above it truncation. On a transformer, whose embeddings make its parameters long and its loss no less bent, and
+on the network of the sinusoid; smooth and kinked; in float32 and under autocast to bfloat16.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
@@ -28,14 +29,15 @@ from metanudge.types import LossFunction
 SUMMARY = (
     "nu = auto takes the loss to bend over four times the way on which the support loss drove the parameters, or over "
     "their own length where that is shorter. On the sinusoid's networks the two are about the same. A transformer is "
-    "long by its embeddings alone: measured by its length, as it was before, the linear nudge displaced solutions "
-    "by more than the whole way, and its estimate was .63 (GELU) and .75 (ReLU) off where .11 and .14 are to be had. "
-    "Under autocast to bfloat16 round-off asks for larger nudges, and the full nudge, which needs smaller ones, comes "
-    "nearer. With ReLU a larger nudge averages over kinks, of which the exact derivative sees none."
+    "long by its embeddings alone; what it is like when measured by its length, is told in docs/theory.md. (The four "
+    "was chosen on such networks.) Under autocast to bfloat16 round-off asks for larger nudges. With ReLU a larger one "
+    "averages over kinks, of which the exact derivative sees none. The default is one a task; the curves are of one "
+    "for all tasks, in multiples of the default's mean. The exact meta-gradient is that of a solve whose residual is "
+    "in the metrics; where it stays above 1 %, kinks keep it from its solution."
 )
 CAPTION = (
-    "Relative error of the mean meta-gradient, 16 inner steps, against the nudge in multiples of the default one; the "
-    "horizontal lines are FOMAML's."
+    "Relative error of the mean meta-gradient, 16 inner steps, against the nudge in multiples of the default's mean; "
+    "points: the default itself. The horizontal lines are FOMAML's."
 )
 FACTORS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 NUDGES: dict[Literal["linear", "full"], str] = {"linear": "fobmaml_symmetric", "full": "fobmaml_forward"}
@@ -115,8 +117,8 @@ def problem(name: str, settings: DisplacementSettings) -> Problem:
 
 def estimate(
     given: Problem, steps: int, estimator: Estimator, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, float]:
-    """The mean meta-gradient, and ν: in float64, where ``dtype`` is that; in float32; or that under autocast."""
+) -> tuple[Tensor, mn.MetaStep]:
+    """The mean meta-gradient, and what is told of it: in float64 or float32; for bfloat16 under autocast."""
     wide, cast = (torch.float32, True) if dtype == torch.bfloat16 else (dtype, False)
     model = copy.deepcopy(given.model).to(wide)
     tasks = tree_map(lambda leaf: leaf.to(wide) if leaf.is_floating_point() else leaf, given.tasks)
@@ -130,15 +132,16 @@ def estimate(
     )
     with torch.autocast("cpu", torch.bfloat16, enabled=cast):
         step = learner.backward(tasks)
-    return torch.cat([leaf.grad.flatten().double() for leaf in model.parameters() if leaf.grad is not None]), step.nu
+    return torch.cat([leaf.grad.flatten().double() for leaf in model.parameters() if leaf.grad is not None]), step
 
 
 def errors(given: Problem, settings: DisplacementSettings, exact: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     """Of FOMAML, and of either nudge by the multiple of the default."""
 
     def of(estimator: Estimator) -> tuple[float, float]:
-        found, nu = estimate(given, settings.steps, estimator, dtype)
-        return float((found - exact).norm() / exact.norm()), nu
+        found, step = estimate(given, settings.steps, estimator, dtype)
+        error = float((found - exact).norm() / exact.norm())
+        return math.inf if step.dropped_tasks or not math.isfinite(error) else error, step.nu
 
     record: dict[str, Any] = {"fomaml": of(mn.FOMAML())[0]}
     for nudge in NUDGES:
@@ -156,8 +159,8 @@ def run(settings: DisplacementSettings, advance: Advance) -> Study:
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)  # attention under vmap
         for place, name in enumerate(settings.networks):
             given = problem(name, settings)
-            exact, _ = estimate(given, settings.reference_steps, mn.Tangent(), torch.float64)
-            metrics[name] = {}
+            exact, solved = estimate(given, settings.reference_steps, mn.Tangent(), torch.float64)
+            metrics[name] = {"reference": {"residual": solved.residual}}
             for half, (precision, dtype) in enumerate(PRECISIONS.items(), 1):
                 metrics[name][precision] = errors(given, settings, exact, dtype)
                 advance((place + half / 2) / len(settings.networks))
@@ -167,21 +170,25 @@ def run(settings: DisplacementSettings, advance: Advance) -> Study:
 
 def _claims(metrics: dict[str, Any]) -> list[Claim]:
     smooth = {name: found["float32"]["linear"] for name, found in metrics.items() if not name.endswith("relu")}
+    unsolved = [name for name in smooth if metrics[name]["reference"]["residual"] > 1e-2]
     worst = max(found["default"] / min(found["default"], *found["by_factor"].values()) for found in smooth.values())
     beaten = [
         f"{name} in {precision}, {nudge} ({record[nudge]['default']:.2f}, FOMAML {record['fomaml']:.2f})"
         for name, found in metrics.items()
-        for precision, record in found.items()
+        for precision in PRECISIONS
+        for record in [found[precision]]
         for nudge in NUDGES
-        if record[nudge]["default"] >= record["fomaml"]
+        if not record[nudge]["default"] < record["fomaml"]
     ]
     shown = ", ".join(f"{name} {found['default']:.3f}" for name, found in smooth.items())
     return [
         Claim(
             "The default nudge is nearly the best one (linear, smooth networks, float32)",
-            "its error is at most 1.5 times that of any multiple of it",
-            f"{worst:.2f} times at most; errors {shown}",
-            worst <= 1.5,
+            "its error is at most 1.5 times the least",
+            f"{worst:.2f} times at most; errors {shown}"
+            if not unsolved
+            else f"no exact gradient: {', '.join(unsolved)}",
+            not unsolved and worst <= 1.5,
         ),
         Claim(
             "In either precision, smooth or not, the default is nearer to the meta-gradient than FOMAML",
