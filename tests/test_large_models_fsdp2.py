@@ -106,7 +106,8 @@ def test_two_processes_find_what_one_finds(name: str, ranks: list[dict[str, Any]
         off = float((rank[name]["gradient"] - one["gradient"]).norm() / one["gradient"].norm())
         assert off < tolerance
         torch.testing.assert_close(rank[name]["curves"], one["curves"], rtol=1e-6, atol=0)
-        assert rank[name]["step"] == pytest.approx(one["step"], rel=max(tolerance, 1e-5), nan_ok=True)
+        # round-off of the estimate is in its bound too, which is relative to the estimate, so in absolute terms
+        assert rank[name]["step"] == pytest.approx(one["step"], rel=max(tolerance, 1e-5), abs=tolerance, nan_ok=True)
 
 
 def test_both_ranks_report_the_same(ranks: list[dict[str, Any]]) -> None:

@@ -592,7 +592,7 @@ GOOD = mn.Batch(X, Y)
         (X, "expected mn.Tasks or a list of mn.Tasks, got Tensor"),
         (mn.Tasks((X, Y), GOOD), r"the support of mn.Tasks must be mn.Batch\(inputs, targets\), got tuple"),
         ([mn.Tasks(mn.Batch(X[0], Y[0]), (X[0], Y[0]))], "the query of mn.Tasks must be mn.Batch.*got tuple"),
-        (mn.Tasks(mn.Batch(X.to("meta"), Y), GOOD), r"model is on cpu but a tensor of the tasks on meta.*\.to\(\)"),
+        (mn.Tasks(mn.Batch(X.to("meta"), Y), GOOD), "a tensor of the tasks on meta; move it: tasks.to"),
     ],
     ids=[
         "empty stack",

@@ -305,5 +305,5 @@ def test_a_model_without_trainable_parameters_is_refused() -> None:
 
 def test_an_error_names_the_first_of_many_parameters() -> None:
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(15)))
-    with pytest.raises(mn.SettingsError, match=r"Its parameters are 0\.weight, .*, 9\.bias, \.\.\. \(30 in all\)$"):
+    with pytest.raises(mn.SettingsError, match=r"its parameters are 0\.weight, .*, 9\.bias, \.\.\. \(30 in all\)$"):
         mn.MetaLearner(model, cross_entropy, adapt_only="adapter")
