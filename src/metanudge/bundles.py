@@ -33,26 +33,32 @@ class Bundles(Mapping[str, Tensor]):
     Attributes:
         named: As given.
         parameters: The same without names.
+        light: Bundles that together hold so little that there is always room for one more copy of them.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter], names: Mapping[str, Sequence[str]]) -> None:
         self.named, self._names = named, names
         self.parameters = list(named.values())
         self._held = {key: [named[name] for name in some] for key, some in names.items()}
+        self.light, held = set[str](), 0
+        for key, some in self._held.items():
+            held += sum(parameter.numel() for parameter in some)
+            if len(some) > 1 and held <= _little(named):
+                self.light.add(key)
 
     @classmethod
     def of(cls, named: Mapping[str, nn.Parameter]) -> Bundles:
-        """Bundle what is small."""
-        full = max(sum(parameter.numel() for parameter in named.values()) // 16, 2**15)
+        """Bundle what is small, the smallest first."""
+        little = _little(named)
         groups: list[list[str]] = []
         filling: dict[torch.dtype, tuple[list[str], int]] = {}
-        for name, parameter in named.items():
+        for name, parameter in sorted(named.items(), key=lambda one: one[1].numel()):
             if not _small(parameter):
                 groups.append([name])
                 continue
             group, size = filling.get(parameter.dtype, ([], 0))
             size += parameter.numel()
-            if not group or size > min(FULL[parameter.device.type], full):
+            if not group or size > min(FULL[parameter.device.type], little):
                 group, size = [], parameter.numel()
                 groups.append(group)
             group.append(name)
@@ -118,12 +124,16 @@ class Bundles(Mapping[str, Tensor]):
 
     def load(self, leaves: Mapping[str, Tensor]) -> None:
         """Write leaves into the module."""
+        pairs = [
+            pair for key, leaf in leaves.items() for pair in zip(self._held[key], self.parts(key, leaf), strict=True)
+        ]
+        plain = [pair for pair in pairs if _plain(pair[0])]
         with torch.no_grad():
-            for key, leaf in leaves.items():
-                if self.alone(key):  # and may be sharded
-                    self._held[key][0].copy_(leaf)
-                else:
-                    torch._foreach_copy_(tuple(self._held[key]), self.parts(key, leaf))
+            if plain:
+                torch._foreach_copy_([held for held, _ in plain], [part for _, part in plain])
+            for held, part in pairs:
+                if not _plain(held):  # as a sharded one
+                    held.copy_(part)
 
     def give(self, gradient: dict[str, Tensor]) -> None:
         """Put ``gradient`` into ``.grad``; it is emptied."""
@@ -131,6 +141,11 @@ class Bundles(Mapping[str, Tensor]):
             leaf = gradient.pop(key).to(parameters[0].dtype)
             for parameter, part in zip(parameters, self.parts(key, leaf), strict=True):
                 parameter.grad = part
+
+
+def _little(named: Mapping[str, Tensor]) -> int:
+    """Numbers of which one more copy is nothing: a sixteenth of all, or what is nothing on any machine."""
+    return max(sum(parameter.numel() for parameter in named.values()) // 16, 2**15)
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:
@@ -146,6 +161,10 @@ def _views(leaf: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _small(parameter: Tensor) -> bool:
-    plain = type(parameter) in (Tensor, nn.Parameter) and parameter.layout is torch.strided
     most = SMALL.get(parameter.device.type, 0)
-    return plain and parameter.is_contiguous() and 0 < parameter.numel() <= most
+    return _plain(parameter) and parameter.is_contiguous() and 0 < parameter.numel() <= most
+
+
+def _plain(parameter: Tensor) -> bool:
+    """Neither sharded nor of another kind of its own."""
+    return type(parameter) in (Tensor, nn.Parameter) and parameter.layout is torch.strided

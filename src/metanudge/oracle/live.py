@@ -171,7 +171,7 @@ class LiveLosses(InnerGradients):
                 value = share * loss.detach()
                 del loss  # and with it its graph, before the next one is built
                 losses[role] = losses[role] + value if role in losses else value
-                self._widen(wanted, sums)
+                self._gather(wanted, sums)
         require_gradient(chain(sums.values(), (parameter.grad for parameter in parameters)))
         _part([self.live.held(key)[0] for key in wanted if self.live.bundles.alone(key)])  # bundles are copies
         self.tally.gradients += len(losses)
@@ -260,13 +260,15 @@ class LiveLosses(InnerGradients):
 
         return self.norm.evaluate(role, function, self.losses[Role.SUPPORT], at)
 
-    def _widen(self, wanted: tuple[str, ...], sums: Params) -> None:
-        """Where gradients of less precision than float32 are to be added up, add them up in float32."""
+    def _gather(self, wanted: tuple[str, ...], sums: Params) -> None:
+        """Add up here what ``.grad`` would not add up in float32, and bundles that are light, by one addition each."""
         for key in wanted:
             parameters = self.live.held(key)
             kind = parameters[0].dtype  # of all of them, and of their gradients
-            if accumulator(kind) != kind and any(parameter.grad is not None for parameter in parameters):
-                _accumulate(sums, key, self._taken(key), 1.0)
+            here = accumulator(kind) != kind or key in self.live.bundles.light
+            if here and any(parameter.grad is not None for parameter in parameters):
+                leaf = self._taken(key).to(accumulator(kind))
+                sums[key] = sums[key].add_(leaf) if key in sums else leaf
 
     def _taken(self, key: str) -> Tensor:
         """The gradient ``.backward()`` left; the module forgets it, so that the next one can not write into it."""
