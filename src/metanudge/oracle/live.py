@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from metanudge.batching import examples, pieces
 from metanudge.bundles import Bundles
 from metanudge.checks import check_device, leaves
-from metanudge.errors import LossError
 from metanudge.losses import HessianProduct, InnerGradients
 from metanudge.minibatches import as_minibatches
+from metanudge.oracle.averages import is_mean
 from metanudge.oracle.batch_norm import BatchNorm
 from metanudge.oracle.common import (
     RandomState,
@@ -191,37 +191,25 @@ class LiveLosses(InnerGradients):
         return self.live.over_ranks(torch.stack(parts).sum())
 
     def _check_mean(self, role: Role, step: int, minibatch: int) -> None:
-        """Refuse a loss that adds its examples up where pieces are averaged: by one piece and its halves.
+        """Refuse a loss that adds its examples up where pieces are averaged.
 
         Raises:
             LossError: It is a sum.
         """
-        if self.microbatch is None or self.microbatch < 2 or not self.looks.get(role, LOOKS):
+        left = self.looks.get(role, LOOKS)
+        if self.microbatch is None or self.microbatch < 2 or not left:
             return
         batch = self._batch(role, step, minibatch)
         if examples(batch) <= self.microbatch:
             return
-        piece, _ = next(pieces(batch, self.microbatch - self.microbatch % 2))
-        halves = [half for half, _ in pieces(piece, self.microbatch // 2)]
 
-        def of(one: Batch) -> float:
+        def loss(one: Batch) -> float:
             with torch.enable_grad():  # which the loss itself may ask for
-                loss = self._evaluate(self.losses[role], role, one, step, minibatch).detach()
-            return float(self.live.over_ranks(loss))  # ranks that share the examples have to agree
+                value = self._evaluate(self.losses[role], role, one, step, minibatch).detach()
+            return float(self.live.over_ranks(value))  # ranks that share the examples have to agree
 
-        whole, first, second = of(piece), *map(of, halves)
+        self.looks[role] = 0 if is_mean(role, loss, batch, self.microbatch) else left - 1
         self.live.load({})  # what a forward pass without a backward pass leaves
-        self.looks[role] = self.looks.get(role, LOOKS) - 1
-        near = 1e-3 * abs(whole)
-        if abs(whole - (first + second) / 2) < near:
-            self.looks[role] = 0
-        elif abs(whole - first - second) < near and min(abs(first), abs(second)) > 0.1 * abs(whole):
-            self.looks[role] = LOOKS
-            raise LossError(
-                f"the {role.name.lower()} loss adds up over the examples (it is {whole:.4g}, and of the two halves "
-                f"{first:.4g} and {second:.4g}), while microbatch takes the mean over pieces: reduce it with .mean() "
-                '(reduction="mean"), or leave microbatch out'
-            )
 
     def _load(self, phi: Mapping[str, Tensor]) -> None:
         known = bool(self.held) and self.held.pop() is phi
