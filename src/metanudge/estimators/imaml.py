@@ -82,16 +82,24 @@ class IMAML:
         return free.estimate(problem, with_shared(problem, free, product, v))
 
 
-def conjugate_gradients(losses: LossGradients, system: HessianProduct, right: Params, steps: int, tol: float) -> Params:
-    """Solve ``system(x) = right`` from x = 0 in every lane; lanes that are done, or meet p·Ap <= 0, stop."""
+def conjugate_gradients(
+    losses: LossGradients, system: HessianProduct, right: Params, steps: int, tol: float, *, until_done: bool = False
+) -> Params:
+    """Solve ``system(x) = right`` from x = 0 in every lane; lanes that are done, or meet p·Ap <= 0, stop.
+
+    ``until_done`` leaves out the steps in which no lane moves any more: to ask is to wait for the device.
+    """
     x, residual, direction = tree.zeros(right), right, right
     square = losses.inner(right, right)
     enough = tol**2 * square
     active = square > 0
     for _ in range(steps):
+        active = active & (square > enough)
+        if until_done and not bool(active.any()):
+            break
         image = system(direction)
         curvature = losses.inner(direction, image)
-        active = active & (curvature > 0) & (square > enough)
+        active = active & (curvature > 0)
         alpha = torch.where(active, square / curvature, torch.zeros_like(square))
         x = tree.axpy(alpha, direction, x)
         residual = tree.axpy(-alpha, image, residual)

@@ -78,7 +78,8 @@ def linear(problem: InnerProblem, product: HessianProduct, right: Params, tol: f
     x, rest = tree.zeros(right), right
     tol = max(tol, 1e4 * torch.finfo(norm(right).dtype).eps)
     for length in LENGTHS:
-        trial = tree.add(x, conjugate_gradients(problem.losses, system, rest, length, 1e-12))
+        more = conjugate_gradients(problem.losses, system, rest, length, tol**1.5, until_done=True)
+        trial = tree.add(x, more)
         left = tree.subtract(right, system(trial))
         better = norm(left) < norm(rest)
         x, rest = tree.select(better, trial, x), tree.select(better, left, rest)
