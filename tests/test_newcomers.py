@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,191 @@ def test_an_optimizer_that_would_step_narrow_parameters_is_told(dtype: torch.dty
         mn.MetaLearner(model, mn.metrics.squared_error, solver=mn.Nesterov(2))
     assert len(told) == (dtype == torch.bfloat16)
     assert all("torch.autocast" in str(one.message) for one in told)
+
+
+# Threads.
+
+
+def line() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def sinusoids(number: int) -> list[mn.Tasks]:
+    return mn.tasks.episodes(mn.tasks.sinusoid).take(number)
+
+
+@pytest.mark.parametrize("execution", ["vectorized", "in_place"])
+def test_threads_take_turns(execution: str) -> None:
+    learner = mn.MetaLearner(line(), mn.metrics.squared_error, execution=execution, solver=mn.Nesterov(4))
+    supports = [task.support for task in sinusoids(6)]
+    alone = [value(learner.adapt(support)) for support in supports]
+    with ThreadPoolExecutor(3) as threads:
+        together = [value(adapted) for adapted in threads.map(learner.adapt, supports)]
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+    assert type(learner.model[0].weight) is nn.Parameter
+    assert all(parameter.requires_grad for parameter in learner.model.parameters())
+
+
+# Nudged solves that go astray, and losses that are not finite.
+
+
+def test_a_nudged_solve_that_goes_astray_is_left_out() -> None:
+    """The support loss is -h/2 φ² at θ = 0, where the free solve stays; a nudged one leaves it for good if h > λ."""
+
+    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
+        (phi,) = model(torch.eye(1, dtype=torch.float64))[0]
+        bend, push = batch.targets[0]
+        return bend / 2 * phi.square() + push * phi
+
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    bends = torch.tensor([[[1.0, 0.0]], [[-3.0, 0.0]]], dtype=torch.float64)
+    pushes = torch.tensor([[[0.0, 1.0]], [[0.0, 1.0]]], dtype=torch.float64)
+    tasks = mn.Tasks(*(mn.Batch(torch.zeros(2, 1, 1), targets) for targets in (bends, pushes)))
+    estimator = mn.FOBMAML(steps=80, certify=False)
+    learner = mn.MetaLearner(model, loss, solver=mn.GradientDescent(80, lr=0.2), estimator=estimator)
+    with pytest.warns(mn.NonFiniteWarning, match=r"1 of 2 tasks diverged.*task 1;"):
+        step = learner.backward(tasks)
+    assert step.dropped_tasks == 1
+    assert float(model.weight.grad) == pytest.approx(1 / (1 + 1.0), rel=1e-6)  # λ (h + λ)⁻¹ q of the other
+
+
+def masked(model: nn.Module, batch: mn.Batch) -> Tensor:
+    valid = batch.targets["valid"]
+    return ((model(batch.inputs) - batch.targets["y"]).square() * valid).sum() / valid.sum()
+
+
+def padded(valid: Tensor) -> mn.Tasks:
+    (task,) = sinusoids(1)
+    return mn.Tasks(*(mn.Batch(batch.inputs, {"y": batch.targets, "valid": valid}) for batch in task))
+
+
+def test_a_loss_that_is_nan_from_the_start_is_told_as_that() -> None:
+    learner, nothing = mn.MetaLearner(line(), masked), padded(torch.zeros(10, 1))
+    with pytest.raises(mn.NonFiniteError, match=r"task 0;.*at the initialisation already"):
+        learner.backward([nothing])
+    with pytest.raises(mn.NonFiniteError, match="at the initialisation already"):
+        learner.adapt(nothing.support)
+
+
+@pytest.mark.parametrize("execution", ["vectorized", "in_place"])
+def test_adapt_tells_of_a_loss_that_it_raised(execution: str) -> None:
+    (task,) = sinusoids(1)
+    solver = mn.GradientDescent(steps=5, lr=3.0)
+    learner = mn.MetaLearner(line(), mn.metrics.squared_error, solver=solver, execution=execution)
+    with pytest.warns(UserWarning, match=r"adaptation raised the support loss from .*smaller steps \(lr, now 3\)"):
+        learner.adapt(task.support)
+    mn.MetaLearner(line(), mn.metrics.squared_error, execution=execution).adapt(task.support)  # and here of nothing
+
+
+def test_evaluate_names_tasks_without_a_score() -> None:
+    stack = mn.tasks.sinusoid(4)
+    stack.support.inputs[2, 0] = float("nan")
+    learner = mn.MetaLearner(line(), mn.metrics.squared_error)
+    with pytest.warns(mn.NonFiniteWarning, match=r"query loss of 1 of 4 tasks \(task 2;"):
+        found = learner.evaluate(stack)
+    assert found.values[:, -1].isfinite().tolist() == [True, True, False, True]
+    learner.evaluate(stack)  # once is enough
+
+
+# microbatch.
+
+
+def half_valid() -> Tensor:
+    return torch.tensor([[1.0]] * 6 + [[0.0]] * 4)
+
+
+def test_microbatch_warns_of_a_masked_mean() -> None:
+    learner = mn.MetaLearner(line(), masked, execution="in_place", microbatch=5, solver=mn.GradientDescent(2, lr=0.1))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            learner.backward([padded(half_valid())])
+    said = [str(one.message) for one in told if "no mean over the examples" in str(one.message)]
+    assert [text.split()[1] for text in said] == ["support", "query"]
+
+
+def test_microbatch_takes_a_masked_mean_of_equal_weights() -> None:
+    learner = mn.MetaLearner(line(), masked, execution="in_place", microbatch=4, solver=mn.Nesterov(8))
+    learner.backward([padded(torch.full((10, 1), 0.5))])
+
+
+# fit.
+
+
+def hits(model: nn.Module, batch: mn.Batch) -> Tensor:
+    return ((model(batch.inputs) - batch.targets).abs() < 1).float().mean()
+
+
+def trained(**more: object) -> mn.Fit:
+    model = line()
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, solver=mn.Nesterov(4))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    given = {"tasks": mn.tasks.episodes(mn.tasks.sinusoid), "steps": 1, "tasks_per_step": 2, "progress": False} | more
+    return mn.fit(learner, optimizer, **given)
+
+
+def test_which_is_better_has_to_be_said_of_a_metric_of_ones_own() -> None:
+    validation = mn.tasks.sinusoid(2, seed=1)
+    with pytest.raises(mn.SettingsError, match=r'of hits, a metric of your own.*better="larger"'):
+        trained(validation=validation, metric=hits)
+    assert trained(validation=validation, metric=hits, better="larger").best_step == 1
+    assert trained(validation=validation, metric=mn.metrics.squared_error).best_step == 1
+
+
+def test_a_scheduler_of_another_optimizer_is_refused() -> None:
+    other = torch.optim.Adam(line().parameters(), 1e-3)
+    with pytest.raises(mn.SettingsError, match=r"StepLR, was made for another optimizer.*an? Adam"):
+        trained(scheduler=torch.optim.lr_scheduler.StepLR(other, 1))
+
+
+def test_a_dataset_of_images_is_no_dataset_of_tasks() -> None:
+    images = TensorDataset(torch.randn(20, 1), torch.randint(2, (20,)))
+    with pytest.raises(mn.TasksError, match=r"first item of this TensorDataset is tuple.*few_shot"):
+        trained(tasks=images)
+
+
+# Messages.
+
+
+def test_an_empty_task_of_a_list_is_named() -> None:
+    tasks = sinusoids(3)
+    tasks[1] = tasks[1]._replace(support=mn.Batch(torch.zeros(0, 1), torch.zeros(0, 1)))
+    with pytest.raises(mn.TasksError, match=r"support batch of task 1 .* its shape is \(0, 1\)"):
+        mn.MetaLearner(line(), mn.metrics.squared_error).backward(tasks)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float64])
+@pytest.mark.parametrize("execution", ["vectorized", "in_place"])
+def test_images_of_another_dtype_are_told(kind: torch.dtype, execution: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 2))
+    batch = mn.Batch(torch.zeros(4, 1, 8, 8, dtype=kind), torch.tensor([0, 1, 0, 1]))
+    learner = mn.MetaLearner(model, mn.metrics.cross_entropy, execution=execution)
+    with pytest.raises(mn.LossError, match=str(kind).removeprefix("torch.") + r" \[4, 1, 8, 8\].*torch.float32"):
+        learner.backward([mn.Tasks(batch, batch)])
+
+
+def test_outputs_that_are_no_tensor_are_told() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = line()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            return self.body(x), None
+
+    with pytest.raises(mn.LossError, match=r"the model gave tuple.*one of your own"):
+        mn.MetaLearner(Two(), mn.metrics.squared_error).backward(sinusoids(2))
+
+
+def test_a_batch_is_no_task() -> None:
+    (task,) = sinusoids(1)
+    with pytest.raises(mn.TasksError, match=r"got Batch, one set of examples"):
+        mn.MetaLearner(line(), mn.metrics.squared_error).backward(task.support)
+
+
+def test_slices_of_episodes_are_refused() -> None:
+    with pytest.raises(TypeError, match="take"):
+        mn.tasks.episodes(mn.tasks.sinusoid)[0:4]

@@ -136,6 +136,12 @@ def adapted_copy(
     return adapted
 
 
+def losses_of(problem: InnerProblem, phi: Params) -> tuple[float, float]:
+    """The support loss of one task at the initialisation and at ``phi``; of minibatches, of the first one."""
+    loss, theta = problem.losses.loss, problem.losses.spread(problem.theta)
+    return float(loss(Role.SUPPORT, theta)), float(loss(Role.SUPPORT, phi))
+
+
 def curves(problem: InnerProblem, solver: Solver, function: LossFunction) -> Tensor:
     """``function`` of the query sets of one problem's tasks after every step, ``[T, K + 1]``."""
     found: list[Tensor] = []

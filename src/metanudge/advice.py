@@ -188,5 +188,27 @@ def diverged(places: Sequence[int], total: int) -> str:
     )
 
 
+NEVER_FINITE = (
+    "the loss is not finite at the initialisation already, before any step, though the data are: look for a division "
+    "by zero (a mask that leaves nothing), or the logarithm or root of zero, in the loss or the model"
+)
+
+
+def never_finite(places: Sequence[int], total: int) -> str:
+    """Which tasks had no finite support loss to begin with."""
+    which = ", ".join(map(str, places[:5])) + (", ..." if len(places) > 5 else "")
+    return f"in {len(places)} of {total} tasks (task {which}; counted from 0) {NEVER_FINITE}"
+
+
+def no_score(places: Sequence[int], total: int, metric: str) -> str:
+    """Which tasks have no finite score."""
+    which = ", ".join(map(str, places[:5])) + (", ..." if len(places) > 5 else "")
+    return (
+        f"the {metric} of {len(places)} of {total} tasks (task {which}; counted from 0) is not finite after "
+        "adaptation, and so is the mean: look for NaN in their data, or leave them out (Evaluation.values has a row a "
+        "task)"
+    )
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.0f} %" if value >= 0.095 else f"{100 * value:.1g} %"

@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import DataLoader
 
-from metanudge.checks import check_axes, check_stack, leaves
+from metanudge.checks import check_axes, check_not_empty, check_stack, leaves
 from metanudge.errors import TasksError
 from metanudge.minibatches import as_minibatches
 from metanudge.sources import check_loader, is_dataset, taken
@@ -32,6 +32,8 @@ def as_stacks(tasks: Tasks | Sequence[Tasks], device: torch.device) -> tuple[lis
         if isinstance(tasks, DataLoader):
             check_loader(tasks)
         loop = "; loop over it: for tasks in loader: learner.backward(tasks)" if hasattr(tasks, "__iter__") else ""
+        if isinstance(tasks, Batch):
+            loop = ", one set of examples; a task has two: mn.Tasks(support=batch, query=another)"
         if isinstance(tasks, Mapping):
             loop = "; give mn.Tasks(support=mn.Batch(...), query=mn.Batch(...))"
         elif is_dataset(tasks):  # whose single tasks a loop would give as if they were stacks
@@ -48,6 +50,7 @@ def as_stacks(tasks: Tasks | Sequence[Tasks], device: torch.device) -> tuple[lis
         if as_minibatches(task.support):
             groups[place] = [place]
             continue
+        check_not_empty(task, place)
         groups.setdefault(form(task), []).append(place)
     stacks = [_stacked([tasks[place] for place in group], device) for group in groups.values()]
     return stacks, [place for group in groups.values() for place in group]

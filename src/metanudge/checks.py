@@ -92,6 +92,17 @@ def check_stack(tasks: Tasks, device: torch.device) -> int:
     return number
 
 
+def check_not_empty(task: Tasks, place: int) -> None:
+    """Raise a TasksError for a task of a list without examples."""
+    for part, batch in zip(Tasks._fields, task, strict=True):
+        for leaf in leaves(batch):
+            if leaf.numel() == 0:
+                raise TasksError(
+                    f"a tensor of the {part} batch of task {place} (counted from 0) is empty, its shape is "
+                    f"{tuple(leaf.shape)}; every task needs at least one example"
+                )
+
+
 def check_axes(stack: Tasks) -> None:
     """Raise a TasksError where every task would be one vector and one class index, neither with an axis of examples."""
     for part, batch in zip(Tasks._fields, stack, strict=True):

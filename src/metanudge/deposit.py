@@ -63,12 +63,14 @@ class Told:
         residual: Mean residual, the last ten steps or so; NaN before the first.
         bound: The same of the error bound, geometrically.
         dropout: Whether of dropout in an evaluation or adaptation.
+        scores: Whether of scores that are not finite.
     """
 
     kinds: set[type[Warning]] = field(default_factory=set)
     residual: float = math.nan
     bound: float = math.nan
     dropout: bool = False
+    scores: bool = False
 
     def of_dropout(self, model: nn.Module, where: str) -> None:
         """Warn, once, of layers that make what ``where`` gives random."""
@@ -149,18 +151,48 @@ def _lost(probes: list[Probe], given: Given, solver: Solver, prox: float) -> str
     said = []
     if bad:
         said.append(f"{advice.bad_data(bad, len(kept))}: mend these or leave them out")
-    if others := [place for place in lost if place not in bad]:
+    begun = torch.cat([probe.begun.reshape(-1).cpu() for probe in probes]).tolist()
+    never = [place for place, has in zip(given.places, begun, strict=True) if not has and place in lost]
+    if never := sorted(place for place in never if place not in bad):
+        said.append(advice.never_finite(never, len(kept)))
+    if others := [place for place in lost if place not in bad and place not in never]:
         said.append(f"{advice.diverged(others, len(kept))}: {advice.calmer(solver, prox)}")
     return ". ".join(said)
 
 
-def not_adapted(stacks: list[Tasks], solver: Solver, prox: float) -> NonFiniteError:
-    """What to raise where the one task of ``stacks``, whose query is its support, ended in NaN."""
-    said = "adaptation ended in non-finite parameters"
+def check_adapted(before: float, after: float, finite: bool, stacks: list[Tasks], solver: Solver, prox: float) -> None:
+    """Look at an adaptation to the one task of ``stacks``, whose query is its support.
+
+    Args:
+        before: Its support loss at the initialisation.
+        after: And at the adapted parameters.
+        finite: Whether these are finite.
+        stacks: The task.
+        solver: As of the learner.
+        prox: As of the learner.
+
+    Raises:
+        NonFiniteError: It ended in NaN.
+
+    Warns:
+        UserWarning: It ended far above where it began.
+    """
+    if finite and math.isfinite(after):
+        if after > before + 10 * abs(before):
+            warn(
+                f"adaptation raised the support loss from {before:.3g} to {after:.3g}: {advice.calmer(solver, prox)}",
+                UserWarning,
+            )
+        return
+    said = (
+        "adaptation ended in non-finite parameters" if not finite else "adaptation ended in a non-finite support loss"
+    )
     if bad := not_finite(stacks, [0]):
         where = bad[0].split(" and query")[0]
-        return NonFiniteError(f"{said}: there are NaN or infinite numbers in the {where}; mend these")
-    return NonFiniteError(f"{said}; {advice.calmer(solver, prox)}")
+        raise NonFiniteError(f"{said}: there are NaN or infinite numbers in the {where}; mend these")
+    if not math.isfinite(before):
+        raise NonFiniteError(f"{said}: {advice.NEVER_FINITE}")
+    raise NonFiniteError(f"{said}; {advice.calmer(solver, prox)}")
 
 
 def _tell_once(told: Told, kind: type[Warning], text: str) -> None:

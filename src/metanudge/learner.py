@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metanudge import settings
+from metanudge import advice, settings
 from metanudge.accumulation import FiniteMean, summarize
-from metanudge.adaptation import Shapes, adapted_copy, alone, check_copyable, curves, looked_at
+from metanudge.adaptation import Shapes, adapted_copy, alone, check_copyable, curves, looked_at, losses_of
 from metanudge.batching import as_stacks, smaller
 from metanudge.choosing import check_needs, choose_execution
-from metanudge.deposit import Given, Told, add_to_grad, in_order, not_adapted, verdict
+from metanudge.deposit import Given, Told, add_to_grad, check_adapted, in_order, verdict
 from metanudge.energy import InnerProblem
-from metanudge.errors import SettingsError, TasksError
+from metanudge.errors import NonFiniteWarning, SettingsError, TasksError
 from metanudge.estimators import ESTIMATORS, FOBMAML, Estimator
 from metanudge.estimators.base import told_to_go_first_order
+from metanudge.exclusive import exclusive
 from metanudge.execution import Execution, Lent, Use
 from metanudge.metrics import called
 from metanudge.oracle import BatchNorm, Policy, Tally, device_of
@@ -33,6 +34,7 @@ from metanudge.solvers.loop import solve
 from metanudge.sources import groups
 from metanudge.types import Batch, Evaluation, LossFunction, MetaStep, Need, Role, Tasks
 from metanudge.warm_start import WarmStart
+from metanudge.warned import warn
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # which some builds of torch lack
@@ -176,6 +178,7 @@ class MetaLearner:
             f"estimator={self.estimator}, execution={self.execution.name!r}{more})"
         )
 
+    @exclusive
     def backward(
         self, tasks: Tasks | Sequence[Tasks], indices: Sequence[int] | None = None, *, at_once: int | None = None
     ) -> MetaStep:
@@ -249,12 +252,13 @@ class MetaLearner:
             estimate = self.estimator(problem, self.solver)
         kept = mean.add(problem, estimate, lent.summed)
         tried = replace(problem, start=None) if self.execution.tries else None
-        probes.append(Probe(estimate.residual.reshape(-1), kept, tried, problem.sampled))
+        probes.append(Probe(estimate.residual.reshape(-1), kept, estimate.begun.reshape(-1), tried, problem.sampled))
         if self.warm_start is None:
             return [], torch.empty(0)
         diverged = estimate.diverged.reshape(-1, 1)
         return known, lent.rows(estimate.solution).masked_fill(diverged, float("nan")).cpu()
 
+    @exclusive
     def adapt(self, support: Batch) -> nn.Module:
         """Adapt to one task: a new module of the same class; this learner's model is untouched.
 
@@ -271,9 +275,12 @@ class MetaLearner:
             TasksError: An empty support set, one on another device than the model, or a stack of them.
             SettingsError: A model sharded by FSDP2, which can not be copied.
             LossError: A loss that is not a scalar or does not depend on the adapted parameters.
-            NonFiniteError: The solve ended in non-finite parameters.
+            NonFiniteError: The solve ended in non-finite parameters, or where the support loss is not finite.
 
-        Cost: K gradients. Example:
+        Warns:
+            UserWarning: The solve ended at a far larger support loss than it began with.
+
+        Cost: K gradients and two forward passes. Example:
             >>> import torch, metanudge as mn
             >>> model = torch.nn.Linear(1, 1)
             >>> learner = mn.MetaLearner(model, lambda m, b: (m(b.inputs) - b.targets).square().mean(), prox=0.01)
@@ -289,8 +296,9 @@ class MetaLearner:
             problem = next(lent.problems)
             solution = solve(self.solver, problem.energy(), problem.losses.spread(problem.theta))
             named = {name: leaf.clone() for name, leaf in lent.named(lent.summed(solution.params)).items()}
-        if not all(bool(leaf.isfinite().all()) for leaf in named.values()):
-            raise not_adapted(stacks, self.solver, self.prox)
+            before, after = losses_of(problem, solution.params)
+        finite = all(bool(leaf.isfinite().all()) for leaf in named.values())
+        check_adapted(before, after, finite, stacks, self.solver, self.prox)
         return adapted_copy(self.model, named, self.norm, self.losses[Role.SUPPORT], support)
 
     def evaluate(
@@ -315,8 +323,21 @@ class MetaLearner:
             SettingsError: A metric that is no function.
             LossError: A loss or metric that is not a scalar.
 
+        Warns:
+            NonFiniteWarning: Tasks whose score is not finite, which make the mean so; once.
+
         Cost: K gradients and K + 1 forward passes a task and permutation.
         """
+        found = self.scores(tasks, metric, permutations)
+        if (lost := (~found.values[:, -1].isfinite()).nonzero().flatten().tolist()) and not self._told.scores:
+            self._told.scores = True
+            warn(advice.no_score(lost, len(found.values), found.metric), NonFiniteWarning)
+        return found
+
+    def scores(
+        self, tasks: Tasks | Iterable[Tasks], metric: LossFunction | None = None, permutations: int = 1
+    ) -> Evaluation:
+        """``evaluate`` without a word about scores that are not finite."""
         settings.check_steps(permutations, "permutations")
         function = self.losses[Role.QUERY] if metric is None else metric
         settings.check_function(
@@ -348,6 +369,7 @@ class MetaLearner:
 
         save_pretrained(self, folder, protocol)
 
+    @exclusive
     def _curves(self, tasks: Tasks | Sequence[Tasks], function: LossFunction) -> Tensor:
         """The metric after every step, ``[T, K + 1]``, in the order of the tasks."""
         stacks, places = as_stacks(tasks, device_of(self.model))

@@ -32,7 +32,13 @@ def _same_shape(first: str, a: Tensor, second: str, b: Tensor) -> None:
 
 def _predicted(model: nn.Module, inputs: Any) -> Tensor:
     found = model(**inputs) if isinstance(inputs, Mapping) and _takes(model, inputs) else model(inputs)
-    predictions: Tensor = getattr(found, "logits", found)
+    predictions: object = getattr(found, "logits", found)
+    if not isinstance(predictions, Tensor):
+        raise LossError(
+            f"the model gave {type(predictions).__name__}, and the losses and metrics of mn.metrics take a tensor, or "
+            "what has .logits; write one of your own: def loss(model, batch): take what you need of "
+            "model(batch.inputs), and return a scalar"
+        )
     return predictions
 
 

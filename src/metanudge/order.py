@@ -116,7 +116,24 @@ def length(tasks: Dataset[Tasks] | Sequence[Tasks]) -> int | None:
             "fit takes a map-style dataset of tasks, such as mn.tasks.episodes(mn.tasks.sinusoid) or "
             f"mn.tasks.few_shot(...), a list of single mn.Tasks, or a stack of them, got {type(tasks).__name__}"
         )
+    else:
+        _check_single(tasks)
     try:
         return len(tasks)  # type: ignore[arg-type]
     except TypeError:
         return None
+
+
+def _check_single(tasks: Any) -> None:
+    """Raise a TasksError for a dataset of something else than tasks, such as images with their classes."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            first = tasks[0]
+        except (IndexError, KeyError):  # an empty one, told of elsewhere
+            return
+    if not isinstance(first, Tasks):
+        raise TasksError(
+            f"fit takes a dataset of single mn.Tasks, and the first item of this {type(tasks).__name__} is "
+            f"{type(first).__name__}; of examples with their classes make tasks: mn.tasks.few_shot(dataset, ways=5, "
+            "shots=1)"
+        )

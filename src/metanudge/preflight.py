@@ -71,8 +71,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, learner: MetaLearner) -> N
         )
 
 
-def check_scheduler(scheduler: LRScheduler | None) -> None:
-    """Raise a SettingsError for what is no scheduler, or one that waits for what ``fit`` does not tell it."""
+def check_scheduler(scheduler: LRScheduler | None, optimizer: torch.optim.Optimizer) -> None:
+    """Raise a SettingsError for what is no scheduler, is of another optimizer, or waits for what it is not told."""
     example = "torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)"
     if scheduler is None:
         return
@@ -81,4 +81,10 @@ def check_scheduler(scheduler: LRScheduler | None) -> None:
         raise SettingsError(
             "ReduceLROnPlateau steps by a validation score, and fit steps a scheduler after every meta-step, whether "
             f"there is a score or not; take one that counts steps, such as {example} or StepLR"
+        )
+    steered = getattr(scheduler, "optimizer", optimizer)
+    if steered is not optimizer:
+        raise SettingsError(
+            f"the scheduler, a {type(scheduler).__name__}, was made for another optimizer than the one that fit was "
+            f"given, whose lr would stay as it is; make it of that one, a {type(optimizer).__name__}: {example}"
         )

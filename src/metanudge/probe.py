@@ -45,12 +45,14 @@ class Probe(NamedTuple):
     Attributes:
         residual: Relative residuals, one a task.
         kept: Which of the tasks count.
+        begun: In which of them the support loss is finite at the initialisation.
         problem: The problem; None where no more steps of it may be tried (``Execution.tries``).
         sampled: Whether its support set was seen through minibatches.
     """
 
     residual: Tensor
     kept: Tensor
+    begun: Tensor
     problem: InnerProblem | None
     sampled: bool = False
 

@@ -95,8 +95,8 @@ def _check(config: Config, ranks: Ranks) -> None:
     given, seed = config.training, config.whole.seeds[0]
     check_training(given.steps, given.tasks_per_step, given.tasks_at_once, given.max_norm, given.every, given.workers)
     check_tensorboard(config.out, given.tensorboard)
-    learner, _, scheduler = _parts(config, seed, ranks)
-    check_scheduler(scheduler)
+    learner, optimizer, scheduler = _parts(config, seed, ranks)
+    check_scheduler(scheduler, optimizer)
     tasks, fixed = tasks_of(config, "train", seed), first(tasks_of(config, "validation"), config.validation.tasks)
     Order(length(tasks), given.tasks_per_step, seed, learner.ranks)
     learner.model.eval()

@@ -108,7 +108,8 @@ def fit(
             ``every`` steps and at the end. Meanwhile dropout is switched off (``eval``); BatchNorm layers follow their
             policy. A score of NaN is worse than any number.
         metric: Of the validation; None for the query loss.
-        better: Whether a smaller or a larger metric is better; "auto": larger for ``mn.metrics.accuracy``.
+        better: Whether a smaller or a larger metric is better, to be said of a metric of your own; "auto": larger for
+            ``mn.metrics.accuracy``, smaller for losses.
         every: Meta-steps between validations, and between checkpoints.
         out: Folder; None to keep nothing on disk.
         resume: Go on from ``out/last.pt`` where it is, with the same settings of learner and optimizer, ``max_norm``,
@@ -118,7 +119,7 @@ def fit(
             dropout in train mode, whose draws differ. False to begin anew: once all is checked, what a training left in
             ``out`` is removed.
         workers: Processes that draw tasks; the tasks do not depend on it.
-        seed: Of the order of a finite set.
+        seed: Of the order of a finite set; tasks that are drawn have a seed of their own.
         tensorboard: Also write TensorBoard's files.
         progress: Show a bar; where stderr is no terminal, a line every ``every`` steps, and about every 30 seconds.
 
@@ -160,7 +161,7 @@ def fit(
     if metric is not None and held is None:
         raise SettingsError("metric is of the validation, and there is none; give validation= tasks, or leave it out")
     check_optimizer(optimizer, learner)
-    check_scheduler(scheduler)
+    check_scheduler(scheduler, optimizer)
     if isinstance(tasks, Tasks):
         tasks = singles(tasks)
     ranks = learner.ranks

@@ -177,7 +177,8 @@ class Estimate(NamedTuple):
         size: Norm of ``gradient`` in the adapted parameters, ``[*L]``.
         slope: Norm of ∇f(phi) in the adapted parameters, ``[*L]``.
         noise: What round-off of the solutions may add to ``size``, ``[*L]``.
-        diverged: Whether the free solve ended above where it began, ``[*L]``.
+        diverged: Whether the free solve ended above where it began, or a nudged one went far off, ``[*L]``.
+        begun: Whether f̂(θ) is finite, ``[*L]``.
         solution: φ(0), ``[*L, *shape]``; empty where it was not needed to the end.
     """
 
@@ -191,6 +192,7 @@ class Estimate(NamedTuple):
     slope: Tensor
     noise: Tensor
     diverged: Tensor
+    begun: Tensor
     solution: Params
 
 

@@ -16,6 +16,7 @@ from metanudge.batching import as_stacks, split
 from metanudge.checks import check_stack, leaves, not_finite
 from metanudge.errors import NonFiniteWarning, SettingsError, TasksError
 from metanudge.learner import MetaLearner
+from metanudge.metrics import called
 from metanudge.oracle.common import device_of, forked, same_modes
 from metanudge.sources import is_dataset, listed
 from metanudge.types import Evaluation, LossFunction, Tasks
@@ -90,7 +91,7 @@ def validate(
     own = ranks.part(number) if shared else range(number)
     with same_modes(model), forked(device_of(model)):
         model.eval()
-        found = learner.evaluate(_pieces(tasks, own, at_once), metric)
+        found = learner.scores(_pieces(tasks, own, at_once), metric)
     if not shared:
         return found
     values = found.values.new_zeros(number, found.values.shape[1])
@@ -110,11 +111,16 @@ def _pieces(tasks: Tasks | Sequence[Tasks], own: range, size: int) -> Iterator[A
 
 
 def larger_is_better(better: Better, metric: LossFunction | None) -> bool:
-    """What ``better`` says of ``metric``; "auto": accuracies should grow, everything else shrink.
+    """What ``better`` says of ``metric``; "auto": accuracy should grow, losses shrink.
 
     Raises:
-        SettingsError: Something else.
+        SettingsError: Something else; "auto" for a metric of one's own.
     """
     if better not in ("auto", "smaller", "larger"):
         raise SettingsError(f'better must be "auto", "smaller" or "larger", got {better!r}')
+    if better == "auto" and metric not in (None, metrics.accuracy, metrics.squared_error, metrics.cross_entropy):
+        raise SettingsError(
+            f"the best weights are kept, and of {called(metric)}, a metric of your own, it is not known whether a "
+            'larger or a smaller one is better; say so: better="larger" or better="smaller"'
+        )
     return better == "larger" or (better == "auto" and metric is metrics.accuracy)

@@ -129,6 +129,7 @@ class FreeSolve(NamedTuple):
             self.slope_norm,
             zero if noise is None else noise,
             self.diverged,
+            self.start_loss.isfinite(),
             self.phi,
         )
 

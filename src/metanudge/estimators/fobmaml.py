@@ -23,6 +23,9 @@ WAYS = 4.0
 SHORT = 1e-2
 """The least part of the length of φ over which it is taken to bend: shorter nudges would drown in round-off."""
 
+ASTRAY = 100.0
+"""Times the query gradient, which λ (H + λ)⁻¹ only shortens where H >= 0, from which on nudged solves have diverged."""
+
 
 @dataclass(frozen=True)
 class FOBMAML:
@@ -166,7 +169,9 @@ class FOBMAML:
         gradient = tree.spend(lambda leaf: tree.over(1 / nu, leaf) * leaf, derivative[0])
         if self.nudge == "linear":
             gradient |= {name: gradient[name] + leaf for name, leaf in free.direct(problem).items()}
-        return free.estimate(problem, gradient, nu, error, noise)
+        estimate = free.estimate(problem, gradient, nu, error, noise)
+        astray = estimate.size > ASTRAY * (estimate.slope + noise)
+        return estimate._replace(diverged=estimate.diverged | astray)
 
     def certificate(self, problem: InnerProblem, free: FreeSolve, nudged: Nudged) -> Parts:
         """Measure the parts of the bound."""

@@ -43,6 +43,13 @@ class RandomState:
         seed = (self.seed + 1_000_003 * (self.first + task) + 2 * step + role.value) % 2**63
         seed_generators(seed, self.device)
 
+    def state(self) -> list[bytes]:
+        """Of the generators, to see whether something was drawn."""
+        found = [torch.default_generator.get_state()]
+        if self.device.type == "cuda":
+            found.append(torch.cuda.default_generators[self.device.index].get_state())
+        return [bytes(one.numpy()) for one in found]
+
     def aside(self) -> AbstractContextManager[None]:
         """A context whose draws leave the state as it was."""
         return forked(self.device)

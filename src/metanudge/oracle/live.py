@@ -15,7 +15,7 @@ from metanudge.bundles import Bundles
 from metanudge.checks import check_device, leaves
 from metanudge.losses import HessianProduct, InnerGradients
 from metanudge.minibatches import as_minibatches
-from metanudge.oracle.averages import is_mean
+from metanudge.oracle.averages import settled
 from metanudge.oracle.batch_norm import BatchNorm
 from metanudge.oracle.common import (
     RandomState,
@@ -191,7 +191,7 @@ class LiveLosses(InnerGradients):
         return self.live.over_ranks(torch.stack(parts).sum())
 
     def _check_mean(self, role: Role, step: int, minibatch: int) -> None:
-        """Refuse a loss that adds its examples up where pieces are averaged.
+        """Refuse a loss that adds its examples up where pieces are averaged, and warn of one that is no mean.
 
         Raises:
             LossError: It is a sum.
@@ -208,7 +208,9 @@ class LiveLosses(InnerGradients):
                 value = self._evaluate(self.losses[role], role, one, step, minibatch).detach()
             return float(self.live.over_ranks(value))  # ranks that share the examples have to agree
 
-        self.looks[role] = 0 if is_mean(role, loss, batch, self.microbatch) else left - 1
+        before = self.random.state()
+        done = settled(role, loss, batch, self.microbatch, lambda: self.random.state() != before)
+        self.looks[role] = 0 if done else left - 1
         self.live.load({})  # what a forward pass without a backward pass leaves
 
     def _load(self, phi: Mapping[str, Tensor]) -> None:

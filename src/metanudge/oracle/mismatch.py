@@ -16,7 +16,8 @@ from metanudge.errors import LossError, MetanudgeError
 from metanudge.types import Batch, Role
 
 _MISFIT = re.compile(
-    r"shape|\bsizes?\b|batch_size|dtype|scalar type|dimension|channel|out of bounds|out of range|target|\dD input",
+    r"shape|\bsizes?\b|batch_size|dtype|scalar type|dimension|channel|out of bounds|out of range|target|\dD input|"
+    r"Input type \(",
     re.IGNORECASE,
 )
 _OTHERS = re.compile(r"vmap|batching rule|out of memory|in-place|inplace|changed size", re.IGNORECASE)
@@ -26,7 +27,7 @@ _OPERATORS = re.compile(
     r"size mismatch, got|expected size for|expected input|equal size, but got|input to conv\dd|shape of the mask|"
     r"have the same dtype|expected dtype|scalar types?\b|output dtype|index tensor|(number|same number) of dimensions|"
     r"out of bounds for dimension|dimension out of range|out of range in self|at dimension \d|inputs dimension|"
-    r"input channel",
+    r"input channel|Input type \(.* should be the same",
     re.IGNORECASE,
 )
 """What operators say that are written in C, and so leave no frame: ``model(x) - y`` in a line of any file."""
@@ -100,7 +101,7 @@ def _cure(first: Tensor, batch: Batch, said: str) -> str:
     if of_classes and _floating(batch.targets):
         return "A loss of class indices takes them as torch.int64: cast the targets: .long()"
     others = [leaf.dtype for leaf in _tensors(batch) if leaf.is_floating_point() and leaf.dtype != kind]
-    of_types = re.search("dtype|scalar type", said)
+    of_types = re.search(r"dtype|scalar type|Input type \(", said)
     if others and (of_types or not re.search(r"shape|\bsizes?\b|dimension|channel|batch_size", said)):
         return f"Cast the tasks to the model's dtype, .to({kind}), or the model to theirs, model.to({others[0]})"
     if of_types:

@@ -46,6 +46,11 @@ class Episodes(Dataset[Tasks]):
 
     def __getitem__(self, index: int) -> Tasks:
         """Task ``index``, without a task axis."""
+        given: object = index
+        if isinstance(given, slice):
+            raise TypeError(
+                "tasks are drawn one by one, dataset[i]; of several make a list: dataset.take(number, first)"
+            )
         index = int(index)
         if self.number is not None and index < 0:
             index += self.number

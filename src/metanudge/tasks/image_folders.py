@@ -76,7 +76,7 @@ def image_folders(
     counts: tuple[int, int] = (1100, 100),
     seed: int = 0,
 ) -> ImageFolders:
-    """Read Omniglot, mini-ImageNet, or any folder of class folders from disk, for ``few_shot``.
+    """Read Omniglot, mini-ImageNet, or class folders in ``train``, ``val`` and ``test`` from disk, for ``few_shot``.
 
     Which of the three is seen from what lies in ``root``. Omniglot's 1,623 characters are shuffled by ``seed`` and
     split 1,100 / 100 / 423 (of the usual 1,200 training characters 100 are kept for validation; "train+validation"
