@@ -179,7 +179,7 @@ def test_other_settings_do_not_go_on(settings: dict[str, Any], lr: float, told: 
     ("settings", "given", "told"),
     [
         ({}, {"max_norm": 1.0}, "max_norm = None, this one has 1.0"),
-        ({}, {"metric": loss}, "metric = query loss, this one has loss"),
+        ({}, {"metric": loss, "better": "smaller"}, "metric = query loss, this one has loss"),
         ({"loss": loss}, {}, "loss = squared_error, this one has loss"),
         ({"query_loss": lambda model, batch: loss(model, batch)}, {}, "query_loss = squared_error.*<lambda>"),
         ({"adapt_only": lambda name, _: "2" in name}, {}, "adapt_only = None.*<lambda>"),
@@ -390,7 +390,7 @@ def masked(model: nn.Module, batch: mn.Batch) -> torch.Tensor:
 def test_a_task_of_nan_is_told_once_and_does_not_freeze_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     validation = ENDLESS.take(4)
     validation[2].query.inputs[0] = math.nan
-    held = {"validation": validation, "metric": masked, "out": tmp_path}
+    held = {"validation": validation, "metric": masked, "better": "smaller", "out": tmp_path}
     with pytest.warns(mn.NonFiniteWarning, match=r"meta-step 2 is NaN.*task 2 holds NaN.*query inputs") as told:
         mn.fit(*begun(), ENDLESS, steps=6, **held, **COMMON)
     assert [Path(one.filename) for one in told] == [Path(__file__)]

@@ -225,7 +225,7 @@ def test_who_is_lost_and_why(solver: object, words: str) -> None:
     """One task with NaN in its data, one whose solve explodes: each has its own cure, and the solver's own words."""
     made = PROBLEMS["ridge"]()
     singles = single_tasks(poisoned(made, 0))
-    singles[2] = mn.Tasks(mn.Batch(singles[2].support.inputs * 1e200, singles[2].support.targets), singles[2].query)
+    singles[2] = mn.Tasks(mn.Batch(singles[2].support.inputs * 1e140, singles[2].support.targets), singles[2].query)
     ragged = mn.Tasks(*(mn.Batch(*(leaf[:-1] for leaf in part)) for part in singles[0]))  # a stack of its own
     learner = learner_of(made, solver=solver)
     with pytest.warns(mn.NonFiniteWarning) as caught:

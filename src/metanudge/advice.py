@@ -190,7 +190,7 @@ def diverged(places: Sequence[int], total: int) -> str:
 
 NEVER_FINITE = (
     "the loss is not finite at the initialisation already, before any step, though the data are: look for a division "
-    "by zero (a mask that leaves nothing), or the logarithm or root of zero, in the loss or the model"
+    "by zero (a mask that leaves nothing), the logarithm or root of zero, or numbers so large that they overflow"
 )
 
 
