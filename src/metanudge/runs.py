@@ -28,6 +28,7 @@ from metanudge.settings import check_folder
 from metanudge.tasks.image_folders import Split
 from metanudge.training import Fit, fit
 from metanudge.types import Tasks
+from metanudge.validation import larger_is_better
 from metanudge.warm_start import WarmStart
 
 CONFIG = "config.toml"
@@ -99,6 +100,8 @@ def _check(config: Config, ranks: Ranks) -> None:
     check_scheduler(scheduler, optimizer)
     tasks, fixed = tasks_of(config, "train", seed), first(tasks_of(config, "validation"), config.validation.tasks)
     Order(length(tasks), given.tasks_per_step, seed, learner.ranks)
+    if len(fixed):
+        larger_is_better(config.validation.better, config.metric)
     learner.model.eval()
     learner.evaluate([moved(one[0], device_of(config)) for one in (tasks, fixed) if length(one) != 0], config.metric)
 
