@@ -328,3 +328,25 @@ def test_a_batch_is_no_task() -> None:
 def test_slices_of_episodes_are_refused() -> None:
     with pytest.raises(TypeError, match="take"):
         mn.tasks.episodes(mn.tasks.sinusoid)[0:4]
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_a_folder_of_another_model_is_told(changed: bool, tmp_path: Path) -> None:
+    """A loop over seeds with one folder would give one training several times."""
+
+    def fitted(model: nn.Module, steps: int) -> mn.Fit:
+        learner = mn.MetaLearner(model, mn.metrics.squared_error, solver=mn.Nesterov(4))
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        tasks = mn.tasks.episodes(mn.tasks.sinusoid)
+        return mn.fit(learner, optimizer, tasks, steps=steps, tasks_per_step=2, out=tmp_path, progress=False)
+
+    first = line()
+    fitted(first, 1)
+    fitted(first, 2)  # as it ended
+    again = line()
+    if changed:
+        nn.init.zeros_(again[0].bias)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert len(fitted(again, 3).history) == 3
+    assert ["began with other parameters" in str(one.message) for one in told] == [True] * changed

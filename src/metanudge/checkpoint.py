@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import inspect
 import math
 from collections import Counter
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from metanudge.errors import SettingsError
@@ -24,6 +26,8 @@ LAST, BEST = "last.pt", "best"
 ROUNDED = ("execution", "compile", "chunk_size", "microbatch", "tasks_at_once", "processes")
 """Settings that change a step by round-off alone, and with dropout in train mode by other draws: a training that ran
 out of memory may go on with others."""
+FEW = 1000
+"""Numbers of a tensor that tell one model from another."""
 NUMBERS = ("best", "best_step", "evaluations", "skipped", "in_a_row", "seconds")
 
 
@@ -33,6 +37,7 @@ class Run:
     Attributes:
         protocol: Settings that a checkpoint must share with the training that goes on from it.
         settings: Of learner, optimizer and ``fit``, likewise; of functions their names.
+        begun: What the model was when the training began, as ``told_apart`` tells it.
         history: A record a meta-step.
         best: Best mean of the metric; NaN before the first validation.
         best_step: Meta-step it was taken at.
@@ -52,6 +57,7 @@ class Run:
     ) -> None:
         self.learner, self.optimizer, self.scheduler, self.protocol = learner, optimizer, scheduler, protocol
         self.settings = settings_of(learner, optimizer) | settings_of_scheduler(scheduler) | more
+        self.begun = told_apart(learner.model.state_dict())
         self.history: list[Record] = []
         self.best, self.best_step = math.nan, 0
         self.evaluations = self.skipped = self.in_a_row = 0
@@ -65,6 +71,7 @@ class Run:
             {
                 "protocol": self.protocol,
                 "settings": self.settings,
+                "begun": self.begun,
                 "model": self.learner.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": None if scheduler is None else scheduler.state_dict(),
@@ -99,6 +106,10 @@ class Run:
             }:
                 raise SettingsError(f"{path} is of a training of another model; give another folder, or resume=False")
             tell_rounded(path, settings, self.settings)
+            begun = state.get("begun", self.begun)
+            if self.begun not in (begun, told_apart(state["model"])):
+                tell_replaced(path, len(state["history"]))
+            self.begun = begun
             before = self.optimizer.state_dict()
             self.optimizer.load_state_dict(state["optimizer"])
             try:  # what may refuse comes before what does not
@@ -217,6 +228,26 @@ def tell_rounded(path: Path, before: dict[str, Any], now: dict[str, Any]) -> Non
             "it would have been, and with dropout in train mode other draws",
             UserWarning,
         )
+
+
+def tell_replaced(path: Path, done: int) -> None:
+    """Warn of a model that did not begin as that of the training it is to go on with."""
+    warn(
+        f"{path} is of a training that began with other parameters than this model has: they are replaced by those "
+        f"after its {done} steps. Another training, with another seed say, needs a folder of its own, or resume=False",
+        UserWarning,
+    )
+
+
+def told_apart(state: dict[str, Any]) -> str:
+    """A digest of a model: of the first numbers of each tensor, as large ones would take long."""
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            some = value.detach().flatten()[:FEW].cpu().contiguous()
+            digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def check_done(path: Path, done: int, steps: int, anew: str) -> None:

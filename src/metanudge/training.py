@@ -134,7 +134,8 @@ def fit(
             the query loss had risen; or ten meta-steps in a row had no finite task. What is on disk stays.
 
     Warns:
-        UserWarning: The query loss is a thousand times what it was at first, once.
+        UserWarning: The query loss is a thousand times what it was at first, once; or what is gone on with began with
+            other parameters than the model has.
 
     Example:
         >>> import torch, metanudge as mn
