@@ -24,7 +24,8 @@ SHORT = 1e-2
 """The least part of the length of φ over which it is taken to bend: shorter nudges would drown in round-off."""
 
 ASTRAY = 100.0
-"""Times the query gradient, which λ (H + λ)⁻¹ only shortens where H >= 0, from which on nudged solves have diverged."""
+"""Times the query gradient, which λ (H + λ)⁻¹ only shortens where H >= 0, above which nudged solves went astray, if it
+took them over more than a tenth of the length of φ."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,9 @@ class FOBMAML:
         if self.nudge == "linear":
             gradient |= {name: gradient[name] + leaf for name, leaf in free.direct(problem).items()}
         estimate = free.estimate(problem, gradient, nu, error, noise)
-        astray = estimate.size > ASTRAY * (estimate.slope + noise)
+        usual = estimate.slope + noise
+        far = estimate.size * displacement > usual / 10  # where the query loss is flat at φ(0), much may be little
+        astray = (usual > 0) & far & (estimate.size > ASTRAY * usual)
         return estimate._replace(diverged=estimate.diverged | astray)
 
     def certificate(self, problem: InnerProblem, free: FreeSolve, nudged: Nudged) -> Parts:

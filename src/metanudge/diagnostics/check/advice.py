@@ -22,6 +22,9 @@ OBJECTIVE = (
     "model: judge it by validation"
 )
 
+ANY = 10.0
+"""Relative error of a reference from which on it says nothing."""
+
 RANDOM = (
     "The support loss is random from step to step ({}), so what follows compares different problems and means little: "
     "call model.eval() first."
@@ -77,7 +80,7 @@ def _judged(mine: CheckRow, reference: Reference, kinked: bool) -> str:
         if not reference.residual <= SOLVED:
             why.append(f"its solve is {percent(reference.residual)} from done")
         if not reference.error <= CERTAIN:
-            why.append(f"it may be {percent(reference.error)} off")
+            why.append(f"it may be off by {percent(reference.error) if reference.error < ANY else 'anything'}")
         more = "" if kinked else "; raise reference_steps, or prox"
         return f"No verdict: the exact meta-gradient to compare with did not converge, {' and '.join(why)}{more}."
     if mine.note:

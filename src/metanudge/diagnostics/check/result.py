@@ -176,5 +176,5 @@ def percent(value: float) -> str:
     if value != value:
         return "-"
     if value >= 9.995:
-        return "inf" if value == float("inf") else f"{value:.0f}x" if value < 1e5 else f"{value:.0e}x"
+        return "inf" if value == float("inf") else f"{value:.0f}x" if value < 1e5 else ">1e5x"
     return f"{100 * value:.2g} %" if value < 0.995 else f"{100 * value:.0f} %"
