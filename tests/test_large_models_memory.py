@@ -98,14 +98,11 @@ def test_what_solvers_keep_beside_what_gradient_descent_does(solver: object, mor
 
 @pytest.mark.parametrize(("solver", "most"), [(sgd(), 3), (adamw(), 5), (mn.GradientDescent(3, lr=0.1), 4)])
 def test_bundles_keep_no_more_than_a_few_of_them(solver: object, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on the page, but what is in the hand are bundles, here of two layers; and those that are light once more."""
+    """As on the page, but what is in the hand are bundles, here of two layers."""
     monkeypatch.setattr(bundles, "SMALL", {"cpu": WIDTH**2})
     monkeypatch.setattr(bundles, "FULL", {"cpu": 2 * WIDTH**2})
-    laid = bundles.Bundles.of(dict(deep().named_parameters()))
-    assert len(laid) == LAYERS / 2
-    light = 2 * len(laid.light)
-    assert light * WIDTH**2 <= 2**15
-    assert most - 0.02 <= copies(LEAN, solver, tasks=2) <= most + (4 * 2 + light) / LAYERS
+    assert len(bundles.Bundles.of(dict(deep().named_parameters()))) == LAYERS / 2
+    assert most - 0.02 <= copies(LEAN, solver, tasks=2) <= most + 4 * 2 / LAYERS
 
 
 def test_memory_does_not_grow_with_tasks_or_steps() -> None:

@@ -33,32 +33,26 @@ class Bundles(Mapping[str, Tensor]):
     Attributes:
         named: As given.
         parameters: The same without names.
-        light: Bundles that together hold so little that there is always room for one more copy of them.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter], names: Mapping[str, Sequence[str]]) -> None:
         self.named, self._names = named, names
         self.parameters = list(named.values())
         self._held = {key: [named[name] for name in some] for key, some in names.items()}
-        self.light, held = set[str](), 0
-        for key, some in self._held.items():
-            held += sum(parameter.numel() for parameter in some)
-            if len(some) > 1 and held <= _little(named):
-                self.light.add(key)
 
     @classmethod
     def of(cls, named: Mapping[str, nn.Parameter]) -> Bundles:
-        """Bundle what is small, the smallest first."""
-        little = _little(named)
+        """Bundle what is small."""
+        full = max(sum(parameter.numel() for parameter in named.values()) // 16, 2**15)
         groups: list[list[str]] = []
         filling: dict[torch.dtype, tuple[list[str], int]] = {}
-        for name, parameter in sorted(named.items(), key=lambda one: one[1].numel()):
+        for name, parameter in named.items():
             if not _small(parameter):
                 groups.append([name])
                 continue
             group, size = filling.get(parameter.dtype, ([], 0))
             size += parameter.numel()
-            if not group or size > min(FULL[parameter.device.type], little):
+            if not group or size > min(FULL[parameter.device.type], full):
                 group, size = [], parameter.numel()
                 groups.append(group)
             group.append(name)
@@ -141,11 +135,6 @@ class Bundles(Mapping[str, Tensor]):
             leaf = gradient.pop(key).to(parameters[0].dtype)
             for parameter, part in zip(parameters, self.parts(key, leaf), strict=True):
                 parameter.grad = part
-
-
-def _little(named: Mapping[str, Tensor]) -> int:
-    """Numbers of which one more copy is nothing: a sixteenth of all, or what is nothing on any machine."""
-    return max(sum(parameter.numel() for parameter in named.values()) // 16, 2**15)
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:

@@ -171,7 +171,7 @@ class LiveLosses(InnerGradients):
                 value = share * loss.detach()
                 del loss  # and with it its graph, before the next one is built
                 losses[role] = losses[role] + value if role in losses else value
-                self._gather(wanted, sums)
+                self._widen(wanted, sums)
         require_gradient(chain(sums.values(), (parameter.grad for parameter in parameters)))
         _part([self.live.held(key)[0] for key in wanted if self.live.bundles.alone(key)])  # bundles are copies
         self.tally.gradients += len(losses)
@@ -250,13 +250,12 @@ class LiveLosses(InnerGradients):
 
         return self.norm.evaluate(role, function, self.losses[Role.SUPPORT], at)
 
-    def _gather(self, wanted: tuple[str, ...], sums: Params) -> None:
-        """Add up here what ``.grad`` would not add up in float32, and bundles that are light, by one addition each."""
+    def _widen(self, wanted: tuple[str, ...], sums: Params) -> None:
+        """Where gradients of less precision than float32 are to be added up, add them up in float32."""
         for key in wanted:
             parameters = self.live.held(key)
             kind = parameters[0].dtype  # of all of them, and of their gradients
-            here = accumulator(kind) != kind or key in self.live.bundles.light
-            if here and any(parameter.grad is not None for parameter in parameters):
+            if accumulator(kind) != kind and any(parameter.grad is not None for parameter in parameters):
                 leaf = self._taken(key).to(accumulator(kind))
                 sums[key] = sums[key].add_(leaf) if key in sums else leaf
 
