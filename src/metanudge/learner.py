@@ -328,13 +328,13 @@ class MetaLearner:
 
         Cost: K gradients and K + 1 forward passes a task and permutation.
         """
-        found = self.scores(tasks, metric, permutations)
+        found = self._scores(tasks, metric, permutations)
         if (lost := (~found.values[:, -1].isfinite()).nonzero().flatten().tolist()) and not self._told.scores:
             self._told.scores = True
             warn(advice.no_score(lost, len(found.values), found.metric), NonFiniteWarning)
         return found
 
-    def scores(
+    def _scores(
         self, tasks: Tasks | Iterable[Tasks], metric: LossFunction | None = None, permutations: int = 1
     ) -> Evaluation:
         """``evaluate`` without a word about scores that are not finite."""

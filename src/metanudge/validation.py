@@ -91,7 +91,7 @@ def validate(
     own = ranks.part(number) if shared else range(number)
     with same_modes(model), forked(device_of(model)):
         model.eval()
-        found = learner.scores(_pieces(tasks, own, at_once), metric)
+        found = learner._scores(_pieces(tasks, own, at_once), metric)
     if not shared:
         return found
     values = found.values.new_zeros(number, found.values.shape[1])

@@ -54,6 +54,8 @@ class FOBMAML:
     the loss. With the full nudge ν = d min(s, s^(1/(p+1))), which is for ν^p, how much the query loss bends the energy;
     d = ε^(1/(p+1)), but at most b/10 or b (ε/b)^(1/(p+1)), whichever is larger.
 
+    A task whose ||g|| is above a hundred ||∇f||, over more than a tenth of l, counts as diverged.
+
     Cost per task, K inner and K' nudged steps, N nodes other than 0: K + 2 + N K' gradients with the linear nudge, and
     4 + N for the bound ``MetaStep.error_bound``; K + 2 + 2 N K' with the full one, which has no bound, as little as the
     start at the "initialization". N is 2 for "symmetric". Memory: that of one gradient, and a
