@@ -179,12 +179,15 @@ def bad_data(bad: Mapping[int, str], total: int) -> str:
     return f"{len(bad)} of {total} tasks hold NaN or infinite numbers in their data ({which}{more}; counted from 0)"
 
 
+def _named(places: Sequence[int]) -> str:
+    return f"task {', '.join(map(str, places[:5]))}{', ...' if len(places) > 5 else ''}; counted from 0"
+
+
 def diverged(places: Sequence[int], total: int) -> str:
     """Which tasks were lost though their data are finite."""
-    which = ", ".join(map(str, places[:5])) + (", ..." if len(places) > 5 else "")
     return (
         f"{len(places)} of {total} tasks diverged, or had no finite loss or meta-gradient "
-        f"(task {which}; counted from 0), though their data are finite"
+        f"({_named(places)}), though their data are finite"
     )
 
 
@@ -196,15 +199,13 @@ NEVER_FINITE = (
 
 def never_finite(places: Sequence[int], total: int) -> str:
     """Which tasks had no finite support loss to begin with."""
-    which = ", ".join(map(str, places[:5])) + (", ..." if len(places) > 5 else "")
-    return f"in {len(places)} of {total} tasks (task {which}; counted from 0) {NEVER_FINITE}"
+    return f"in {len(places)} of {total} tasks ({_named(places)}) {NEVER_FINITE}"
 
 
 def no_score(places: Sequence[int], total: int, metric: str) -> str:
     """Which tasks have no finite score."""
-    which = ", ".join(map(str, places[:5])) + (", ..." if len(places) > 5 else "")
     return (
-        f"the {metric} of {len(places)} of {total} tasks (task {which}; counted from 0) is not finite after "
+        f"the {metric} of {len(places)} of {total} tasks ({_named(places)}) is not finite after "
         "adaptation, and so is the mean: look for NaN in their data, or leave them out (Evaluation.values has a row a "
         "task)"
     )
