@@ -50,7 +50,7 @@ def as_stacks(tasks: Tasks | Sequence[Tasks], device: torch.device) -> tuple[lis
         if as_minibatches(task.support):
             groups[place] = [place]
             continue
-        check_not_empty(task, place)
+        check_not_empty(task, f" of task {place} (counted from 0)")
         groups.setdefault(form(task), []).append(place)
     stacks = [_stacked([tasks[place] for place in group], device) for group in groups.values()]
     return stacks, [place for group in groups.values() for place in group]

@@ -37,7 +37,7 @@ class Run:
     Attributes:
         protocol: Settings that a checkpoint must share with the training that goes on from it.
         settings: Of learner, optimizer and ``fit``, likewise; of functions their names.
-        begun: What the model was when the training began, as ``told_apart`` tells it.
+        begun: What the model was when the training began, as ``told_apart`` tells it; "" where nothing is kept.
         history: A record a meta-step.
         best: Best mean of the metric; NaN before the first validation.
         best_step: Meta-step it was taken at.
@@ -57,7 +57,7 @@ class Run:
     ) -> None:
         self.learner, self.optimizer, self.scheduler, self.protocol = learner, optimizer, scheduler, protocol
         self.settings = settings_of(learner, optimizer) | settings_of_scheduler(scheduler) | more
-        self.begun = told_apart(learner.model.state_dict())
+        self.begun = ""
         self.history: list[Record] = []
         self.best, self.best_step = math.nan, 0
         self.evaluations = self.skipped = self.in_a_row = 0

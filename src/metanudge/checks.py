@@ -82,24 +82,18 @@ def check_stack(tasks: Tasks, device: torch.device) -> int:
     (number,) = numbers
     if number == 0:
         raise TasksError("the stack of tasks is empty (leading axis 0); give at least one task")
-    for part, batch in zip(Tasks._fields, tasks, strict=True):
-        for leaf in leaves(batch):
-            if leaf.numel() == 0:
-                raise TasksError(
-                    f"a tensor of the {part} batch is empty, its shape is {tuple(leaf.shape)}; every task needs at "
-                    "least one example"
-                )
+    check_not_empty(tasks)
     return number
 
 
-def check_not_empty(task: Tasks, place: int) -> None:
-    """Raise a TasksError for a task of a list without examples."""
+def check_not_empty(task: Tasks, whose: str = "") -> None:
+    """Raise a TasksError for a task, or a stack of them, without examples; ``whose`` names one of a list."""
     for part, batch in zip(Tasks._fields, task, strict=True):
         for leaf in leaves(batch):
             if leaf.numel() == 0:
                 raise TasksError(
-                    f"a tensor of the {part} batch of task {place} (counted from 0) is empty, its shape is "
-                    f"{tuple(leaf.shape)}; every task needs at least one example"
+                    f"a tensor of the {part} batch{whose} is empty, its shape is {tuple(leaf.shape)}; every task needs "
+                    "at least one example"
                 )
 
 

@@ -116,16 +116,16 @@ def length(tasks: Dataset[Tasks] | Sequence[Tasks]) -> int | None:
             "fit takes a map-style dataset of tasks, such as mn.tasks.episodes(mn.tasks.sinusoid) or "
             f"mn.tasks.few_shot(...), a list of single mn.Tasks, or a stack of them, got {type(tasks).__name__}"
         )
-    else:
-        _check_single(tasks)
     try:
         return len(tasks)  # type: ignore[arg-type]
     except TypeError:
         return None
 
 
-def _check_single(tasks: Any) -> None:
+def check_single(tasks: Any) -> None:
     """Raise a TasksError for a dataset of something else than tasks, such as images with their classes."""
+    if not is_dataset(tasks):
+        return
     with torch.random.fork_rng(devices=[]):
         try:
             first = tasks[0]

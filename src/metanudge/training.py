@@ -15,13 +15,13 @@ from torch.utils.data import Dataset
 
 from metanudge.anew import discard, discard_logs
 from metanudge.batching import singles
-from metanudge.checkpoint import BEST, LAST, Run, qualified_name
+from metanudge.checkpoint import BEST, LAST, Run, qualified_name, told_apart
 from metanudge.divergence import Watch
 from metanudge.errors import NonFiniteError, SettingsError
 from metanudge.learner import MetaLearner
 from metanudge.logs import TABLE, Logs, Record, check_tensorboard
 from metanudge.metrics import called
-from metanudge.order import Order, digest_of, first_task, length, moved
+from metanudge.order import Order, check_single, digest_of, first_task, length, moved
 from metanudge.preflight import check_optimizer, check_ranks, check_scheduler, check_training, check_whole
 from metanudge.pretrained import save_pretrained
 from metanudge.progress import Shown, bar
@@ -165,6 +165,7 @@ def fit(
     check_scheduler(scheduler, optimizer)
     if isinstance(tasks, Tasks):
         tasks = singles(tasks)
+    check_single(tasks)
     ranks = learner.ranks
     order = Order(length(tasks), tasks_per_step, seed, ranks)
     sign = -1.0 if larger_is_better(better, metric) else 1.0
@@ -188,6 +189,8 @@ def fit(
     if folder is not None and (first := first_task(tasks)) is not None:
         more["digest of the first task"] = first
     run = Run(learner, optimizer, scheduler, protocol, more)
+    if folder is not None:
+        run.begun = told_apart(learner.model.state_dict())
     if ranks.size > 1:
         asked = {"steps": steps, "every": every, "validation": None if held is None else number_of(held)}
         check_ranks(ranks, tasks, protocol | run.settings | asked, folder, resume)
