@@ -66,6 +66,16 @@ def found(model: nn.Module, data: mn.Tasks, settings: dict[str, Any]) -> dict[st
     return {"step": tuple(step), "curves": curves, "gradient": gradient}
 
 
+def fitted(model: nn.Module, data: mn.Tasks) -> list[float]:
+    """Query losses of a training that keeps nothing on disk."""
+    learner = mn.MetaLearner(model, squared_error, prox=2.0, execution="in_place", **CASES["lean"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mn.UnsolvedWarning)
+        found = mn.fit(learner, optimizer, data, steps=3, tasks_per_step=2, progress=False)
+    return [record.query_loss for record in found.history]
+
+
 def refusals(model: nn.Module, data: mn.Tasks) -> list[str]:
     """What a sharded model does not allow."""
     told = []
@@ -90,7 +100,7 @@ def worker(rank: int, folder: Path) -> dict[str, Any]:
             fully_shard(model[0])
             fully_shard(model)  # the other layers belong to the root, which keeps what it gathers until a backward pass
             results[name] = found(model, data, settings)
-        return results | {"refusals": refusals(model, data)}
+        return results | {"refusals": refusals(model, data), "fit": fitted(model, data)}
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +118,13 @@ def test_two_processes_find_what_one_finds(name: str, ranks: list[dict[str, Any]
         torch.testing.assert_close(rank[name]["curves"], one["curves"], rtol=1e-6, atol=0)
         # round-off of the estimate is in its bound too, which is relative to the estimate, so in absolute terms
         assert rank[name]["step"] == pytest.approx(one["step"], rel=max(tolerance, 1e-5), abs=tolerance, nan_ok=True)
+
+
+def test_a_training_is_that_of_one_process(ranks: list[dict[str, Any]]) -> None:
+    one = fitted(network(), tasks(slice(0, 8)))
+    assert one[-1] < one[0]
+    for rank in ranks:
+        assert rank["fit"] == pytest.approx(one, rel=1e-5)
 
 
 def test_both_ranks_report_the_same(ranks: list[dict[str, Any]]) -> None:
