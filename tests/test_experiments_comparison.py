@@ -11,10 +11,16 @@ import torch
 from rich.console import Console
 
 import metanudge as mn
-from metanudge.experiments.comparison.benchmark import BENCHMARKS
-from metanudge.experiments.comparison.claims import at_equal_seconds, at_equal_steps, in_time, time_to_reach
+from metanudge.experiments.comparison.benchmark import BENCHMARKS, Inner
+from metanudge.experiments.comparison.claims import (
+    at_equal_seconds,
+    at_equal_steps,
+    in_time,
+    stays_solved,
+    time_to_reach,
+)
 from metanudge.experiments.comparison.figures import COLOURS, LABELS
-from metanudge.experiments.comparison.study import ComparisonSettings, Method, metrics_of, score_at, seconds_to
+from metanudge.experiments.comparison.study import ComparisonSettings, Method, compare, metrics_of, score_at, seconds_to
 from metanudge.experiments.comparison.training import METHODS, Compiled, Cost, Job, Outcome, costs, train
 from metanudge.experiments.runner import reproduce
 from metanudge.experiments.sinusoid import EXPERIMENT
@@ -66,12 +72,15 @@ def test_every_estimator_is_compared_and_has_a_colour():
 
 
 @pytest.mark.parametrize("name", sorted(BENCHMARKS))
-def test_every_method_can_take_a_point_of_every_grid(name):
+def test_every_method_takes_the_points_of_every_grid_that_it_can(name):
     inners = BENCHMARKS[name]().inners
     for kind in METHODS:
         possible = [replace(job(kind), benchmark=name, inner=inner).possible for inner in inners]
         rests_on_prox = kind in ("fobmaml", "fobmaml_light", "imaml", "tangent")
-        assert possible == [inner.prox > 0 or not rests_on_prox for inner in inners], kind
+        expected = [
+            (inner.prox > 0 or not rests_on_prox) and (inner.radius == 0 or kind != "reptile") for inner in inners
+        ]
+        assert possible == expected, kind
 
 
 def test_training_validation_and_test_tasks_differ():
@@ -119,6 +128,31 @@ def test_claims_can_fail_and_hold():
     turned = found | {"fobmaml": worse, "maml": better}
     assert not at_equal_steps(turned, "sinusoid_tanh", 0.0).holds
     assert at_equal_steps(turned, "sinusoid_tanh", 0.11).holds
+
+
+def test_with_a_sharpness_radius_more_is_claimed_and_reptile_has_no_part():
+    better, worse = (method(name, [[0.3, 0.5, end]], 1.0) for name, end in (("fobmaml", 0.8), ("hfmaml", 0.7)))
+    found = {"fobmaml": better, "fobmaml_light": better, "hfmaml": worse, "maml": worse, "fomaml": worse}
+    claim = at_equal_steps(found, "permuted_labels_flat", 0.005, "hfmaml")
+    assert claim.holds
+    assert "HF-MAML 70" in claim.measured
+    assert not at_equal_steps(
+        found | {"fobmaml": worse, "hfmaml": better}, "permuted_labels_flat", 0.005, "hfmaml"
+    ).holds
+    assert stays_solved(found, "permuted_labels_flat").holds
+    rough = better._replace(outcomes=[one._replace(residual=0.4) for one in better.outcomes])
+    assert not stays_solved(found | {"fobmaml_light": rough}, "permuted_labels_flat").holds
+
+
+def test_a_method_that_can_take_no_point_of_a_grid_is_left_out(monkeypatch):
+    inners = (Inner(mn.GradientDescent(2, lr=0.01), 2.0, radius=0.3),)
+    flat = BENCHMARKS["sinusoid_tanh"]()._replace(inners=inners, lrs=(1e-3,))
+    monkeypatch.setitem(BENCHMARKS, "sinusoid_tanh", lambda: flat)
+    for name in set(METHODS) - {"fomaml", "reptile"}:
+        monkeypatch.delitem(METHODS, name)
+    found = compare("sinusoid_tanh", TINY, lambda share: None)
+    assert set(found) == {"fomaml"}
+    assert "sharpness_radius 0.3" in metrics_of(found)["fomaml"]["settings"]["inner"]
 
 
 def test_metrics_have_the_promised_names():

@@ -138,6 +138,7 @@ def settings_of(learner: MetaLearner, optimizer: torch.optim.Optimizer) -> dict[
     adapt_only, execution = learner.adapt_only, learner.execution
     found: dict[str, Any] = {
         "prox": learner.prox,
+        "sharpness_radius": learner.sharpness_radius,
         "solver": _described(learner.solver),
         "estimator": _described(learner.estimator),
         "batch_norm": learner.norm.policy,

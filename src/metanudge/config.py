@@ -54,6 +54,7 @@ class Learner:
         loss: One of ``LOSSES``, or FILE.py:FUNCTION.
         query_loss: Likewise; None for the loss.
         prox: As of ``MetaLearner``.
+        sharpness_radius: As of ``MetaLearner``.
         execution: As of ``MetaLearner``.
         adapt_only: As of ``MetaLearner``.
         chunk_size: As of ``MetaLearner``.
@@ -66,6 +67,7 @@ class Learner:
     loss: str
     query_loss: str | None = None
     prox: float = 1.0
+    sharpness_radius: float = 0.0
     execution: Literal["auto", "vectorized", "in_place"] = "auto"
     adapt_only: str | tuple[str, ...] | None = None
     chunk_size: int | None = None

@@ -190,6 +190,7 @@ class InnerProblem:
         tasks: How many tasks the lanes hold.
         start: Where the free solve begins, a lane a task; None for θ.
         round_off: Relative round-off of gradients, where it is above that of the numbers they come in.
+        radius: How far from the solution the query gradient is taken, relative to the solution's way from θ.
     """
 
     losses: LossGradients
@@ -198,6 +199,7 @@ class InnerProblem:
     tasks: int = 1
     start: Params | None = None
     round_off: float = 0.0
+    radius: float = 0.0
 
     @property
     def sampled(self) -> bool:

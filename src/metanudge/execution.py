@@ -32,6 +32,7 @@ class Use(NamedTuple):
         tally: Counts.
         first: Tasks of the same step that ranks before this one have, for the random state.
         repeated: Whether many such steps will follow, so that compiling pays.
+        radius: Of ``InnerProblem``.
     """
 
     selection: Selection
@@ -40,6 +41,7 @@ class Use(NamedTuple):
     tally: Tally
     first: int = 0
     repeated: bool = False
+    radius: float = 0.0
 
 
 class Lent(NamedTuple):
@@ -152,7 +154,7 @@ class Vectorized:
                         self.norm,
                         compiled=None if bind is None else bind(chunk),
                     )
-                    yield InnerProblem(losses, theta, use.prox, number, round_off=spacing)
+                    yield InnerProblem(losses, theta, use.prox, number, round_off=spacing, radius=use.radius)
                     first += number
 
         def summed(params: Params) -> Params:
@@ -228,7 +230,7 @@ class InPlace:
                     self.norm,
                     self.looks,
                 )
-                yield InnerProblem(losses, theta, use.prox, round_off=spacing)
+                yield InnerProblem(losses, theta, use.prox, round_off=spacing, radius=use.radius)
 
         def rows(params: Params) -> Tensor:
             named = bundles.by_name(params)

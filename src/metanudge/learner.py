@@ -68,6 +68,10 @@ class MetaLearner:
         microbatch: Examples of a task in one forward pass of the in-place execution, whose losses have to be means over
             the examples: gradients are added up over the pieces. None for all at once.
         query_loss: The loss that judges adapted models, in the form of ``loss``; None for ``loss`` itself.
+        sharpness_radius: How far from an adapted model, uphill on its query loss, the gradient of that loss is taken,
+            relative to the way ||φ - θ|| of the adaptation. Above 0, .1 to .3 say, the meta-objective is f(φ + ξ), ξ
+            the worst step of that length to first order (SAM), which keeps networks from sharpening until the solver's
+            steps no longer solve their inner problems: for ReLU networks and long trainings. One gradient a task more.
         warm_start: Begin inner solves of ``backward`` at the tasks' last solutions; ``mn.WarmStart()``.
         batch_norm: What BatchNorm layers normalise by; a model that has some needs it said. "transductive": every batch
             by its own statistics, so query predictions depend on each other; "support": support batches by their own,
@@ -115,6 +119,7 @@ class MetaLearner:
         chunk_size: int | None = None,
         microbatch: int | None = None,
         query_loss: LossFunction | None = None,
+        sharpness_radius: float = 0.0,
         warm_start: WarmStart | None = None,
         batch_norm: Policy | None = None,
         compile: bool = False,
@@ -122,12 +127,12 @@ class MetaLearner:
     ) -> None:
         settings.check_model(model)
         settings.check_losses(loss=loss, query_loss=query_loss)
-        settings.check_prox(prox)
+        settings.check_not_negative(prox=prox, sharpness_radius=sharpness_radius)
         settings.check_sizes(chunk_size=chunk_size, microbatch=microbatch)
         settings.check_flag(compile=compile)
         self._model = model
         self.losses = {Role.SUPPORT: loss, Role.QUERY: loss if query_loss is None else query_loss}
-        self.prox, self.compile = float(prox), compile
+        self.prox, self.sharpness_radius, self.compile = float(prox), float(sharpness_radius), compile
         self.solver: Solver = Nesterov(steps=16) if solver is None else solver
         self.estimator: Estimator = FOBMAML() if estimator is None else estimator
         settings.check_parts(self.solver, SOLVERS, self.estimator, ESTIMATORS, warm_start)
@@ -159,6 +164,7 @@ class MetaLearner:
             Need.DIFFERENTIABLE_SOLVER: not self.solver.differentiable,
             Need.NO_SHARED_PARAMETERS: bool(selection.shared),
             Need.START_AT_THETA: self.warm_start is not None,
+            Need.QUERY_LOSS_AS_IT_IS: self.sharpness_radius > 0,
         }
         lacks = self.execution.lacks | {need for need, lacking in missing.items() if lacking}
         check_needs(lacks, self.estimator, self.solver)
@@ -167,6 +173,7 @@ class MetaLearner:
     def __repr__(self) -> str:
         """Settings on one line."""
         more = settings.shown(
+            sharpness_radius=self.sharpness_radius or None,
             adapt_only=self.adapt_only,
             batch_norm=self.norm.policy,
             warm_start=self.warm_start,
@@ -226,7 +233,8 @@ class MetaLearner:
             order = iter(in_order(indices, places, self.warm_start is not None))
             selection = self._selection()
         counts = ranks.counts(len(places))
-        use = Use(selection, stacks, self.prox, tally, sum(counts[: ranks.rank]), repeated=True)
+        first = sum(counts[: ranks.rank])
+        use = Use(selection, stacks, self.prox, tally, first, repeated=True, radius=self.sharpness_radius)
         with torch.no_grad(), self.execution.lend(use) as lent:
             with ranks.together():
                 solved = [self._add(mean, probes, lent, one, list(islice(order, one.tasks))) for one in lent.problems]

@@ -64,6 +64,7 @@ def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[
     record = {
         "metanudge": metanudge.__version__,
         "prox": learner.prox,
+        "sharpness_radius": learner.sharpness_radius,
         **written,
         "left_out": left_out,
         "batch_norm": learner.norm.policy,
@@ -106,7 +107,11 @@ def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **
     try:
         record = json.loads((folder / SETTINGS).read_text())
         left_out = record.get("left_out", [])
-        given = {"prox": record["prox"], "batch_norm": record.get("batch_norm")}
+        given = {
+            "prox": record["prox"],
+            "sharpness_radius": record.get("sharpness_radius", 0.0),  # older versions had none
+            "batch_norm": record.get("batch_norm"),
+        }
         for name, make in READ.items():
             if name not in left_out:
                 given[name] = make(record[name])

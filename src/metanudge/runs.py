@@ -156,6 +156,7 @@ def learner_of(config: Config, group: Any = None) -> MetaLearner:
         config.loss,
         query_loss=config.query_loss,
         prox=settings.prox,
+        sharpness_radius=settings.sharpness_radius,
         solver=config.solver,
         estimator=config.estimator,
         execution=settings.execution,

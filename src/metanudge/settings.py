@@ -54,10 +54,11 @@ def check_folder(out: Path) -> None:
         raise SettingsError(f"results can not go into {out}: {nearest} may not be written to; choose another place")
 
 
-def check_prox(prox: float) -> None:
-    """Raise a SettingsError unless ``prox`` is a finite number >= 0."""
-    if isinstance(prox, bool) or not isinstance(prox, int | float) or not 0 <= prox < math.inf:
-        raise SettingsError(f"prox must be a finite number of at least 0, got {prox!r}")
+def check_not_negative(**settings: float) -> None:
+    """Raise a SettingsError unless every setting is a finite number >= 0."""
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise SettingsError(f"{name} must be a finite number of at least 0, got {value!r}")
 
 
 def check_sizes(**settings: int | None) -> None:

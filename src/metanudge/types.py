@@ -128,6 +128,10 @@ class Need(Enum):
         "it defines no gradient for trainable parameters that are not adapted",
         "Freeze them with requires_grad_(False), adapt them too, or use another estimator.",
     )
+    QUERY_LOSS_AS_IT_IS = (
+        "it nudges by the query loss itself, or ignores it, and sharpness_radius displaces that loss's gradient alone",
+        'Give sharpness_radius=0, or use FOBMAML with nudge="linear" (its default) or any other estimator but Reptile.',
+    )
 
     @property
     def reason(self) -> str:

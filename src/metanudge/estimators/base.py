@@ -73,8 +73,9 @@ class FreeSolve(NamedTuple):
         phi: φ(0).
         schedule: For matched nudged solves.
         step: Index of the evaluations at φ(0), for the random state.
-        query_gradient: ∇f(φ(0)) in adapted and shared parameters.
-        slope_norm: Norm of ∇f(φ(0)) in the adapted parameters, ``[*L]``.
+        aside: ξ, how far from φ(0) the query gradient is taken; empty for at φ(0) itself.
+        query_gradient: ∇f(φ(0) + ξ) in adapted and shared parameters.
+        slope_norm: Its norm in the adapted parameters, ``[*L]``.
         query_loss: ``[*L]``.
         support_loss: ``[*L]``.
         residual: Relative inner residual, ``[*L]``.
@@ -86,6 +87,7 @@ class FreeSolve(NamedTuple):
     phi: Params
     schedule: Schedule
     step: int
+    aside: Params
     query_gradient: Params
     slope_norm: Tensor
     query_loss: Tensor
@@ -97,7 +99,7 @@ class FreeSolve(NamedTuple):
 
     @property
     def slope(self) -> Params:
-        """∇f(φ(0)) in the adapted parameters alone."""
+        """∇f(φ(0) + ξ) in the adapted parameters alone."""
         return {name: self.query_gradient[name] for name in self.phi}
 
     def length(self, problem: InnerProblem) -> Tensor:
@@ -105,7 +107,7 @@ class FreeSolve(NamedTuple):
         return problem.energy().length(self.phi, self.slope, self.slope_norm, self.way, self.start_loss)
 
     def direct(self, problem: InnerProblem) -> Params:
-        """∂f/∂w(φ(0)): what the shared parameters do to the query loss without moving φ."""
+        """∂f/∂w(φ(0) + ξ): what the shared parameters do to the query loss without moving φ."""
         return {name: self.query_gradient[name] for name in problem.losses.shared}
 
     def estimate(
@@ -135,7 +137,7 @@ class FreeSolve(NamedTuple):
 
 
 def solve_free(problem: InnerProblem, solver: Solver) -> FreeSolve:
-    """Solve the free problem and evaluate both losses at its solution: K + 2 gradients.
+    """Solve the free problem and evaluate both losses at its solution: K + 2 gradients, or K + 3 (``judge``).
 
     It begins at θ, or at the problem's own start where the energy is lower there.
     """
@@ -154,7 +156,18 @@ def _value(problem: InnerProblem, phi: Params) -> Tensor:
 
 
 def judge(problem: InnerProblem, phi: Params, schedule: Schedule, step: int) -> FreeSolve:
-    """Evaluate both losses, and the residual, at the solution."""
+    r"""Evaluate both losses, and the residual, at the solution.
+
+    With a ``radius`` c the query gradient is that of the worst point, to first order, of a ball around the solution,
+
+    .. math::
+        \nabla f(\phi + \xi), \qquad \xi = c \, \|\phi - \theta\| \, \nabla f(\phi) / \|\nabla f(\phi)\|
+
+    so that all that is made of it descends f(φ(θ) + ξ), ξ taken as given: it keeps F from sharpening, which its own
+    gradient does not feel (docs/theory.md). One gradient more.
+
+    Source: Foret et al., ICLR 2021 (arXiv:2010.01412); for MAML Abbas et al., ICML 2022 (arXiv:2206.03996).
+    """
     losses, energy = problem.losses, problem.energy()
     support_loss, pull = losses.value_and_gradient(Role.SUPPORT, phi, step)
     balance = energy.balance(pull, phi)
@@ -162,10 +175,18 @@ def judge(problem: InnerProblem, phi: Params, schedule: Schedule, step: int) -> 
     diverged = _diverged(energy, pull, balance, start_loss, support_loss)
     del pull  # a large model has no room for it beside the query gradient
     query_loss, query_gradient = losses.value_and_all_gradients(Role.QUERY, phi, step)
+    aside: Params = {}
+    if problem.radius > 0:
+        uphill = {name: query_gradient[name] for name in phi}
+        length = problem.radius * balance.way / tree.or_one(energy.norm(uphill))
+        aside = tree.scale(length, uphill)
+        del uphill, query_gradient
+        query_gradient = losses.value_and_all_gradients(Role.QUERY, tree.add(phi, aside), step)[1]
     return FreeSolve(
         phi,
         schedule,
         step,
+        aside,
         query_gradient,
         energy.norm({name: query_gradient[name] for name in phi}),
         query_loss,

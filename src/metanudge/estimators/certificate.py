@@ -138,6 +138,8 @@ def measure(problem: InnerProblem, free: FreeSolve, nudged: Nudged, order: int) 
 
     aside = unit * size / slope.clamp_min(tiny)
     point = tree.axpy(aside, free.slope, nudged.middle)
+    if free.aside:
+        point = tree.add(point, free.aside)
     query = losses.value_and_gradient(Role.QUERY, point, free.step)[1]
     change_of_slope = (1 + left) * norm(tree.subtract(query, free.slope))
     del query, point

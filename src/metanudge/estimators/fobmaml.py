@@ -118,7 +118,8 @@ class FOBMAML:
     def needs(self) -> frozenset[Need]:
         """The proximal problem; where nudged solves repeat the free one, that it began where they do."""
         repeats = {Need.START_AT_THETA} if self.start == "initialization" else set()
-        return frozenset({Need.PROXIMAL_TERM} | repeats)
+        nudged = {Need.QUERY_LOSS_AS_IT_IS} if self.nudge == "full" else set()
+        return frozenset({Need.PROXIMAL_TERM} | repeats | nudged)
 
     @property
     def stencil(self) -> Stencil:
@@ -139,6 +140,8 @@ class FOBMAML:
         certified = self.certify and at_solution and self.nudge == "linear" and not problem.sampled
         if slope is None:
             free = free._replace(query_gradient={})
+        if not certified:
+            free = free._replace(aside={})
         if not at_solution and 0 not in stencil.nodes:
             free = free._replace(phi={})
 

@@ -40,8 +40,8 @@ class Reptile:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """All trainable parameters are adapted."""
-        return frozenset({Need.NO_SHARED_PARAMETERS})
+        """All trainable parameters are adapted; query losses are ignored."""
+        return frozenset({Need.NO_SHARED_PARAMETERS, Need.QUERY_LOSS_AS_IT_IS})
 
     def __call__(self, problem: InnerProblem, solver: Solver) -> Estimate:
         """Solve and point back."""

@@ -75,6 +75,7 @@ class Bench:
             old.losses[Role.SUPPORT],
             query_loss=old.losses[Role.QUERY],
             prox=prox,
+            sharpness_radius=old.sharpness_radius,
             solver=solver,
             estimator=estimator,
             adapt_only=old.adapt_only,

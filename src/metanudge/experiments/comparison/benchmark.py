@@ -25,14 +25,17 @@ class Inner(NamedTuple):
     Attributes:
         solver: The inner solver.
         prox: λ; 0 for none, which estimators that rest on the proximal problem can not take.
+        radius: ``sharpness_radius``.
     """
 
     solver: Solver
     prox: float
+    radius: float = 0.0
 
     def __str__(self) -> str:
         """For tables."""
-        return f"{self.solver}, prox {self.prox:g}"
+        radius = f", sharpness_radius {self.radius:g}" if self.radius else ""
+        return f"{self.solver}, prox {self.prox:g}{radius}"
 
 
 class Benchmark(NamedTuple):
@@ -114,11 +117,23 @@ def mnist1d(protocol: Protocol, activation: str) -> Benchmark:
     )
 
 
+def flat(protocol: Protocol, activation: str) -> Benchmark:
+    """MNIST-1D with query losses judged at the worst point near adapted models."""
+    inners = (
+        Inner(mn.GradientDescent(16, lr=0.05), 1.0, 0.3),
+        Inner(mn.Nesterov(16), 1.0, 0.1),
+        Inner(mn.Nesterov(16), 1.0, 0.3),
+    )
+    return mnist1d(protocol, activation)._replace(inners=inners, lrs=(5e-3, 1e-2))
+
+
 BENCHMARKS: dict[str, Callable[[], Benchmark]] = {
     "sinusoid_tanh": lambda: sinusoid("tanh"),
     "sinusoid_relu": lambda: sinusoid("relu"),
     "permuted_labels": lambda: mnist1d("permuted_labels", "relu"),
     "permuted_labels_gelu": lambda: mnist1d("permuted_labels", "gelu"),
     "new_classes": lambda: mnist1d("new_classes", "relu"),
+    "permuted_labels_flat": lambda: flat("permuted_labels", "relu"),
+    "new_classes_flat": lambda: flat("new_classes", "relu"),
 }
 """By name, which travels to other processes where functions do not."""

@@ -108,7 +108,7 @@ class Method(NamedTuple):
 
 
 def compare(name: str, settings: ComparisonSettings, advance: Advance) -> dict[str, Method]:
-    """Tune, train and time every method on a benchmark."""
+    """Tune, train and time every method on a benchmark, but for those that can take no point of its grid."""
     benchmark = BENCHMARKS[name]()
     grid = [
         Job(
@@ -138,7 +138,7 @@ def compare(name: str, settings: ComparisonSettings, advance: Advance) -> dict[s
         method: max(
             (trial for trial in trials if trial.job.method == method), key=lambda trial: benchmark.rank(trial.score)
         ).job
-        for method in METHODS
+        for method in dict.fromkeys(job.method for job in grid)
     }
     every = max(settings.meta_steps // settings.points, 1)
     full = replace(

@@ -71,6 +71,7 @@ class Job:
             benchmark.network(self.seed),
             benchmark.loss,
             prox=self.inner.prox,
+            sharpness_radius=self.inner.radius,
             solver=self.inner.solver,
             estimator=METHODS[self.method],
             execution="vectorized",
