@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -234,3 +235,44 @@ def test_check_compares_with_the_exact_gradient_of_the_same_objective() -> None:
     assert found.rows[0].relative_error < 0.02
     notes = {row.label: row.note for row in found.rows}
     assert "sharpness_radius" in notes["reptile"]
+
+
+class Stiff(nn.Module):
+    """A vector whose distance to a task's target weighs more and more in one direction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phi = nn.Parameter(torch.zeros(2))
+        self.stiffness = 1.0
+
+    def forward(self, targets: Tensor) -> Tensor:
+        weights = torch.stack([torch.ones_like(targets[..., 0]), torch.full_like(targets[..., 1], self.stiffness)], -1)
+        return (weights * (self.phi - targets).square()).sum() / 2
+
+
+@pytest.mark.parametrize("execution", ["vectorized", "in_place"])
+@pytest.mark.parametrize("radius", [0.0, 0.1])
+@pytest.mark.parametrize("begins", ["solved", "unsolved"])
+def test_a_network_that_sharpened_is_told_of_it(begins: str, radius: float, execution: str) -> None:
+    """By the step size that suited it, steps no longer solve what was solved at the first step."""
+    model, targets = Stiff(), torch.tensor([[1.0, 1.0], [-1.0, 2.0]])
+    tasks = mn.Tasks(*(mn.Batch(targets, targets) for _ in range(2)))
+    learner = mn.MetaLearner(
+        model,
+        lambda model, batch: model(batch.inputs),
+        prox=0.1,
+        solver=mn.GradientDescent(40, lr=0.1),
+        sharpness_radius=radius,
+        execution=execution,
+    )
+    if begins == "solved":
+        learner.backward(tasks)
+    model.stiffness = 19.0  # lr times which is just below 2
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(12):
+            learner.backward(tasks)
+    (told,) = (str(one.message) for one in caught)
+    assert caught[0].category is mn.UnsolvedWarning
+    expected = begins == "solved" and radius == 0
+    assert ("the network has sharpened in meta-training, which sharpness_radius=0.1" in told) is expected

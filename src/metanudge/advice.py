@@ -77,6 +77,14 @@ def unsolved(residual: float, bound: float, solver: Any, prox: float, tried: Nee
     return f"{said}: {here}; or {_step_size(solver, prox) if own else _closer(prox)}"
 
 
+def sharpened(first: float) -> str:
+    """What to say more where the first step's residual, ``first``, was far lower."""
+    return (
+        f". At the first step it was {_percent(first)}: the network has sharpened in meta-training, which "
+        "sharpness_radius=0.1 of MetaLearner, or 0.3, is there to prevent (docs/gotchas.md)"
+    )
+
+
 def _untried(residual: float, solver: Any, prox: float) -> str:
     """What to look at, where no other steps were taken: nothing is known, and a step size of the user's comes first."""
     steps: int = solver.steps

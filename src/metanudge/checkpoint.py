@@ -38,6 +38,7 @@ class Run:
         protocol: Settings that a checkpoint must share with the training that goes on from it.
         settings: Of learner, optimizer and ``fit``, likewise; of functions their names.
         begun: What the model was when the training began, as ``told_apart`` tells it; "" where nothing is kept.
+        kept: The same of the model at its best.
         history: A record a meta-step.
         best: Best mean of the metric; NaN before the first validation.
         best_step: Meta-step it was taken at.
@@ -57,7 +58,7 @@ class Run:
     ) -> None:
         self.learner, self.optimizer, self.scheduler, self.protocol = learner, optimizer, scheduler, protocol
         self.settings = settings_of(learner, optimizer) | settings_of_scheduler(scheduler) | more
-        self.begun = ""
+        self.begun = self.kept = ""
         self.history: list[Record] = []
         self.best, self.best_step = math.nan, 0
         self.evaluations = self.skipped = self.in_a_row = 0
@@ -72,6 +73,7 @@ class Run:
                 "protocol": self.protocol,
                 "settings": self.settings,
                 "begun": self.begun,
+                "kept": self.kept,
                 "model": self.learner.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": None if scheduler is None else scheduler.state_dict(),
@@ -106,10 +108,10 @@ class Run:
             }:
                 raise SettingsError(f"{path} is of a training of another model; give another folder, or resume=False")
             tell_rounded(path, settings, self.settings)
-            begun = state.get("begun", self.begun)
-            if self.begun not in (begun, told_apart(state["model"])):
+            begun, kept = state.get("begun", self.begun), state.get("kept", "")
+            if self.begun not in (begun, kept, told_apart(state["model"])):
                 tell_replaced(path, len(state["history"]))
-            self.begun = begun
+            self.begun, self.kept = begun, kept
             before = self.optimizer.state_dict()
             self.optimizer.load_state_dict(state["optimizer"])
             try:  # what may refuse comes before what does not

@@ -86,6 +86,7 @@ class Training:
     tasks_at_once: int | None = None
     max_norm: float | None = None
     every: int = 100
+    patience: int | None = None
     workers: int = 0
     tensorboard: bool = False
 

@@ -60,6 +60,7 @@ class Told:
 
     Attributes:
         kinds: Warnings given, which are not repeated.
+        first: Residual of the first step; NaN before it.
         residual: Mean residual, the last ten steps or so; NaN before the first.
         bound: The same of the error bound, geometrically.
         dropout: Whether of dropout in an evaluation or adaptation.
@@ -67,6 +68,7 @@ class Told:
     """
 
     kinds: set[type[Warning]] = field(default_factory=set)
+    first: float = math.nan
     residual: float = math.nan
     bound: float = math.nan
     dropout: bool = False
@@ -84,6 +86,7 @@ class Told:
 
     def take(self, numbers: Numbers) -> None:
         """Take another step into account."""
+        self.first = numbers.residual if math.isnan(self.first) else self.first
         self.residual = _late(self.residual, numbers.residual)
         bound = min(max(numbers.error_bound, 1e-6), 1e6) if numbers.error_bound == numbers.error_bound else math.nan
         self.bound = math.exp(_late(math.log(self.bound), math.log(bound)))
@@ -100,6 +103,7 @@ class Parts(Protocol):
     estimator: Estimator
     solver: Solver
     prox: float
+    sharpness_radius: float
     ranks: Ranks
 
 
@@ -136,7 +140,11 @@ def verdict(
         if residual > advice.ROUGH or bound > advice.LOOSE:
             noise = advice.noise(parts.model, any(probe.sampled for probe in probes))
             tried = None if noise else needed(probes, solver, *advice.aims(residual, bound))  # noise no steps mend
-            _tell_once(told, UnsolvedWarning, advice.unsolved(residual, bound, solver, prox, tried, noise))
+            said = advice.unsolved(residual, bound, solver, prox, tried, noise)
+            sharpens = parts.sharpness_radius == 0 and Need.QUERY_LOSS_AS_IT_IS not in estimator.needs
+            if sharpens and not noise and residual > advice.ROUGH > 2 * told.first:
+                said += advice.sharpened(told.first)
+            _tell_once(told, UnsolvedWarning, said)
         elif 2 * numbers.amplified_tasks > mean.kept:
             lr = advice.fixed_lr(solver)
             _tell_once(told, UnsolvedWarning, advice.amplified(numbers.amplified_tasks, mean.kept, prox, lr))

@@ -16,7 +16,7 @@ from metanudge.learner import MetaLearner
 from metanudge.oracle.common import is_sharded
 from metanudge.order import first_task, length
 from metanudge.ranks import Ranks
-from metanudge.settings import check_number, check_part, check_positive, check_steps
+from metanudge.settings import check_flag, check_number, check_part, check_positive, check_steps
 
 
 def check_training(
@@ -30,6 +30,16 @@ def check_training(
     if max_norm is not None:
         check_positive(max_norm=max_norm)
     check_number(workers, "workers")
+
+
+def check_best(patience: int | None, restore_best: bool, validated: bool) -> None:
+    """Raise a SettingsError for a patience that is no number, and where there is nothing to tell what is best by."""
+    check_flag(restore_best=restore_best)
+    if patience is not None:
+        check_steps(patience, "patience")
+    asked = "patience" if patience is not None else "restore_best"
+    if not validated and (restore_best or patience is not None):
+        raise SettingsError(f"{asked} goes by the validation, and there is none; give validation= tasks")
 
 
 def check_whole(model: nn.Module, folder: Path | None) -> None:

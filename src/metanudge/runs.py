@@ -35,7 +35,7 @@ CONFIG = "config.toml"
 SEEDS = "seeds.json"
 """Which seeds were asked for: those of the settings file, or of the command line."""
 FREE = {
-    "training": ("steps", "every", "workers", "tensorboard", *ROUNDED),
+    "training": ("steps", "every", "patience", "workers", "tensorboard", *ROUNDED),
     "learner": ROUNDED,
     "evaluation": ("tasks", "permutations"),
 }
@@ -131,6 +131,7 @@ def _train(config: Config, seed: int, fresh: bool, progress: bool, console: Cons
         metric=config.metric if len(fixed) else None,
         better=config.validation.better,
         every=given.every,
+        patience=given.patience,
         out=config.out / f"seed-{seed}",
         resume=not fresh,
         workers=given.workers,

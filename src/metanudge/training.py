@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from metanudge.anew import discard, discard_logs
 from metanudge.batching import singles
+from metanudge.best import Best
 from metanudge.checkpoint import BEST, LAST, Run, qualified_name, told_apart
 from metanudge.divergence import Watch
 from metanudge.errors import NonFiniteError, SettingsError
@@ -22,8 +23,7 @@ from metanudge.learner import MetaLearner
 from metanudge.logs import TABLE, Logs, Record, check_tensorboard
 from metanudge.metrics import called
 from metanudge.order import Order, check_single, digest_of, first_task, length, moved
-from metanudge.preflight import check_optimizer, check_ranks, check_scheduler, check_training, check_whole
-from metanudge.pretrained import save_pretrained
+from metanudge.preflight import check_best, check_optimizer, check_ranks, check_scheduler, check_training, check_whole
 from metanudge.progress import Shown, bar
 from metanudge.settings import (
     check_flag,
@@ -32,7 +32,7 @@ from metanudge.settings import (
     check_seed,
 )
 from metanudge.types import Evaluation, LossFunction, MetaStep, Tasks
-from metanudge.validation import Better, fixed, improves, larger_is_better, number_of, tell_not_finite, validate
+from metanudge.validation import Better, fixed, larger_is_better, number_of, tell_not_finite, validate
 
 
 class Fit(NamedTuple):
@@ -40,7 +40,7 @@ class Fit(NamedTuple):
 
     Attributes:
         history: A record a meta-step, resumed ones included.
-        validation: The last evaluation, of what the training ended with; None without validation tasks.
+        validation: The last evaluation, of what the last step left; None without validation tasks.
         best: Best mean of the metric, NaN without validation.
         best_step: Meta-step it was taken at; 0 without validation.
         skipped_steps: Meta-steps without one finite task, which moved nothing.
@@ -73,6 +73,8 @@ def fit(
     metric: LossFunction | None = None,
     better: Better = "auto",
     every: int = 100,
+    patience: int | None = None,
+    restore_best: bool = False,
     out: str | Path | None = None,
     resume: bool = True,
     workers: int = 0,
@@ -111,6 +113,9 @@ def fit(
         better: Whether a smaller or a larger metric is better, to be said of a metric of your own; "auto": larger for
             ``mn.metrics.accuracy``, smaller for losses.
         every: Meta-steps between validations, and between checkpoints.
+        patience: End early where no validation was better for so many meta-steps; None for never.
+        restore_best: Whether the model ends with the weights that the validation was best with, not with the last.
+            (The optimizer and ``out/last.pt`` stay at the last step.) Without ``out``, one copy of the model.
         out: Folder; None to keep nothing on disk.
         resume: Go on from ``out/last.pt`` where it is, with the same settings of learner and optimizer, ``max_norm``,
             ``scheduler``, metric, ``better``, validation tasks and first task (functions are told apart by their names
@@ -161,6 +166,7 @@ def fit(
     held = fixed(validation)
     if metric is not None and held is None:
         raise SettingsError("metric is of the validation, and there is none; give validation= tasks, or leave it out")
+    check_best(patience, restore_best, held is not None)
     check_optimizer(optimizer, learner)
     check_scheduler(scheduler, optimizer)
     if isinstance(tasks, Tasks):
@@ -192,7 +198,13 @@ def fit(
     if folder is not None:
         run.begun = told_apart(learner.model.state_dict())
     if ranks.size > 1:
-        asked = {"steps": steps, "every": every, "validation": None if held is None else number_of(held)}
+        asked = {
+            "steps": steps,
+            "every": every,
+            "patience": patience,
+            "restore_best": restore_best,
+            "validation": None if held is None else number_of(held),
+        }
         check_ranks(ranks, tasks, protocol | run.settings | asked, folder, resume)
     if folder is not None and resume and (folder / LAST).is_file():
         run.load(folder / LAST, steps)
@@ -207,11 +219,13 @@ def fit(
     found: Evaluation | None = None
     told = False  # of a validation that is NaN
     begun, done = time.perf_counter() - run.seconds, len(run.history)
+    best = Best(run, sign, folder, ranks.first, patience, restore_best)
     watch = Watch(run, max_norm, every, None if folder is None else (folder / LAST, folder / BEST))
     lost = folder is not None and resume and done == 0 and (folder / TABLE).is_file()  # killed before a checkpoint
-    shown = Shown(steps, every, called(metric), progress and ranks.first, lost)
+    last = done if best.waited else steps
+    shown = Shown(last, every, called(metric), progress and ranks.first, lost)
     with Logs(mine, run.history, tensorboard and ranks.first) as logs, bar(run, shown) as tell:
-        for indices, batch in order.batches(tasks, done, steps, workers, device):
+        for indices, batch in order.batches(tasks, done, last, workers, device):
             step = _step(run, watch, batch, indices, tasks_at_once, max_norm)
             if anew is not None:  # what could not take a step does not cost what was trained before
                 discard(anew)
@@ -231,15 +245,16 @@ def fit(
             run.history.append(record)
             logs.add(record)
             tell(record, found)
-            if pause and found is not None and (improves(found.mean, run.best, sign) or run.best_step == 0):
-                run.best, run.best_step = found.mean, number
-                if mine is not None:
-                    save_pretrained(learner, mine / BEST, {"step": number, "validation": found.mean})
+            if pause and found is not None:
+                best.look(found, number)
             if pause and mine is not None:
                 run.save(mine / LAST)
+            if pause and best.waited:
+                break
     ranks.wait()  # for what the first one writes
     if found is None and held is not None:  # nothing was left to do
         found = validate(learner, held, metric, tasks_at_once or tasks_per_step)
+    best.restore()
     return Fit(run.history, found, run.best, run.best_step, run.skipped)
 
 
