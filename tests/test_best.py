@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import metanudge as mn
+from metanudge.cli import main
 
 TASKS = mn.tasks.episodes(mn.tasks.sinusoid, shots=4, queries=4)
 HELD = mn.tasks.sinusoid(6, seed=1)
@@ -94,3 +95,47 @@ def test_without_a_validation_there_is_nothing_to_go_by(settings: dict[str, Any]
 def test_what_can_not_be_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(mn.SettingsError, match=r"patience must be a whole number|restore_best must be True or False"):
         fit(2, **settings)
+
+
+SETTINGS = """
+seeds = [0]
+[tasks]
+name = "sinusoid"
+shots = 4
+queries = 4
+[model]
+name = "mlp"
+inputs = 1
+outputs = 1
+hidden = [8]
+[learner]
+loss = "squared_error"
+prox = 2.0
+[solver]
+name = "nesterov"
+steps = 2
+[training]
+steps = 40
+tasks_per_step = 3
+every = 2
+patience = 4
+[validation]
+tasks = 4
+better = "larger"
+[evaluation]
+tasks = 5
+"""
+
+
+def test_a_training_that_ended_early_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config, out = tmp_path / "early.toml", str(tmp_path / "out")
+    config.write_text(SETTINGS)
+    assert main(["train", str(config), "--quiet", "--out", out]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "seed 0: 6 steps of 40, no better validation came" in told
+    assert "best" in told
+    assert main(["evaluate", out]) == 0
+    assert (tmp_path / "out" / "evaluation.json").is_file()
+    config.write_text(SETTINGS.replace("patience = 4", "patience = 8"))  # and goes on where there is more of it
+    assert main(["train", str(config), "--quiet", "--out", out]) == 0
+    assert "seed 0: 10 steps of 40" in " ".join(capsys.readouterr().out.split())

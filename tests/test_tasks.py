@@ -308,7 +308,12 @@ def test_folders_of_one_class_in_two_splits_go_together(tmp_path):
     for part, number in (("train", 3), ("val", 2)):
         for index in range(number):
             picture(tmp_path / part / "n_a" / f"{part}{index}.jpg", index, mode="RGB")
-    assert len(mn.tasks.image_folders(tmp_path, "train+validation", size=8)) == 5
+    both = mn.tasks.image_folders(tmp_path, "train+validation", size=8)
+    assert len(both) == 5
+    gray = mn.tasks.image_folders(tmp_path, "train+validation", size=8, gray=True)
+    assert (both[0][0].shape, gray[0][0].shape) == ((3, 8, 8), (1, 8, 8))
+    with pytest.raises(mn.SettingsError, match="gray must be True or False"):
+        mn.tasks.image_folders(tmp_path, "train+validation", gray=1)
 
 
 def test_permutations_leave_labels_that_name_no_class():

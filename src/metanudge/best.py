@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from metanudge.checkpoint import BEST, Run, told_apart
+from metanudge.checkpoint import BEST, Run, told_apart, waited
 from metanudge.pretrained import load_weights, save_pretrained
 from metanudge.types import Evaluation
 from metanudge.validation import improves
@@ -50,8 +50,7 @@ class Best:
     @property
     def waited(self) -> bool:
         """Whether there was no better validation for as long as anyone has patience."""
-        run = self.run
-        return self.patience is not None and 0 < run.best_step <= len(run.history) - self.patience
+        return waited(len(self.run.history), self.run.best_step, self.patience)
 
     def restore(self) -> None:
         """Put the best weights into the model, if it is to end with them; those of buffers too."""

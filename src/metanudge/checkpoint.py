@@ -262,13 +262,19 @@ def check_done(path: Path, done: int, steps: int, anew: str) -> None:
         )
 
 
-def steps_done(path: Path) -> int:
-    """Meta-steps of the checkpoint at ``path``.
+def waited(done: int, best_step: int, patience: int | None) -> bool:
+    """Whether after ``done`` meta-steps no validation was better for as long as anyone has patience."""
+    return patience is not None and 0 < best_step <= done - patience
+
+
+def how_far(path: Path) -> tuple[int, int]:
+    """Meta-steps of the checkpoint at ``path``, and the one with the best validation.
 
     Raises:
         SettingsError: No checkpoint of a training.
     """
     try:
-        return len(load_state(path)["history"])
+        state = load_state(path)
+        return len(state["history"]), int(state["numbers"]["best_step"])
     except (KeyError, TypeError) as error:
         raise SettingsError(f"{path} is no checkpoint of a training: {error!r}") from error

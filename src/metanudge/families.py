@@ -86,11 +86,13 @@ def _image_folders(
     shots: int = 1,
     queries: int = 15,
     size: int | None = None,
+    gray: bool | None = None,
     rotations: bool = False,
     seed: int = 0,
 ) -> Episodes:
     """Omniglot, mini-ImageNet or class folders; only training classes are turned."""
-    images = tasks.image_folders(root, split, size=size, rotations=rotations and split == "train", seed=seed)
+    turned = rotations and split == "train"
+    images = tasks.image_folders(root, split, size=size, gray=gray, rotations=turned, seed=seed)
     return tasks.few_shot(images, ways, shots, queries)
 
 

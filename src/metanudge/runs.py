@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, Subset
 
 from metanudge.anew import discard, discard_logs
-from metanudge.checkpoint import LAST, ROUNDED, check_done, steps_done
+from metanudge.checkpoint import LAST, ROUNDED, check_done, how_far
 from metanudge.config import TABLES, Config
 from metanudge.errors import SettingsError
 from metanudge.families import draw
@@ -140,7 +140,8 @@ def _train(config: Config, seed: int, fresh: bool, progress: bool, console: Cons
         progress=progress,
     )
     last = found.history[-1]
-    told = f"seed {seed}: {last.step} steps, {last.seconds:.0f} s, query loss {last.query_loss:.4g}"
+    ended = "" if last.step == given.steps else f" of {given.steps}, no better validation came"
+    told = f"seed {seed}: {last.step} steps{ended}, {last.seconds:.0f} s, query loss {last.query_loss:.4g}"
     if found.validation is not None:
         told += f", validation {called(config.metric)} {found.validation.mean:.4g} ± {found.validation.ci95:.2g}"
         told += f", best {found.best:.4g} at step {found.best_step}"
@@ -222,7 +223,7 @@ def _check_same(config: Config, fresh: bool, others: tuple[int, ...]) -> None:
             )
     for last in (config.out / f"seed-{seed}" / LAST for seed in config.whole.seeds):
         if last.is_file() and not fresh:
-            check_done(last, steps_done(last), config.training.steps, "--fresh")
+            check_done(last, how_far(last)[0], config.training.steps, "--fresh")
 
 
 def _settled(table: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Subset
 
 from metanudge.accumulation import summarize
-from metanudge.checkpoint import BEST, LAST, steps_done
-from metanudge.config import Config, read_config
+from metanudge.checkpoint import BEST, LAST, how_far, waited
+from metanudge.config import Config, Training, read_config
 from metanudge.errors import SettingsError
 from metanudge.files import load_state, write
 from metanudge.metrics import called
@@ -63,7 +63,7 @@ def evaluate(
             check_steps(value, name)
     folders = _folders(config.out)
     asked = seeds_of(config.out) or config.whole.seeds
-    lacking = _lacking(config.training.steps, asked, folders)
+    lacking = _lacking(config.training, asked, folders)
     if lacking and not partial:
         named = "" if set(asked) == set(config.whole.seeds) else f" --seeds {' '.join(map(str, asked))}"
         raise SettingsError(
@@ -121,13 +121,13 @@ def _folders(out: Path) -> dict[int, Path]:
     return found
 
 
-def _lacking(steps: int, asked: Sequence[int], folders: dict[int, Path]) -> str:
-    """Which seeds that were asked for are missing, and which have not come to their last step; empty for none."""
+def _lacking(training: Training, asked: Sequence[int], folders: dict[int, Path]) -> str:
+    """Which seeds that were asked for are missing, and which have not come to their end; empty for none."""
     told = [f"seed {seed} is missing" for seed in asked if seed not in folders]
     for seed, folder in folders.items():
-        done = steps_done(folder / LAST)
-        if done < steps:
-            told.append(f"seed {seed} is at step {done} of {steps}")
+        done, best_step = how_far(folder / LAST)
+        if done < training.steps and not waited(done, best_step, training.patience):
+            told.append(f"seed {seed} is at step {done} of {training.steps}")
     return ", ".join(told)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from metanudge.errors import SettingsError
-from metanudge.settings import check_steps
+from metanudge.settings import check_flag, check_steps
 from metanudge.tasks.seeding import stream
 
 Split = Literal["train", "validation", "test", "train+validation"]
@@ -72,6 +72,7 @@ def image_folders(
     split: Split = "train",
     *,
     size: int | None = None,
+    gray: bool | None = None,
     rotations: bool = False,
     counts: tuple[int, int] = (1100, 100),
     seed: int = 0,
@@ -88,13 +89,14 @@ def image_folders(
         split: "train", "validation", "test" or "train+validation".
         size: Resize to size x size; None for 28 with Omniglot, 84 with mini-ImageNet's csv layout, and no resizing of
             class folders.
+        gray: Whether images have one channel; None for one with Omniglot and three otherwise.
         rotations: Whether every class turned by 90, 180 and 270 degrees is a further class (usual on Omniglot's train
             split).
         counts: Of Omniglot: characters in train and in validation; the others are the test's.
         seed: Of Omniglot's split.
 
     Returns:
-        A dataset of (image ``[C, H, W]`` in [0, 1], class), one channel for Omniglot and three otherwise.
+        A dataset of (image ``[C, H, W]`` in [0, 1], class).
 
     Raises:
         SettingsError: Nothing there that could be read, with what belongs where; an unknown split; a csv file that
@@ -113,13 +115,15 @@ def image_folders(
         raise SettingsError(f"split must be one of {', '.join(FOLDERS)} or train+validation, got {split!r}")
     if size is not None:
         check_steps(size, "size")
+    if gray is not None:
+        check_flag(gray=gray)
     parts = ["train", "validation"] if split == "train+validation" else [split]
     if all((root / part).is_dir() for part in OMNIGLOT_PARTS):
-        kinds, default, gray = _omniglot(root, split, counts, seed), 28, True
+        kinds, default, one = _omniglot(root, split, counts, seed), 28, True
     elif (root / "images").is_dir() and (root / "train.csv").is_file():
-        kinds, default, gray = _listed(root, parts), 84, False
+        kinds, default, one = _listed(root, parts), 84, False
     else:
-        kinds, default, gray = _foldered(root, parts), None, False
+        kinds, default, one = _foldered(root, parts), None, False
     if not kinds:
         raise SettingsError(f"there are no images in {root}; {WHERE.format(root=root)}")
     paths, targets, names, turns = [], [], [], []
@@ -129,7 +133,7 @@ def image_folders(
             paths += files
             targets += [len(names) - 1] * len(files)
             turns += [turn] * len(files)
-    return ImageFolders(paths, targets, names, turns, default if size is None else size, gray)
+    return ImageFolders(paths, targets, names, turns, default if size is None else size, one if gray is None else gray)
 
 
 def _images(folder: Path) -> list[Path]:
