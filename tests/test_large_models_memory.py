@@ -105,6 +105,13 @@ def test_bundles_keep_no_more_than_a_few_of_them(solver: object, most: int, monk
     assert most - 0.02 <= copies(LEAN, solver, tasks=2) <= most + 4 * 2 / LAYERS
 
 
+@pytest.mark.parametrize("settings", [{"start": "initialization", "certify": False}, {"certify": False}, {}], ids=str)
+def test_a_sharpness_radius_adds_a_copy_at_most(settings: dict[str, object]) -> None:
+    estimator = mn.FOBMAML(**settings)
+    plain, aside = (copies(estimator, sgd(), tasks=2, sharpness_radius=radius) for radius in (0.0, 0.1))
+    assert aside <= plain + 1 + 1 / LAYERS
+
+
 def test_memory_does_not_grow_with_tasks_or_steps() -> None:
     few, many = copies(LEAN, sgd(2), tasks=2), copies(LEAN, sgd(8), tasks=4)
     assert few == pytest.approx(many, abs=0.01)  # the tasks themselves

@@ -45,8 +45,8 @@ class Reproduce:
     """Run these studies alone, and keep the other results in the folder. Of synthetic: bias, stationarity, smoothness,
     meta_optimizers; of solves: convergence, quality, displacement, certificate, guards, sinusoid (the longest, about an
     hour); of sinusoid: results (tanh), and, run only when named, relu; of mnist1d: results (permuted labels),
-    new_classes, and, run only when named, gelu, sharpness and sharpness_new_classes; of memory (45 minutes, 3 of them
-    quick): steps, channels, transformer, lora."""
+    new_classes, and, run only when named, gelu and sharpness; of memory (45 minutes, 3 of them quick): steps,
+    channels, transformer, lora."""
 
     def run(self, console: Console) -> int:
         """Run the experiment."""

@@ -125,7 +125,7 @@ def compare(name: str, settings: ComparisonSettings, advance: Advance) -> dict[s
             test_tasks=0,
             compile=settings.compiled,
         )
-        for method in METHODS
+        for method in benchmark.methods or METHODS
         for inner in benchmark.inners
         for lr in benchmark.lrs
     ]
