@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,20 @@ import torch
 from torch import nn
 
 import metanudge as mn
+from metanudge import training
+from metanudge.accumulation import summarize
 from metanudge.cli import main
+from metanudge.config import read_config
+from metanudge.files import load_state, save_state
+from metanudge.runs import learner_of
 
 TASKS = mn.tasks.episodes(mn.tasks.sinusoid, shots=4, queries=4)
 HELD = mn.tasks.sinusoid(6, seed=1)
 
 
-def fit(steps: int, out: Path | None = None, **settings: Any) -> tuple[mn.Fit, mn.MetaLearner, nn.Module]:
+def fit(
+    steps: int, out: Path | None = None, radius: float = 0.0, **settings: Any
+) -> tuple[mn.Fit, mn.MetaLearner, nn.Module]:
     """A training whose squared error falls, and the same ended by hand at its first validation.
 
     Larger being called better, the first validation is the best.
@@ -25,7 +33,7 @@ def fit(steps: int, out: Path | None = None, **settings: Any) -> tuple[mn.Fit, m
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
     model.register_buffer("steps", torch.zeros(()))
-    learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=2.0, solver=mn.Nesterov(2))
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=2.0, solver=mn.Nesterov(2), sharpness_radius=radius)
     common: dict[str, Any] = {
         "tasks_per_step": 3,
         "validation": HELD,
@@ -85,9 +93,115 @@ def test_patience_begins_anew_with_every_better_validation() -> None:
     assert len(found.history) == 8
 
 
+def test_patience_counts_from_the_last_better_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores 3, 3, 4, 4, 4: at 4 no better one for 2 steps, at 6 a better one, at 10 none for 4."""
+    scores = iter([3.0, 3.0, 4.0, 4.0, 4.0, 5.0])
+
+    def scripted(*_: object) -> mn.Evaluation:
+        return summarize(torch.full((6, 3), next(scores), dtype=torch.float64), "scripted")
+
+    monkeypatch.setattr(training, "validate", scripted)
+    found, _, _ = fit(40, patience=4)
+    assert (found.best, found.best_step, len(found.history)) == (4.0, 6, 10)
+
+
+def test_scores_that_are_nan_are_no_best_to_go_back_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = summarize(torch.full((6, 3), float("nan"), dtype=torch.float64), "nothing")
+    monkeypatch.setattr(training, "validate", lambda *_: nothing)
+    monkeypatch.setattr(training, "tell_not_finite", lambda *_: None)
+    found, _, model = fit(40, patience=4, restore_best=True)
+    assert len(found.history) == 6
+    _, _, last = fit(6)
+    assert torch.equal(vector(model), vector(last))
+
+
+class Diverging:
+    """A dataset after whose first four steps the targets are so large that parameters overflow."""
+
+    def __getitem__(self, index: int) -> mn.Tasks:
+        task = TASKS[index]
+        scale = 1e30 if index >= 12 else 1.0
+        return mn.Tasks(*(mn.Batch(batch.inputs, scale * batch.targets) for batch in task))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kept", ["on disk", "in memory"])
+def test_a_training_that_diverges_leaves_the_best_weights(kept: str, tmp_path: Path) -> None:
+    _, _, first = fit(2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=2.0, solver=mn.Nesterov(2))
+    optimizer = mn.optim.NormalizedSGD(model.parameters(), lr=0.1)
+    with pytest.raises(mn.NonFiniteError):
+        mn.fit(
+            learner,
+            optimizer,
+            Diverging(),
+            steps=40,
+            tasks_per_step=3,
+            validation=HELD,
+            metric=mn.metrics.squared_error,
+            better="larger",
+            every=2,
+            restore_best=True,
+            out=tmp_path if kept == "on disk" else None,
+            progress=False,
+        )
+    assert torch.equal(vector(model), vector(first))
+
+
+class Told(nn.Linear):
+    """A layer with state that is no tensor."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"version": 3}
+
+
+def test_state_that_is_no_tensor_is_gone_back_to_as_well() -> None:
+    torch.manual_seed(0)
+    model = Told(1, 1)
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, solver=mn.Nesterov(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    common: dict[str, Any] = {"tasks_per_step": 2, "validation": HELD, "every": 1, "progress": False}
+    found = mn.fit(learner, optimizer, TASKS, steps=3, restore_best=True, **common)
+    assert learner.evaluate(HELD).mean == pytest.approx(found.best)
+
+
+@pytest.mark.parametrize("lost", ["removed", "another step"])
+def test_where_the_best_is_gone_the_next_validation_is_the_first(lost: str, tmp_path: Path) -> None:
+    fit(4, tmp_path)
+    record = tmp_path / "best" / "metanudge.json"
+    if lost == "removed":
+        shutil.rmtree(tmp_path / "best")
+    else:
+        record.write_text(record.read_text().replace('"step": 2', '"step": 4'))
+    with pytest.warns(UserWarning, match="does not hold the weights of step 2"):
+        found, _, _ = fit(8, tmp_path, restore_best=True)
+    assert found.best_step == 6
+    assert '"step": 6' in record.read_text()
+
+
+def test_a_checkpoint_of_an_older_version_is_gone_on_with_and_had_no_sharpness_radius(tmp_path: Path) -> None:
+    fit(4, tmp_path, restore_best=True)
+    state = load_state(tmp_path / "last.pt")
+    del state["kept"], state["settings"]["sharpness_radius"]
+    save_state(tmp_path / "last.pt", state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(6, tmp_path)
+    state = load_state(tmp_path / "last.pt")
+    del state["settings"]["sharpness_radius"]
+    save_state(tmp_path / "last.pt", state)
+    with pytest.raises(mn.SettingsError, match=r"sharpness_radius = 0\.0, this one has 0\.3"):
+        fit(8, tmp_path, radius=0.3)
+
+
 @pytest.mark.parametrize("settings", [{"patience": 4}, {"restore_best": True}], ids=str)
 def test_without_a_validation_there_is_nothing_to_go_by(settings: dict[str, Any]) -> None:
-    with pytest.raises(mn.SettingsError, match="goes by the validation, and there is none"):
+    with pytest.raises(mn.SettingsError, match="can only go by the validation, and there is none"):
         fit(2, validation=None, metric=None, better="auto", **settings)
 
 
@@ -111,6 +225,7 @@ hidden = [8]
 [learner]
 loss = "squared_error"
 prox = 2.0
+sharpness_radius = 0.3
 [solver]
 name = "nesterov"
 steps = 2
@@ -130,6 +245,7 @@ tasks = 5
 def test_a_training_that_ended_early_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config, out = tmp_path / "early.toml", str(tmp_path / "out")
     config.write_text(SETTINGS)
+    assert learner_of(read_config(config)).sharpness_radius == 0.3
     assert main(["train", str(config), "--quiet", "--out", out]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "seed 0: 6 steps of 40, no better validation came" in told
@@ -139,3 +255,18 @@ def test_a_training_that_ended_early_is_complete(tmp_path: Path, capsys: pytest.
     config.write_text(SETTINGS.replace("patience = 4", "patience = 8"))  # and goes on where there is more of it
     assert main(["train", str(config), "--quiet", "--out", out]) == 0
     assert "seed 0: 10 steps of 40" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("option", [[], ["--fresh"]], ids=str)
+def test_patience_with_nothing_to_go_by_is_refused_before_anything_is_changed(
+    option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config, out = tmp_path / "early.toml", tmp_path / "out"
+    config.write_text(SETTINGS.replace("patience = 4\n", "").replace("tasks = 4", "tasks = 0").replace("40", "2"))
+    assert main(["train", str(config), "--quiet", "--out", str(out)]) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for wrong in ("patience = 4", "patience = 0"):
+        config.write_text(SETTINGS.replace("patience = 4", wrong).replace("tasks = 4", "tasks = 0").replace("40", "2"))
+        assert main(["train", str(config), "--quiet", "--out", str(out), *option]) == 2
+        assert "patience" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

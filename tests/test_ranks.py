@@ -181,6 +181,17 @@ def refusals(rank: int, group: Any, folder: Path) -> dict[str, str]:
     }
 
 
+def drifting(rank: int) -> Any:
+    """A metric that stays on the first rank, and on the other falls from call to call, as by round-off."""
+    calls = [0]
+
+    def metric(model: nn.Module, batch: mn.Batch) -> Tensor:
+        calls[0] += 1
+        return torch.ones(()) - 1e-6 * rank * calls[0]
+
+    return metric
+
+
 def worker(rank: int, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {"example": example("many_processes", steps=5)}
     with group(folder) as everyone:
@@ -209,6 +220,8 @@ def shared(rank: int, group: Any, out: Path) -> dict[str, Any]:
     )
     results["loaded"] = learner.backward(cut(five(), PART[rank]))
     results["few validation tasks"] = trained(2, group, validation=cut(five(), slice(0, 1)))["values"]
+    early = {"patience": 2, "restore_best": True, "metric": drifting(rank), "better": "smaller"}
+    results["early"] = trained(20, group, validation=cut(five(), slice(0, 1)), **early)
     results["refusals"] = refusals(rank, group, out)
     return results
 
@@ -311,6 +324,11 @@ def test_fewer_validation_tasks_than_ranks(ranks: list[dict[str, Any]]) -> None:
     one = trained(2, validation=cut(five(), slice(0, 1)))["values"]
     for rank in ranks:
         torch.testing.assert_close(rank["few validation tasks"], one, rtol=1e-6, atol=1e-8)
+
+
+def test_ranks_end_early_together_and_with_the_same_weights(ranks: list[dict[str, Any]]) -> None:
+    assert [len(rank["early"]["history"]) for rank in ranks] == [4, 4]
+    assert torch.equal(ranks[0]["early"]["parameters"], ranks[1]["early"]["parameters"])
 
 
 def test_what_ranks_are_told(ranks: list[dict[str, Any]]) -> None:

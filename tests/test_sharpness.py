@@ -133,12 +133,49 @@ def test_shared_parameters_get_the_gradient_of_the_displaced_query_loss(executio
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
-def test_it_has_no_unit(scale: float) -> None:
-    """Another unit of the query loss, or of parameters, losses and prox together, gives the same in that unit."""
-    made = PROBLEMS["mlp"]()
-    found = estimate(made, mn.FOBMAML(), mn.Nesterov(100), sharpness_radius=RADIUS)
-    settings = {"sharpness_radius": RADIUS, "query_loss": lambda m, b: scale * made.loss(m, b)}
-    assert distance(estimate(made, mn.FOBMAML(), mn.Nesterov(100), **settings) / scale, found) < 1e-6
+@pytest.mark.parametrize(
+    "estimator", [mn.FOBMAML(), mn.IMAML(cg_steps=20), mn.FOMAML()], ids=["fobmaml", "imaml", "fomaml"]
+)
+def test_it_has_no_unit(estimator: object, scale: float) -> None:
+    """Another unit of the query loss, or of both losses and prox, gives the same in that unit."""
+    made, solver = PROBLEMS["mlp"](), mn.Nesterov(100)
+    found = estimate(made, estimator, solver, sharpness_radius=RADIUS)
+
+    def scaled(model: nn.Module, batch: mn.Batch) -> Tensor:
+        return scale * made.loss(model, batch)
+
+    other = estimate(made, estimator, solver, sharpness_radius=RADIUS, query_loss=scaled)
+    assert distance(other / scale, found) < 1e-6
+    whole = dataclasses.replace(made, loss=scaled, prox=scale * made.prox)
+    assert distance(estimate(whole, estimator, solver, sharpness_radius=RADIUS) / scale, found) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::metanudge.UnsolvedWarning")
+def test_bfloat16_parameters_in_place() -> None:
+    """What the radius changes is what it changes in float32, to that precision."""
+
+    def changed(dtype: torch.dtype) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 32), nn.GELU(), nn.Linear(32, 1)).to(dtype)
+        g = torch.Generator().manual_seed(1)
+        x, y = (torch.randn(2, 16, width, generator=g).to(dtype) for width in (4, 1))
+        both = []
+        for radius in (0.0, 0.5):
+            learner = mn.MetaLearner(
+                model,
+                lambda m, b: (m(b.inputs) - b.targets).float().square().mean(),
+                prox=0.5,
+                estimator=mn.FOMAML(),
+                execution="in_place",
+                sharpness_radius=radius,
+            )
+            model.zero_grad()
+            learner.backward(mn.Tasks(mn.Batch(x, y), mn.Batch(x, y)))
+            both.append(torch.cat([p.grad.flatten().double() for p in model.parameters()]))
+        return both[1] - both[0]
+
+    narrow, wide = changed(torch.bfloat16), changed(torch.float32)
+    assert float(torch.cosine_similarity(narrow, wide, dim=0)) > 0.95
 
 
 @pytest.mark.parametrize("name", TAKES_IT)
@@ -183,6 +220,13 @@ def test_the_bound_holds_for_the_displaced_query_loss(steps: int) -> None:
         )
         error = float((found - one.meta_gradient()).norm())
         assert error <= step.error_bound * float(found.norm())
+
+
+def test_the_bound_is_of_the_displaced_query_loss_and_so_is_tight_where_solves_are_done() -> None:
+    """A gradient at another point would leave a change of the order of the radius in it."""
+    made = PROBLEMS["logistic"]()
+    settings = {"prox": made.prox, "solver": mn.Nesterov(150), "sharpness_radius": RADIUS}
+    assert mn.MetaLearner(made.make(), made.loss, **settings).backward(made.tasks).error_bound < 1e-4
 
 
 def test_where_nothing_is_uphill_nothing_is_displaced() -> None:
@@ -275,4 +319,4 @@ def test_a_network_that_sharpened_is_told_of_it(begins: str, radius: float, exec
     (told,) = (str(one.message) for one in caught)
     assert caught[0].category is mn.UnsolvedWarning
     expected = begins == "solved" and radius == 0
-    assert ("the network has sharpened in meta-training, which sharpness_radius=0.1" in told) is expected
+    assert ("the network has probably sharpened in meta-training, which sharpness_radius=0.1" in told) is expected

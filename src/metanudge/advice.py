@@ -80,7 +80,7 @@ def unsolved(residual: float, bound: float, solver: Any, prox: float, tried: Nee
 def sharpened(first: float) -> str:
     """What to say more where the first step's residual, ``first``, was far lower."""
     return (
-        f". At the first step it was {_percent(first)}: the network has sharpened in meta-training, which "
+        f". At the first step it was {_percent(first)}: the network has probably sharpened in meta-training, which "
         "sharpness_radius=0.1 of MetaLearner, or 0.3, is there to prevent (docs/gotchas.md)"
     )
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from torch import Tensor
+from typing import Any
 
 from metanudge.checkpoint import BEST, Run, told_apart, waited
-from metanudge.pretrained import load_weights, save_pretrained
+from metanudge.errors import NonFiniteError
+from metanudge.pretrained import SETTINGS, WEIGHTS, load_weights, save_pretrained
 from metanudge.types import Evaluation
 from metanudge.validation import improves
+from metanudge.warned import warn
 
 
 @dataclass
@@ -32,7 +38,22 @@ class Best:
     writes: bool
     patience: int | None
     restores: bool
-    _held: dict[str, Tensor] = field(default_factory=dict)
+    _held: dict[str, Any] = field(default_factory=dict)
+
+    def go_on(self) -> None:
+        """Where the folder does not hold the best that the checkpoint tells of, the next validation is the first.
+
+        Someone has removed it; or a stop came between the two, and the steps after it were not the same to the bit.
+        """
+        run = self.run
+        if self.folder is None or run.best_step == 0 or self._step_on_disk() == run.best_step:
+            return
+        warn(
+            f"{self.folder / BEST} does not hold the weights of step {run.best_step}, which the checkpoint beside it "
+            "tells of as the best so far; the next validation counts as the first",
+            UserWarning,
+        )
+        run.best, run.best_step, run.kept = math.nan, 0, ""
 
     def look(self, found: Evaluation, number: int) -> None:
         """At the validation after meta-step ``number``; what is better is kept."""
@@ -45,7 +66,7 @@ class Best:
             if self.writes:
                 save_pretrained(run.learner, self.folder / BEST, {"step": number, "validation": found.mean})
         elif self.restores:
-            self._held = {name: value.clone() for name, value in model.state_dict().items()}
+            self._held = copy.deepcopy(model.state_dict())
 
     @property
     def waited(self) -> bool:
@@ -53,10 +74,29 @@ class Best:
         return waited(len(self.run.history), self.run.best_step, self.patience)
 
     def restore(self) -> None:
-        """Put the best weights into the model, if it is to end with them; those of buffers too."""
-        if not self.restores or self.run.best_step == 0:
+        """Put the best weights, buffers included, into the model, if it is to end with them and there are any."""
+        if not self.restores or math.isnan(self.run.best):
             return
         if self.folder is None:
             self.run.learner.model.load_state_dict(self._held)
         else:
             load_weights(self.run.learner.model, self.folder / BEST)
+
+    @contextmanager
+    def rescued(self) -> Iterator[None]:
+        """A block after which the best is restored, if it is to be, where the training in it diverges."""
+        try:
+            yield
+        except NonFiniteError:
+            self.restore()
+            raise
+
+    def _step_on_disk(self) -> int | None:
+        """That of the weights in the folder; None where there are none."""
+        assert self.folder is not None
+        best = self.folder / BEST
+        try:
+            step = json.loads((best / SETTINGS).read_text())["protocol"]["step"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return int(step) if (best / WEIGHTS).is_file() else None

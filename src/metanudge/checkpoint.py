@@ -95,7 +95,8 @@ class Run:
                     f"{path} is of a training with {state['protocol']}, this one has {self.protocol}; give the same, "
                     "another folder, or resume=False"
                 )
-            settings = state.get("settings", {})  # of older versions there are none
+            settings = state.get("settings", {})  # of older versions there are none, or not all
+            settings = settings and {"sharpness_radius": 0.0} | settings
             check_settings(path, settings, self.settings)
             check_done(path, len(state["history"]), steps, "resume=False")
             for name, part in parts.items():
@@ -108,7 +109,8 @@ class Run:
             }:
                 raise SettingsError(f"{path} is of a training of another model; give another folder, or resume=False")
             tell_rounded(path, settings, self.settings)
-            begun, kept = state.get("begun", self.begun), state.get("kept", "")
+            # what older versions did not write down can not differ
+            begun, kept = state.get("begun", self.begun), state.get("kept", self.begun)
             if self.begun not in (begun, kept, told_apart(state["model"])):
                 tell_replaced(path, len(state["history"]))
             self.begun, self.kept = begun, kept

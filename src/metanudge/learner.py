@@ -69,10 +69,10 @@ class MetaLearner:
             the examples: gradients are added up over the pieces. None for all at once.
         query_loss: The loss that judges adapted models, in the form of ``loss``; None for ``loss`` itself.
         sharpness_radius: How far from an adapted model, uphill on its query loss, the gradient of that loss is taken,
-            relative to the way ||φ - θ|| of the adaptation. Above 0, .1 to .3 say, the meta-objective is f(φ + ξ), ξ
-            the worst step of that length to first order (SAM), which keeps networks from sharpening until the solver's
-            steps no longer solve their inner problems: for ReLU networks and long trainings. One gradient a task more,
-            and at most one copy of the adapted parameters.
+            relative to the way ||φ - θ|| of the adaptation. Above 0, .1 to .3 say, meta-steps descend f(φ + ξ), ξ held
+            at the worst step of that length to first order (SAM), which keeps networks from sharpening until the
+            solver's steps no longer solve their inner problems: for ReLU networks and long trainings. One gradient a
+            task more, and at most one copy of the adapted parameters.
         warm_start: Begin inner solves of ``backward`` at the tasks' last solutions; ``mn.WarmStart()``.
         batch_norm: What BatchNorm layers normalise by; a model that has some needs it said. "transductive": every batch
             by its own statistics, so query predictions depend on each other; "support": support batches by their own,

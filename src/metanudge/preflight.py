@@ -37,9 +37,12 @@ def check_best(patience: int | None, restore_best: bool, validated: bool) -> Non
     check_flag(restore_best=restore_best)
     if patience is not None:
         check_steps(patience, "patience")
-    asked = "patience" if patience is not None else "restore_best"
-    if not validated and (restore_best or patience is not None):
-        raise SettingsError(f"{asked} goes by the validation, and there is none; give validation= tasks")
+    asked = [name for name, wanted in (("patience", patience is not None), ("restore_best", restore_best)) if wanted]
+    if asked and not validated:
+        raise SettingsError(
+            f"{' and '.join(asked)} can only go by the validation, and there is none: give validation tasks "
+            "(validation=, or tasks of [validation] in a settings file)"
+        )
 
 
 def check_whole(model: nn.Module, folder: Path | None) -> None:

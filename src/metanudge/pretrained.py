@@ -26,10 +26,10 @@ WEIGHTS, SETTINGS = "model.safetensors", "metanudge.json"
 def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[str, Any] | None = None) -> None:
     """Write the initialisation, and the settings it is to be adapted with, into ``folder``.
 
-    ``model.safetensors`` holds parameters and buffers (tied ones once), ``metanudge.json`` prox, solver, estimator,
-    ``adapt_only``, ``batch_norm`` and ``protocol``. What can not be written (a predicate as ``adapt_only``, a solver
-    with a factory or of the user's own) is left out, and ``load_pretrained`` asks for it. Both are written beside their
-    place and then moved into it.
+    ``model.safetensors`` holds parameters and buffers (tied ones once), ``metanudge.json`` prox, ``sharpness_radius``,
+    solver, estimator, ``adapt_only``, ``batch_norm`` and ``protocol``. What can not be written (a predicate as
+    ``adapt_only``, a solver with a factory or of the user's own) is left out, and ``load_pretrained`` asks for it. Both
+    are written beside their place and then moved into it.
 
     Args:
         learner: Its model is the initialisation.

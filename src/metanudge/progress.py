@@ -36,6 +36,12 @@ class Shown(NamedTuple):
     wanted: bool
     lost: bool
 
+    def tell_ended(self, step: int, best_step: int) -> None:
+        """Say that the training ended early."""
+        if self.wanted:
+            text = f"ended at step {step}: no validation was better than that of step {best_step}"
+            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+
 
 @contextmanager
 def bar(run: Run, shown: Shown) -> Iterator[Callable[[Record, Evaluation | None], None]]:

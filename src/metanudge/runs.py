@@ -22,7 +22,7 @@ from metanudge.learner import MetaLearner
 from metanudge.logs import check_tensorboard
 from metanudge.metrics import called
 from metanudge.order import Order, length, moved
-from metanudge.preflight import check_scheduler, check_training
+from metanudge.preflight import check_best, check_scheduler, check_training
 from metanudge.ranks import ALONE, Ranks
 from metanudge.settings import check_folder
 from metanudge.tasks.image_folders import Split
@@ -100,6 +100,7 @@ def _check(config: Config, ranks: Ranks) -> None:
     check_scheduler(scheduler, optimizer)
     tasks, fixed = tasks_of(config, "train", seed), first(tasks_of(config, "validation"), config.validation.tasks)
     Order(length(tasks), given.tasks_per_step, seed, learner.ranks)
+    check_best(given.patience, False, len(fixed) > 0)
     if len(fixed):
         larger_is_better(config.validation.better, config.metric)
     learner.model.eval()

@@ -113,7 +113,8 @@ def fit(
         better: Whether a smaller or a larger metric is better, to be said of a metric of your own; "auto": larger for
             ``mn.metrics.accuracy``, smaller for losses.
         every: Meta-steps between validations, and between checkpoints.
-        patience: End early where no validation was better for so many meta-steps; None for never.
+        patience: End early where no validation was better for so many meta-steps (one that is NaN never is); None for
+            never.
         restore_best: Whether the model ends with the weights that the validation was best with, not with the last.
             (The optimizer and ``out/last.pt`` stay at the last step.) Without ``out``, one copy of the model.
         out: Folder; None to keep nothing on disk.
@@ -136,11 +137,12 @@ def fit(
             were not given the same.
         TasksError: Tasks that do not fit.
         NonFiniteError: The meta-training diverged: the model's parameters are not finite any more, or no task is after
-            the query loss had risen; or ten meta-steps in a row had no finite task. What is on disk stays.
+            the query loss had risen; or ten meta-steps in a row had no finite task. What is on disk stays, and with
+            ``restore_best`` the model has its best weights.
 
     Warns:
-        UserWarning: The query loss is a thousand times what it was at first, once; or what is gone on with began with
-            other parameters than the model has.
+        UserWarning: The query loss is a thousand times what it was at first, once; what is gone on with began with
+            other parameters than the model has; or its best weights are gone.
 
     Example:
         >>> import torch, metanudge as mn
@@ -220,11 +222,12 @@ def fit(
     told = False  # of a validation that is NaN
     begun, done = time.perf_counter() - run.seconds, len(run.history)
     best = Best(run, sign, folder, ranks.first, patience, restore_best)
+    best.go_on()
     watch = Watch(run, max_norm, every, None if folder is None else (folder / LAST, folder / BEST))
     lost = folder is not None and resume and done == 0 and (folder / TABLE).is_file()  # killed before a checkpoint
     last = done if best.waited else steps
     shown = Shown(last, every, called(metric), progress and ranks.first, lost)
-    with Logs(mine, run.history, tensorboard and ranks.first) as logs, bar(run, shown) as tell:
+    with best.rescued(), Logs(mine, run.history, tensorboard and ranks.first) as logs, bar(run, shown) as tell:
         for indices, batch in order.batches(tasks, done, last, workers, device):
             step = _step(run, watch, batch, indices, tasks_at_once, max_norm)
             if anew is not None:  # what could not take a step does not cost what was trained before
@@ -251,6 +254,8 @@ def fit(
                 run.save(mine / LAST)
             if pause and best.waited:
                 break
+    if best.waited:
+        shown.tell_ended(len(run.history), run.best_step)
     ranks.wait()  # for what the first one writes
     if found is None and held is not None:  # nothing was left to do
         found = validate(learner, held, metric, tasks_at_once or tasks_per_step)

@@ -212,7 +212,8 @@ class MetaStep(NamedTuple):
             not proved: results/solves, *certificate*); elsewhere, as on networks, an estimate, seen up to a factor 1.6
             too small. Wide where the solves are not done (docs/theory.md). From 1 on the error may be any multiple of
             ∇F (18 was seen at 3.5, shared parameters included, with curvature -.49 near ``prox`` .5, and no alarm):
-            ``mn.check`` finds that. NaN for all but FO-B-MAML with its linear nudge.
+            ``mn.check`` finds that. With a ``sharpness_radius``, of the query gradients where they were taken. NaN for
+            all but FO-B-MAML with its linear nudge.
         amplified_tasks: Tasks whose meta-gradient is longer than their query gradient. Where the inner problem is
             convex that can not be: ``prox`` is too small, or their nudged solves diverge.
         nu: Mean nudge (0 for estimators without one).

@@ -73,7 +73,7 @@ class FreeSolve(NamedTuple):
         phi: φ(0).
         schedule: For matched nudged solves.
         step: Index of the evaluations at φ(0), for the random state.
-        aside: ξ, how far from φ(0) the query gradient is taken; empty for at φ(0) itself.
+        aside: ξ, how far from φ(0) the query gradient is taken, if that was to be kept; empty for at φ(0) itself.
         query_gradient: ∇f(φ(0) + ξ) in adapted and shared parameters.
         slope_norm: Its norm in the adapted parameters, ``[*L]``.
         query_loss: ``[*L]``.
@@ -136,7 +136,7 @@ class FreeSolve(NamedTuple):
         )
 
 
-def solve_free(problem: InnerProblem, solver: Solver) -> FreeSolve:
+def solve_free(problem: InnerProblem, solver: Solver, keeps_aside: bool = False) -> FreeSolve:
     """Solve the free problem and evaluate both losses at its solution: K + 2 gradients, or K + 3 (``judge``).
 
     It begins at θ, or at the problem's own start where the energy is lower there.
@@ -146,7 +146,7 @@ def solve_free(problem: InnerProblem, solver: Solver) -> FreeSolve:
         better = _value(problem, problem.start) < _value(problem, start)
         start = tree.select(better, problem.start, start)
     phi, schedule = solve(solver, problem.energy(), start)
-    return judge(problem, phi, schedule, solver.steps)
+    return judge(problem, phi, schedule, solver.steps, keeps_aside)
 
 
 def _value(problem: InnerProblem, phi: Params) -> Tensor:
@@ -155,7 +155,7 @@ def _value(problem: InnerProblem, phi: Params) -> Tensor:
     return problem.losses.loss(Role.SUPPORT, phi) + problem.prox / 2 * problem.losses.inner(distance, distance)
 
 
-def judge(problem: InnerProblem, phi: Params, schedule: Schedule, step: int) -> FreeSolve:
+def judge(problem: InnerProblem, phi: Params, schedule: Schedule, step: int, keeps_aside: bool = False) -> FreeSolve:
     r"""Evaluate both losses, and the residual, at the solution.
 
     With a ``radius`` c the query gradient is that of the worst point, to first order, of a ball around the solution,
@@ -163,8 +163,8 @@ def judge(problem: InnerProblem, phi: Params, schedule: Schedule, step: int) -> 
     .. math::
         \nabla f(\phi + \xi), \qquad \xi = c \, \|\phi - \theta\| \, \nabla f(\phi) / \|\nabla f(\phi)\|
 
-    so that all that is made of it descends f(φ(θ) + ξ), ξ taken as given: it keeps F from sharpening, which its own
-    gradient does not feel (docs/theory.md). One gradient more.
+    so that all that is made of it descends f(φ(θ) + ξ), ξ held where it is: that keeps networks from sharpening, which
+    the gradient of F does not feel (docs/theory.md). One gradient more. ξ itself is kept only on demand: it is a copy.
 
     Source: Foret et al., ICLR 2021 (arXiv:2010.01412); for MAML Abbas et al., ICML 2022 (arXiv:2206.03996).
     """
@@ -177,11 +177,15 @@ def judge(problem: InnerProblem, phi: Params, schedule: Schedule, step: int) -> 
     query_loss, query_gradient = losses.value_and_all_gradients(Role.QUERY, phi, step)
     aside: Params = {}
     if problem.radius > 0:
-        uphill = {name: query_gradient[name] for name in phi}
-        length = problem.radius * balance.way / tree.or_one(energy.norm(uphill))
-        aside = tree.scale(length, uphill)
-        del uphill, query_gradient
-        query_gradient = losses.value_and_all_gradients(Role.QUERY, tree.add(phi, aside), step)[1]
+        point = {name: query_gradient[name] for name in phi}
+        length = problem.radius * balance.way / tree.or_one(energy.norm(point))
+        del query_gradient
+        point = tree.spend(lambda uphill: tree.over(length, uphill) * uphill, point)
+        if keeps_aside:
+            aside = dict(point)
+        point = tree.spend(torch.add, point, phi)
+        query_gradient = losses.value_and_all_gradients(Role.QUERY, point, step)[1]
+        del point
     return FreeSolve(
         phi,
         schedule,

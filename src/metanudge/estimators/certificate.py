@@ -136,8 +136,8 @@ def measure(problem: InnerProblem, free: FreeSolve, nudged: Nudged, order: int) 
     even = norm(tree.subtract(nudged.middle_force, force)) / nudged.nu
     del force
 
-    aside = unit * size / slope.clamp_min(tiny)
-    point = tree.axpy(aside, free.slope, nudged.middle)
+    nearby = unit * size / slope.clamp_min(tiny)
+    point = tree.axpy(nearby, free.slope, nudged.middle)
     if free.aside:
         point = tree.add(point, free.aside)
     query = losses.value_and_gradient(Role.QUERY, point, free.step)[1]

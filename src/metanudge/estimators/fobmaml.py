@@ -128,20 +128,17 @@ class FOBMAML:
 
     def __call__(self, problem: InnerProblem, solver: Solver) -> Estimate:
         """Solve the free problem, then one matched problem a node."""
-        free = solve_free(problem, solver)
+        at_solution, stencil = self.start == "solution", self.stencil
+        certified = self.certify and at_solution and self.nudge == "linear" and not problem.sampled
+        free = solve_free(problem, solver, keeps_aside=certified)
         nu, displacement, bent = self._nudge_size(problem, free)
         # of the solutions, and of a gradient, which in narrow precision may be off by a whole unit
         noise = (problem.unit(free.phi) / (2 * displacement) + 16 * problem.round_off) * free.slope_norm
         slope = free.slope if self.nudge == "linear" else None
-        at_solution, stencil = self.start == "solution", self.stencil
         start = free.phi if at_solution else problem.losses.spread(problem.theta)
         schedule = solver.settle(free.schedule, self._steps(solver)) if at_solution else free.schedule
-
-        certified = self.certify and at_solution and self.nudge == "linear" and not problem.sampled
         if slope is None:
             free = free._replace(query_gradient={})
-        if not certified:
-            free = free._replace(aside={})
         if not at_solution and 0 not in stencil.nodes:
             free = free._replace(phi={})
 
