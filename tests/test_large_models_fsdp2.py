@@ -24,6 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "certified": {"solver": mn.Nesterov(4), "estimator": mn.FOBMAML(nu=0.3)},
     "shared_body": {"solver": SGD, "estimator": mn.FOBMAML(nudge="full", nu=0.3), "adapt_only": "4"},
     "microbatch": {"solver": SGD, "estimator": LEAN, "microbatch": 2},
+    "sharpness": {"solver": mn.Nesterov(4), "estimator": mn.FOBMAML(nu=0.3), "sharpness_radius": 0.3},
     "auto_full": {"solver": SGD, "estimator": mn.FOBMAML(nudge="full", start="initialization")},
     "auto_linear": {"solver": mn.Nesterov(8), "estimator": mn.FOBMAML()},
 }
@@ -35,6 +36,13 @@ def network() -> nn.Module:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 1))
     model[2].bias.requires_grad_(False)
+    return model
+
+
+def fitted_network() -> nn.Module:
+    """What ``fitted`` leaves."""
+    model = network()
+    fitted(model, tasks(slice(0, 8)))
     return model
 
 
@@ -76,6 +84,20 @@ def fitted(model: nn.Module, data: mn.Tasks) -> list[float]:
     return [record.query_loss for record in found.history]
 
 
+def restored(model: nn.Module, data: mn.Tasks) -> list[float]:
+    """Norms of the weights that a training goes back to, the first ones, and of those it would have ended with."""
+    norms = []
+    for restore in (True, False):
+        learner = mn.MetaLearner(model, squared_error, prox=2.0, execution="in_place", **CASES["lean"])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        kept = {"validation": data, "metric": mn.metrics.squared_error, "better": "larger", "restore_best": restore}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", mn.UnsolvedWarning)
+            mn.fit(learner, optimizer, data, steps=3, every=1, tasks_per_step=2, progress=False, **kept)
+        norms.append(float(torch.cat([whole(p).detach().flatten() for p in model.parameters()]).norm()))
+    return norms
+
+
 def refusals(model: nn.Module, data: mn.Tasks) -> list[str]:
     """What a sharded model does not allow."""
     told = []
@@ -100,7 +122,11 @@ def worker(rank: int, folder: Path) -> dict[str, Any]:
             fully_shard(model[0])
             fully_shard(model)  # the other layers belong to the root, which keeps what it gathers until a backward pass
             results[name] = found(model, data, settings)
-        return results | {"refusals": refusals(model, data), "fit": fitted(model, data)}
+        return results | {
+            "refusals": refusals(model, data),
+            "fit": fitted(model, data),
+            "restored": restored(model, data),
+        }
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +151,13 @@ def test_a_training_is_that_of_one_process(ranks: list[dict[str, Any]]) -> None:
     assert one[-1] < one[0]
     for rank in ranks:
         assert rank["fit"] == pytest.approx(one, rel=1e-5)
+
+
+def test_the_best_weights_come_back(ranks: list[dict[str, Any]]) -> None:
+    one = restored(fitted_network(), tasks(slice(0, 8)))
+    assert one[0] != pytest.approx(one[1], rel=1e-4)
+    for rank in ranks:
+        assert rank["restored"] == pytest.approx(one, rel=1e-5)
 
 
 def test_both_ranks_report_the_same(ranks: list[dict[str, Any]]) -> None:
