@@ -80,6 +80,8 @@ def test_it_goes_on_from_the_last_step_all_the_same_and_does_not_take_the_best_f
 def test_it_ends_where_patience_does_and_stays_ended(tmp_path: Path) -> None:
     found, _, model = fit(40, tmp_path, patience=4)
     assert len(found.history) == 6  # the best at 2, and none at 4 and 6
+    assert found.ended_early
+    assert "steps=6, ended early" in repr(found)
     again, _, same = fit(40, tmp_path, patience=4)
     assert len(again.history) == 6
     assert torch.equal(vector(model), vector(same))
@@ -91,6 +93,7 @@ def test_patience_begins_anew_with_every_better_validation() -> None:
     found, _, _ = fit(8, patience=2, better="smaller")
     assert found.best_step > 2
     assert len(found.history) == 8
+    assert not found.ended_early
 
 
 def test_patience_counts_from_the_last_better_validation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +171,25 @@ def test_state_that_is_no_tensor_is_gone_back_to_as_well() -> None:
     common: dict[str, Any] = {"tasks_per_step": 2, "validation": HELD, "every": 1, "progress": False}
     found = mn.fit(learner, optimizer, TASKS, steps=3, restore_best=True, **common)
     assert learner.evaluate(HELD).mean == pytest.approx(found.best)
+
+
+def test_where_the_best_is_gone_after_the_last_step_that_step_is_the_best(tmp_path: Path) -> None:
+    _, _, last = fit(4, tmp_path)
+    shutil.rmtree(tmp_path / "best")
+    with pytest.warns(UserWarning, match="they are lost"):
+        found, _, model = fit(4, tmp_path, restore_best=True)
+    assert (found.best, found.best_step) == (found.validation.mean, 4)
+    assert torch.equal(vector(model), vector(last))
+    again, _, _ = fit(4, tmp_path, restore_best=True)
+    assert again.best_step == 4
+
+
+def test_best_weights_that_can_not_be_read_are_told_of(tmp_path: Path) -> None:
+    fit(4, tmp_path)
+    weights = tmp_path / "best" / "model.safetensors"
+    weights.write_bytes(b"junk")
+    with pytest.raises(mn.SettingsError, match=r"model\.safetensors holds no weights that can be read"):
+        fit(4, tmp_path, restore_best=True)
 
 
 @pytest.mark.parametrize("lost", ["removed", "another step"])
@@ -252,6 +274,11 @@ def test_a_training_that_ended_early_is_complete(tmp_path: Path, capsys: pytest.
     assert "best" in told
     assert main(["evaluate", out]) == 0
     assert (tmp_path / "out" / "evaluation.json").is_file()
+    (tmp_path / "out" / "seed-0" / "best").rename(tmp_path / "elsewhere")
+    assert main(["evaluate", out]) == 2
+    assert "--weights last" in capsys.readouterr().err
+    assert main(["evaluate", out, "--weights", "last"]) == 0
+    (tmp_path / "elsewhere").rename(tmp_path / "out" / "seed-0" / "best")
     config.write_text(SETTINGS.replace("patience = 4", "patience = 8"))  # and goes on where there is more of it
     assert main(["train", str(config), "--quiet", "--out", out]) == 0
     assert "seed 0: 10 steps of 40" in " ".join(capsys.readouterr().out.split())

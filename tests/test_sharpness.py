@@ -250,6 +250,17 @@ def test_what_is_no_radius_is_refused(radius: object) -> None:
         mn.MetaLearner(nn.Linear(2, 1), mn.metrics.squared_error, sharpness_radius=radius)
 
 
+def test_a_radius_as_long_as_the_way_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"sharpness_radius=1 takes query gradients as far .* 0\.1 to 0\.3 is usual"):
+        mn.MetaLearner(nn.Linear(2, 1), mn.metrics.squared_error, sharpness_radius=1)
+
+
+def test_a_mistyped_setting_of_what_is_loaded_is_told(tmp_path: Path) -> None:
+    mn.MetaLearner(nn.Linear(1, 1), mn.metrics.squared_error).save_pretrained(tmp_path)
+    with pytest.raises(mn.SettingsError, match=r"no setting 'sharpnes_radius'; did you mean \"sharpness_radius\""):
+        mn.load_pretrained(tmp_path, nn.Linear(1, 1), mn.metrics.squared_error, sharpnes_radius=0.1)
+
+
 def test_it_is_written_down_and_trainings_are_told_apart_by_it(tmp_path: Path) -> None:
     def learner(radius: float) -> mn.MetaLearner:
         torch.manual_seed(0)

@@ -77,6 +77,14 @@ def unsolved(residual: float, bound: float, solver: Any, prox: float, tried: Nee
     return f"{said}: {here}; or {_step_size(solver, prox) if own else _closer(prox)}"
 
 
+def far(radius: float) -> str:
+    """Of a sharpness radius that leaves nothing of what was learnt."""
+    return (
+        f"sharpness_radius={radius:g} takes query gradients as far from an adapted model as the adaptation has led, or "
+        "farther, where little of it is left, and trainings may not leave chance; 0.1 to 0.3 is usual"
+    )
+
+
 def sharpened(first: float) -> str:
     """What to say more where the first step's residual, ``first``, was far lower."""
     return (

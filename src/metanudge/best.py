@@ -50,7 +50,7 @@ class Best:
             return
         warn(
             f"{self.folder / BEST} does not hold the weights of step {run.best_step}, which the checkpoint beside it "
-            "tells of as the best so far; the next validation counts as the first",
+            "tells of as the best so far: they are lost, and the next validation counts as the first",
             UserWarning,
         )
         run.best, run.best_step, run.kept = math.nan, 0, ""

@@ -91,9 +91,11 @@ class Run:
         parts = {"scheduler": self.scheduler, "warm_start": self.learner.warm_start}
         try:
             if state["protocol"] != self.protocol:
+                odd = [name for name, value in self.protocol.items() if state["protocol"].get(name) != value]
+                before, now = ({name: one.get(name) for name in odd} for one in (state["protocol"], self.protocol))
                 raise SettingsError(
-                    f"{path} is of a training with {state['protocol']}, this one has {self.protocol}; give the same, "
-                    "another folder, or resume=False"
+                    f"{path} is of a training with {before}, this one has {now}; give the same, another folder, or "
+                    "resume=False"
                 )
             settings = state.get("settings", {})  # of older versions there are none, or not all
             settings = settings and {"sharpness_radius": 0.0} | settings

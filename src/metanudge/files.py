@@ -42,7 +42,9 @@ def load_state(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         said = str(error).splitlines() or [type(error).__name__]  # of an empty file there is nothing to say
-        raise SettingsError(f"{path} is no checkpoint that can be read: {said[0]}") from error
+        raise SettingsError(
+            f"{path} is no checkpoint that can be read ({said[0]}); remove it, or begin anew elsewhere"
+        ) from error
     if not isinstance(state, dict):
         raise SettingsError(f"{path} is no checkpoint: it holds {type(state).__name__}")
     return state

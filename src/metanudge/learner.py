@@ -93,7 +93,7 @@ class MetaLearner:
         SettingsError: Settings that can not work, alone or together, with the reason and the cure.
 
     Warns:
-        UserWarning: A torch optimizer is to step parameters in bfloat16 or float16.
+        UserWarning: A torch optimizer is to step parameters in bfloat16 or float16; a sharpness radius of 1 or more.
 
     Example:
         >>> import torch, metanudge as mn
@@ -130,6 +130,8 @@ class MetaLearner:
         settings.check_losses(loss=loss, query_loss=query_loss)
         settings.check_not_negative(prox=prox, sharpness_radius=sharpness_radius)
         settings.check_sizes(chunk_size=chunk_size, microbatch=microbatch)
+        if sharpness_radius >= 1:
+            warn(advice.far(sharpness_radius), UserWarning)
         settings.check_flag(compile=compile)
         self._model = model
         self.losses = {Role.SUPPORT: loss, Role.QUERY: loss if query_loss is None else query_loss}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from metanudge.estimators import ESTIMATORS, Stencil
 from metanudge.files import write
 from metanudge.learner import MetaLearner
 from metanudge.selection import uncompiled
-from metanudge.settings import check_folder
+from metanudge.settings import check_folder, nearest
 from metanudge.solvers import SOLVERS
 from metanudge.types import LossFunction, Role
 
@@ -97,6 +98,10 @@ def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **
         SettingsError: Nothing there, weights of another architecture, or what could not be written down (a query loss,
             a solver with a factory, a predicate) and is not given.
     """
+    known = [name for name in inspect.signature(MetaLearner).parameters if name not in ("model", "loss")]
+    for name in settings:
+        if name not in known:
+            raise SettingsError(f"a learner has no setting {name!r}; {nearest(name, known)}")
     folder = Path(folder)
     for name in (WEIGHTS, SETTINGS):
         if not (folder / name).is_file():
@@ -135,12 +140,15 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """
     from safetensors.torch import load_file
 
+    try:
+        read = load_file(folder / WEIGHTS)
+    except Exception as error:  # SafetensorError, which safetensors.torch does not name
+        raise SettingsError(
+            f"{folder / WEIGHTS} holds no weights that can be read ({error}); it has to be written again"
+        ) from error
     own = model.state_dict()
     compiled = {uncompiled(name): name for name in own}
-    stored = {
-        name if name in own else compiled.get(uncompiled(name), name): value
-        for name, value in load_file(folder / WEIGHTS).items()
-    }
+    stored = {name if name in own else compiled.get(uncompiled(name), name): value for name, value in read.items()}
     held = [_span(own[name]) for name in stored if name in own]
     missing = [
         name

@@ -55,7 +55,8 @@ def evaluate(
         What was written.
 
     Raises:
-        SettingsError: Nothing there to evaluate; seeds missing or unfinished, unless ``partial``.
+        SettingsError: Nothing there to evaluate; seeds missing or unfinished, unless ``partial``; best weights that
+            are gone.
     """
     config = read_config(target / CONFIG, target) if target.is_dir() else read_config(target)
     for name, value in (("tasks", number), ("permutations", permutations)):
@@ -69,6 +70,12 @@ def evaluate(
         raise SettingsError(
             f"the training in {config.out} is not complete: {lacking}. Go on with metanudge train "
             f"{config.out / CONFIG} --out {config.out}{named}, or evaluate what there is with --partial"
+        )
+    gone = [folder / BEST for folder in folders.values() if not (folder / BEST).is_dir()]
+    if weights == "best" and gone and config.validation.tasks > 0:
+        raise SettingsError(
+            f"there is no {gone[0]}, where train left the weights that validation tasks prefer; evaluate the last ones "
+            "with --weights last"
         )
     tasks = first(tasks_of(config, "test"), number or config.testing.tasks)
     asked_permutations = permutations is not None

@@ -41,9 +41,10 @@ class Fit(NamedTuple):
     Attributes:
         history: A record a meta-step, resumed ones included.
         validation: The last evaluation, of what the last step left; None without validation tasks.
-        best: Best mean of the metric, NaN without validation.
+        best: Best mean of the metric, NaN without validation, or where all were NaN.
         best_step: Meta-step it was taken at; 0 without validation.
         skipped_steps: Meta-steps without one finite task, which moved nothing.
+        ended_early: Whether ``patience`` ended it.
     """
 
     history: list[Record]
@@ -51,12 +52,14 @@ class Fit(NamedTuple):
     best: float
     best_step: int
     skipped_steps: int
+    ended_early: bool = False
 
     def __repr__(self) -> str:
         """On one line."""
         best = "" if self.validation is None else f", best={self.best:.4g} at {self.best_step}"
         last = f", query_loss={self.history[-1].query_loss:.4g}" if self.history else ""
-        return f"Fit(steps={len(self.history)}{last}{best}, skipped={self.skipped_steps})"
+        early = ", ended early" if self.ended_early else ""
+        return f"Fit(steps={len(self.history)}{early}{last}{best}, skipped={self.skipped_steps})"
 
 
 def fit(
@@ -116,7 +119,8 @@ def fit(
         patience: End early where no validation was better for so many meta-steps (one that is NaN never is); None for
             never.
         restore_best: Whether the model ends with the weights that the validation was best with, not with the last.
-            (The optimizer and ``out/last.pt`` stay at the last step.) Without ``out``, one copy of the model.
+            (The optimizer, ``out/last.pt`` and what is returned as ``validation`` are of the last step. Stopped by
+            hand, the model stays as it is.) Without ``out``, one copy of the model.
         out: Folder; None to keep nothing on disk.
         resume: Go on from ``out/last.pt`` where it is, with the same settings of learner and optimizer, ``max_norm``,
             ``scheduler``, metric, ``better``, validation tasks and first task (functions are told apart by their names
@@ -254,13 +258,18 @@ def fit(
                 run.save(mine / LAST)
             if pause and best.waited:
                 break
-    if best.waited:
+    if len(run.history) < steps:
         shown.tell_ended(len(run.history), run.best_step)
     ranks.wait()  # for what the first one writes
     if found is None and held is not None:  # nothing was left to do
         found = validate(learner, held, metric, tasks_at_once or tasks_per_step)
+        if run.history and run.best_step == 0:  # what was the best is gone
+            best.look(found, len(run.history))
+            if mine is not None:
+                run.save(mine / LAST)
+            ranks.wait()
     best.restore()
-    return Fit(run.history, found, run.best, run.best_step, run.skipped)
+    return Fit(run.history, found, run.best, run.best_step, run.skipped, len(run.history) < steps)
 
 
 def _step(

@@ -38,6 +38,8 @@ def check(
         \frac{\|g - \nabla F\|}{\|\nabla F\|}, \qquad
         \nabla F = \frac1T \sum_i \lambda (H_i + \lambda)^{-1} \nabla f_i(\phi_i(\theta))
 
+    (With a ``sharpness_radius``, ∇f is taken aside of the exact solution, by the rule of the training.)
+
     The exact one is had from a solve of ``reference_steps`` steps, Newton's method, and conjugate gradients on exact
     Hessian products, on a float64 copy of model and tasks where both losses take them; where the loss can not be
     differentiated twice, from a fourth-order stencil of converged solves. It is asked whether it converged itself; at
