@@ -123,8 +123,8 @@ def fit(
             hand, the model stays as it is.) Without ``out``, one copy of the model.
         out: Folder; None to keep nothing on disk.
         resume: Go on from ``out/last.pt`` where it is, with the same settings of learner and optimizer, ``max_norm``,
-            ``scheduler``, metric, ``better``, validation tasks and first task (functions are told apart by their names
-            alone). With another ``execution``, ``compile``, ``chunk_size``, ``microbatch``, ``tasks_at_once`` or number
+            ``scheduler``, metric, ``better``, validation tasks (or none) and first task (functions are told apart by
+            their names alone). With another ``execution``, ``compile``, ``chunk_size``, ``microbatch``, ``tasks_at_once`` or number
             of processes, after running out of memory, say, it warns and goes on, the same but for round-off, and for
             dropout in train mode, whose draws differ. False to begin anew: once all is checked, what a training left in
             ``out`` is removed.
