@@ -25,7 +25,7 @@ def test_example_runs_and_gives_the_numbers_it_tells():
     assert round(found["scores"].mean, 1) == before
     exec(code, found)
     assert found["step"].dropped_tasks == 0
-    # 200 meta-steps amplify the last bit, in which machines differ: three machines and three seeds gave .25 to .29
+    # 200 meta-steps amplify the last bit, in which machines differ
     assert abs(found["scores"].mean - after) < found["scores"].ci95
 
 
