@@ -43,7 +43,8 @@ def test_converged_solves_give_the_closed_form_of_the_displaced_query_loss(name:
     made = PROBLEMS[problem]()
     expected = shifted(made)
     limit = expected.fomaml() if name == "fomaml" else expected.meta_gradient()
-    found = estimate(made, ESTIMATORS[name], mn.Nesterov(160), sharpness_radius=RADIUS)
+    solver = mn.Nesterov(120 if problem == "mlp" else 75)
+    found = estimate(made, ESTIMATORS[name], solver, sharpness_radius=RADIUS)
     plain = made.fomaml() if name == "fomaml" else made.meta_gradient()
     assert distance(found, limit) < (2e-6 if "forward" in name else 1e-8)
     assert distance(plain, limit) > 0.02  # it is another gradient
@@ -284,9 +285,9 @@ def test_it_is_written_down_and_trainings_are_told_apart_by_it(tmp_path: Path) -
 
 def test_check_compares_with_the_exact_gradient_of_the_same_objective() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1))
-    learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=2.0, solver=mn.Nesterov(80), sharpness_radius=RADIUS)
-    found = mn.check(learner, mn.tasks.sinusoid(2), reference_steps=100, compare=["imaml", "reptile"])
+    model = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=4.0, solver=mn.Nesterov(40), sharpness_radius=RADIUS)
+    found = mn.check(learner, mn.tasks.sinusoid(1), reference_steps=60, compare=["reptile"])
     assert found.rows[0].relative_error < 0.02
     notes = {row.label: row.note for row in found.rows}
     assert "sharpness_radius" in notes["reptile"]
@@ -305,9 +306,15 @@ class Stiff(nn.Module):
         return (weights * (self.phi - targets).square()).sum() / 2
 
 
-@pytest.mark.parametrize("execution", ["vectorized", "in_place"])
-@pytest.mark.parametrize("radius", [0.0, 0.1])
-@pytest.mark.parametrize("begins", ["solved", "unsolved"])
+@pytest.mark.parametrize(
+    ("begins", "radius", "execution"),
+    [
+        ("solved", 0.0, "vectorized"),
+        ("solved", 0.0, "in_place"),
+        ("unsolved", 0.0, "in_place"),
+        ("solved", 0.1, "in_place"),
+    ],
+)
 def test_a_network_that_sharpened_is_told_of_it(begins: str, radius: float, execution: str) -> None:
     """By the step size that suited it, steps no longer solve what was solved at the first step."""
     model, targets = Stiff(), torch.tensor([[1.0, 1.0], [-1.0, 2.0]])
@@ -325,7 +332,7 @@ def test_a_network_that_sharpened_is_told_of_it(begins: str, radius: float, exec
     model.stiffness = 19.0  # lr times which is just below 2
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(12):
+        for _ in range(8):
             learner.backward(tasks)
     (told,) = (str(one.message) for one in caught)
     assert caught[0].category is mn.UnsolvedWarning
