@@ -450,7 +450,7 @@ def test_the_command_by_torchrun(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::FutureWarning:peft")
 def test_adapters_over_a_frozen_base() -> None:
-    """In bfloat16, the base shared; as in float64 but for the precision."""
+    """In bfloat16, the adapters in float32 as PEFT has them, the base shared; as in float64 but for the precision."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pytest.importorskip("peft"), pytest.importorskip("transformers")
@@ -458,12 +458,12 @@ def test_adapters_over_a_frozen_base() -> None:
     found = []
     for kind in (torch.float64, torch.bfloat16):
         model = adapters.llama().to(GPU, kind)
-        learner = mn.MetaLearner(
-            model, adapters.loss, prox=3.0, solver=adapters.SGD, estimator=mn.FOBMAML(nudge="full")
-        )
+        for parameter in adapters.adapters_of(model).values():
+            parameter.data = parameter.to(torch.promote_types(kind, torch.float32))
+        learner = mn.MetaLearner(model, adapters.loss, prox=3.0, solver=adapters.SGD, execution="in_place")
         learner.backward(on(GPU, adapters.tasks()))
         found.append(torch.cat([p.grad.reshape(-1) for p in adapters.adapters_of(model).values()]).double())
-    assert distance(found[1], found[0]) < 0.2
+    assert distance(found[1], found[0]) < 0.1
 
 
 @pytest.mark.parametrize("name", ["steps_gpu", "channels_gpu", "transformer_gpu", "lora_gpu"])

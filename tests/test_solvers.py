@@ -52,6 +52,9 @@ class Plain:
     def inner(self, a: Params, b: Params) -> Tensor:
         return self.share(a["phi"], b["phi"])
 
+    def operands(self, *trees: Params) -> list[list[Tensor]]:
+        return [[one["phi"] for one in trees]]
+
     def share(self, a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(-1)
 

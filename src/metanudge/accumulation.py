@@ -13,6 +13,7 @@ from metanudge import tree
 from metanudge.energy import InnerProblem
 from metanudge.oracle.common import accumulator
 from metanudge.ranks import Ranks
+from metanudge.together import gathered, groups, parted
 from metanudge.types import Estimate, Evaluation, Named, Params
 
 
@@ -54,11 +55,13 @@ class FiniteMean:
         valid = square.isfinite() & estimate.query_loss.isfinite() & estimate.support_loss.isfinite()
         valid = valid & ~estimate.diverged
         kept = tree.tree_map(lambda leaf: leaf.where(tree.over(valid, leaf), 0.0), estimate.gradient)
-        for key, leaf in summed(kept).items():
-            if key in self._gradient:
-                self._gradient[key].add_(leaf)
+        found = summed(kept)
+        for names in groups(found):
+            part = gathered(found, names)
+            if names[0] in self._gradient:
+                gathered(self._gradient, names).add_(part)
             else:
-                self._gradient[key] = leaf.to(accumulator(leaf.dtype))
+                self._gradient |= parted(names, part.to(accumulator(part.dtype)))
         amplified = (estimate.size > (1 + 1e-6) * estimate.slope + estimate.noise).to(estimate.size.dtype)
         numbers = torch.stack(
             [
@@ -87,10 +90,10 @@ class FiniteMean:
         ranks.sum([self._kept, self._numbers, *(parts[name] for name in sorted(parts))])
 
     def spend(self) -> Iterator[Params]:
-        """The mean meta-gradient, leaf by leaf; each is let go when it has been used."""
+        """The mean meta-gradient, part by part; each is let go when it has been used."""
         kept = self.kept
-        for key in list(self._gradient):
-            yield {key: self._gradient.pop(key).div_(kept)}
+        for names in list(groups(self._gradient)):
+            yield parted(names, tree.taken(self._gradient, names).div_(kept))
 
     def numbers(self) -> Numbers:
         """Means over the kept tasks; of the error bound the ratio of two, ||error|| to ||g||."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-SMALL = {"cpu": 2**12, "cuda": 2**20}
+SMALL = {"cpu": 2**12, "cuda": 2**16}
 """Numbers of a parameter up to which it is bundled, by device; above, what its copy costs is more than it saves."""
 FULL = {"cpu": 2**15, "cuda": 2**22}
 """Numbers of a bundle, at most, as up to three more of one are alive while sums are formed; and, unless that is less
@@ -114,20 +114,18 @@ class Bundles(Mapping[str, Tensor]):
 
     def copied(self, to: Callable[[torch.dtype], torch.dtype]) -> dict[str, Tensor]:
         """Where the module stands, in leaves that it does not write to, of another precision."""
-        return {key: self[key].to(to(self._held[key][0].dtype), copy=self.alone(key)) for key in self}
+        found = {key: self[key] for key in self}
+        kinds = {key: to(leaf.dtype) for key, leaf in found.items()}
+        own = {key: torch.empty_like(leaf, dtype=kinds[key]) for key, leaf in found.items() if self.alone(key)}
+        copy([(leaf, found[key]) for key, leaf in own.items()])
+        return {key: own[key] if key in own else leaf.to(kinds[key]) for key, leaf in found.items()}
 
     def load(self, leaves: Mapping[str, Tensor]) -> None:
         """Write leaves into the module."""
         pairs = [
             pair for key, leaf in leaves.items() for pair in zip(self._held[key], self.parts(key, leaf), strict=True)
         ]
-        plain = [pair for pair in pairs if _plain(pair[0])]
-        with torch.no_grad():
-            if plain:
-                torch._foreach_copy_([held for held, _ in plain], [part for _, part in plain])
-            for held, part in pairs:
-                if not _plain(held):  # as a sharded one
-                    held.copy_(part)
+        copy(pairs)
 
     def give(self, gradient: dict[str, Tensor]) -> None:
         """Put ``gradient`` into ``.grad``; it is emptied."""
@@ -135,6 +133,17 @@ class Bundles(Mapping[str, Tensor]):
             leaf = gradient.pop(key).to(parameters[0].dtype)
             for parameter, part in zip(parameters, self.parts(key, leaf), strict=True):
                 parameter.grad = part
+
+
+def copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write the second of every pair into the first, by one call where they are plain."""
+    plain = [pair for pair in pairs if _plain(pair[0])]
+    with torch.no_grad():
+        if plain:
+            torch._foreach_copy_([to for to, _ in plain], [what for _, what in plain])
+        for to, what in pairs:
+            if not _plain(to):  # as a sharded one
+                to.copy_(what)
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metanudge import advice
 from metanudge.accumulation import FiniteMean, Numbers
+from metanudge.bundles import copy
 from metanudge.checks import not_finite
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, UnsolvedWarning
 from metanudge.estimators import Estimator
@@ -214,14 +215,19 @@ def add_to_grad(model: nn.Module, mean: FiniteMean, named: Named) -> float:
     parameters, squares = dict(model.named_parameters()), []
     with torch.no_grad():
         for one in mean.spend():
-            norms = [whole(torch.linalg.vector_norm(leaf, dtype=torch.float64)) for leaf in one.values()]
-            squares += [norm.square() for norm in norms]
+            norms = torch._foreach_norm(list(one.values()), dtype=torch.float64)
+            squares.append(torch.stack([whole(norm) for norm in norms]).square().sum())
+            new: list[tuple[Tensor, Tensor]] = []
             for name, part in named(one).items():
                 parameter = parameters[name]
-                if parameter.grad is None:  # which has memory of its own
-                    parameter.grad = part.to(parameter.dtype, copy=name not in one)
+                if parameter.grad is None and name in one and part.dtype == parameter.dtype:
+                    parameter.grad = part
+                elif parameter.grad is None:  # which has memory of its own
+                    parameter.grad = torch.empty_like(part, dtype=parameter.dtype)
+                    new.append((parameter.grad, part))
                 elif parameter.grad.is_sparse:
                     parameter.grad = part.to(parameter.dtype) + parameter.grad
                 else:
                     parameter.grad.add_(part)
+            copy(new)
     return float(torch.stack(squares).sum().sqrt())

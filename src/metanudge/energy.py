@@ -27,6 +27,7 @@ from torch import Tensor, where
 
 from metanudge import tree
 from metanudge.losses import InnerGradients, LossGradients
+from metanudge.together import same
 from metanudge.types import Params, PyTree, Role
 
 
@@ -91,7 +92,7 @@ class Energy:
 
     def push(self, phi: Params) -> Params:
         """λ (φ - θ)."""
-        return tree.tree_map(self._spring, phi, self.theta)
+        return tree.compute(self._spring, phi, self.theta)
 
     def spend_push(self, phi: Params) -> Params:
         """-λ (φ - θ), leaf by leaf in the place of φ, which is emptied: of a large model there is no room for both."""
@@ -110,13 +111,13 @@ class Energy:
 
     def total(self, pull: Params, phi: Params) -> Params:
         """∂E/∂φ from ∇f̂ + ν ∇f, which stays as it is, and is what is returned where φ is θ itself."""
-        return self._total(dict(pull), phi, Tensor.add)
+        return self._total(dict(pull), phi, lambda force, way, alpha: force.add(way, alpha=alpha))
 
     def _total(self, pull: Params, phi: Mapping[str, Tensor], plus: Callable[..., Tensor]) -> Params:
         """The sum, and ``pull`` is emptied. Where φ is θ itself, as solves begin, the spring is slack."""
 
         def of(force: Tensor, p: Tensor, t: Tensor) -> Tensor:
-            return force if p is t else plus(force, p - t, alpha=self.prox)
+            return force if same(p, t) else plus(force, p - t, alpha=self.prox)
 
         return tree.spend(of, pull, phi, self.theta)
 
@@ -128,31 +129,33 @@ class Energy:
         return self._ratio(self.norm(tree.add(pull, push)), self.norm(pull), self.norm(push))
 
     def balance(self, pull: Params, phi: Params) -> Balance:
-        """The relative residual and what it is made of, leaf by leaf: no copy of the parameters is made."""
+        """The relative residual and what it is made of, part by part: no copy of the parameters is made."""
 
-        def squares(name: str) -> list[Tensor]:
-            force, way = pull[name], phi[name] - self.theta[name]
+        def squares(force: Tensor, p: Tensor, t: Tensor) -> list[Tensor]:
+            way = p - t
             rest = force.add(way, alpha=self.prox)
             return [self.losses.share(leaf, leaf) for leaf in (rest, force, way)]
 
-        rest, forward, way = (self.losses.added(column).sqrt() for column in zip(*map(squares, pull), strict=True))
+        rows = [squares(*given) for given in self.losses.operands(pull, phi, self.theta)]
+        rest, forward, way = (self.losses.added(column).sqrt() for column in zip(*rows, strict=True))
         return Balance(self._ratio(rest, forward, self.prox * way), forward, way)
 
     def touched(self, a: Params, by: Params, norm: Tensor) -> Tensor:
         """Norm of ``a`` in the parameters that the gradient ``by``, of this ``norm``, touches, ``[*L]``.
 
         Far below its root mean square a gradient is round-off, as that of a bias before a BatchNorm layer, where it is
-        not zero by chance. (That of θ: what is computed in narrow precision may be added up in a wider one.) Leaf by
-        leaf, so that no copy is made.
+        not zero by chance. (That of θ: what is computed in narrow precision may be added up in a wider one.) Part by
+        part, so that no copy is made.
         """
         number = sum(leaf.numel() for leaf in by.values()) / norm.numel()
         least = tree.round_off(self.theta) ** (2 / 3) / number**0.5 * norm
 
-        def square(name: str) -> Tensor:
-            part = tree.touched(a[name], by[name], least)
+        def square(leaf: Tensor, gradient: Tensor) -> Tensor:
+            part = tree.touched(leaf, gradient, least)
             return self.losses.share(part, part)
 
-        return self.losses.added([square(name) for name in by if name in a]).sqrt()
+        both = {name: a[name] for name in by if name in a}
+        return self.losses.added([square(*given) for given in self.losses.operands(both, by)]).sqrt()
 
     def length(self, phi: Params, gradient: Params, norm: Tensor, reach: Tensor, start_loss: Tensor) -> Tensor:
         r"""What is far for φ, in its own unit, ``[*L]``: displacements are measured by it.
@@ -227,7 +230,7 @@ class InnerProblem:
         """∂E/∂ω, and ∂E/∂φ, from one gradient of each loss."""
         pull = self._pull_on_all(energy, phi, step)
         push = energy.push(phi)
-        force = {name: pull[name] + push[name] for name in phi}
+        force = tree.add(push, pull)
         if energy.nu is not None and energy.slope is not None:
             force = tree.axpy(energy.nu, energy.slope, force)
         return tree.scale(-1.0, push) | {name: pull[name] for name in self.losses.shared}, force

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -42,14 +42,18 @@ class InnerGradients(Protocol):
 
     def inner(self, a: Params, b: Params) -> Tensor:
         """Inner product over parameters, one number a lane: ``[*L]``."""
-        return self.added([self.share(a[name], b[name]) for name in a])
+        return self.added([self.share(*given) for given in self.operands(a, b)])
+
+    def operands(self, first: Params, *rest: Params) -> Iterator[list[Tensor]]:
+        """What ``share`` is to be taken of, part by part, as an operand of every tree."""
+        return ([tree[name] for tree in (first, *rest)] for name in first)
 
     def share(self, a: Tensor, b: Tensor) -> Tensor:
-        """That of one leaf; of a sharded one, this rank's part."""
+        """The inner product of a part; of a sharded one, this rank's."""
         ...
 
     def added(self, shares: Sequence[Tensor]) -> Tensor:
-        """The inner product, from the shares of all leaves, ``[*L]``."""
+        """The inner product, from all shares, ``[*L]``."""
         ...
 
     def fused(self, name: Hashable, function: Callable[[InnerGradients, PyTree], PyTree], given: PyTree) -> PyTree:

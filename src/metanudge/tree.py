@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, finfo, ones_like, where, zeros_like
 
+from metanudge.together import gathered, groups, operands, parted
 from metanudge.types import Params
 
 Scalar = float | Tensor
@@ -30,33 +31,52 @@ def tree_map(function: Callable[..., Tensor], first: Mapping[str, Tensor], *rest
     return {name: function(leaf, *(tree[name] for tree in rest)) for name, leaf in first.items()}
 
 
-def spend(function: Callable[..., Tensor], first: Params, *rest: Mapping[str, Tensor]) -> Params:
-    """``tree_map`` that empties ``first``: a leaf is let go when it has been used, so that the two never both exist."""
-    return {name: function(first.pop(name), *(tree[name] for tree in rest)) for name in list(first)}
+def compute(formula: Callable[..., Tensor], first: Mapping[str, Tensor], *rest: Mapping[str, Tensor]) -> Params:
+    """Apply a formula of plain arithmetic, to leaves one by one or together (``Together``)."""
+    found: Params = {}
+    for names, given in operands(first, *rest):
+        found |= parted(names, formula(*given))
+    return found
+
+
+def spend(formula: Callable[..., Tensor], first: Params, *rest: Mapping[str, Tensor]) -> Params:
+    """``compute`` that empties ``first``: leaves are let go when they have been used, so that both never exist."""
+    found: Params = {}
+    for names in list(groups(first)):
+        found |= parted(names, formula(taken(first, names), *(gathered(tree, names) for tree in rest)))
+    return found
+
+
+def taken(leaves: Params, names: list[str]) -> Tensor:
+    """The operand of ``names``, which are taken away."""
+    found = gathered(leaves, names)
+    for name in names:
+        del leaves[name]
+    return found
 
 
 def add(a: Params, b: Params) -> Params:
     """Return a + b."""
-    return tree_map(lambda x, y: x + y, a, b)
+    return compute(lambda x, y: x + y, a, b)
 
 
 def subtract(a: Params, b: Params) -> Params:
     """Return a - b."""
-    return tree_map(lambda x, y: x - y, a, b)
+    return compute(lambda x, y: x - y, a, b)
 
 
 def scale(coefficient: Scalar, a: Params) -> Params:
     """Return c a."""
     if isinstance(coefficient, Tensor):
-        return tree_map(lambda x: over(coefficient, x) * x, a)
-    return tree_map(lambda x: coefficient * x, a)
+        return compute(lambda x: over(coefficient, x) * x, a)
+    return compute(lambda x: coefficient * x, a)
 
 
 def axpy(coefficient: Scalar, x: Params, y: Params) -> Params:
     """Return c x + y."""
     if isinstance(coefficient, Tensor):
-        return tree_map(lambda u, v: v.addcmul(over(coefficient, u), u), x, y)
-    return tree_map(lambda u, v: v.add(u, alpha=coefficient), x, y)
+        return compute(lambda u, v: v.addcmul(over(coefficient, u), u), x, y)
+    return compute(lambda u, v: v.add(u, alpha=coefficient), x, y)
 
 
 def select(mask: Tensor, a: Params, b: Params) -> Params:
@@ -66,7 +86,7 @@ def select(mask: Tensor, a: Params, b: Params) -> Params:
 
 def touched(a: Tensor, by: Tensor, least: Tensor) -> Tensor:
     """A leaf where ``by`` is above ``least``, and zero elsewhere: what is idle has no say in what is far."""
-    return a * ~(by.abs() <= over(least, by))
+    return a.masked_fill(by.abs() <= over(least, by), 0.0)
 
 
 def round_off(a: Params) -> float:

@@ -53,7 +53,7 @@ class Nudged(NamedTuple):
 
         def moved(partial: Params) -> Params:
             """φ - θ, or its derivative, from ∂E/∂θ."""
-            return {name: -partial[name] / problem.prox for name in theta}
+            return tree.compute(lambda leaf: -leaf / problem.prox, {name: partial[name] for name in theta})
 
         u, force = moved(tree.scale(1 / nu, derivative[0])), tree.scale(1 / nu, derivative[1])
         return cls(nearest * nu, bent, noise, u, force, tree.add(moved(middle[0]), theta), middle[1])

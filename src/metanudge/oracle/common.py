@@ -201,9 +201,14 @@ def require_second_derivative(gradients: Sequence[Tensor]) -> None:
         ahead += new
 
 
+def times(weight: float | Tensor, loss: Tensor) -> Tensor:
+    """Their product, for which no kernel is launched where there is nothing to be done."""
+    return loss if isinstance(weight, float) and weight == 1.0 else weight * loss
+
+
 def sum_of(weights: Weights, losses: Mapping[Role, Tensor]) -> Tensor:
     """The weighted sum of losses, ``[*L]``."""
-    first, *rest = (weights[role] * loss for role, loss in losses.items())
+    first, *rest = (times(weights[role], loss) for role, loss in losses.items())
     for term in rest:
         first = first + term
     return first

@@ -10,6 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from metanudge import tree
 from metanudge.batching import examples, pieces
 from metanudge.bundles import Bundles
 from metanudge.checks import check_device, leaves
@@ -25,10 +26,12 @@ from metanudge.oracle.common import (
     require_graph,
     scalar_loss,
     sum_of,
+    times,
     whole,
 )
 from metanudge.oracle.mismatch import told_of_misfits
 from metanudge.oracle.module import LiveModule
+from metanudge.together import gathered, groups, operands, parted, product
 from metanudge.types import Batch, LossFunction, Params, Role, Tasks, Weights
 
 LOOKS = 3
@@ -107,8 +110,11 @@ class LiveLosses(InnerGradients):
     def plus(self, gradient: Tensor, more: Tensor, alpha: float) -> Tensor:  # noqa: D102
         return gradient.add_(more, alpha=alpha)  # nobody else has it, as _part and _taken see to
 
+    def operands(self, first: Params, *rest: Params) -> Iterator[list[Tensor]]:  # noqa: D102
+        return (given for _, given in operands(first, *rest))
+
     def share(self, a: Tensor, b: Tensor) -> Tensor:  # noqa: D102
-        return (a.to(accumulator(a.dtype)) * b).sum()
+        return product(a.to(accumulator(a.dtype)), b, square=a is b)
 
     def added(self, shares: Sequence[Tensor]) -> Tensor:  # noqa: D102
         plain = [share for share in shares if not hasattr(share, "full_tensor")]
@@ -126,13 +132,13 @@ class LiveLosses(InnerGradients):
         like = next(iter(self.live.values.values()))
         totals: list[tuple[Params, ...]] = []
         for node, *weights in zip(nodes, *rows, strict=True):
-            terms = term(torch.tensor(node, dtype=like.dtype, device=like.device))
+            terms = term(torch.full((), node, dtype=like.dtype, device=like.device))  # a copy would wait for a GPU
             totals = totals or [tuple({} for _ in terms) for _ in rows]
             for place, one in enumerate(terms):
-                for name in list(one):
-                    leaf = one.pop(name)
+                for names in list(groups(one)):
+                    part = tree.taken(one, names)
                     for weight, sums in zip(weights, totals, strict=True):
-                        _accumulate(sums[place], name, leaf, weight)
+                        _accumulate(sums[place], names, part, weight)
         return totals
 
     def steppable(self, start: Params) -> Bundles:  # noqa: D102
@@ -156,6 +162,7 @@ class LiveLosses(InnerGradients):
         """One ``.backward()`` a piece of a loss, so that its activations alone are alive; ``.grad`` adds them up."""
         self._load(phi)
         parameters = [parameter for key in wanted for parameter in self.live.held(key)]
+        alone = [self.live.held(key)[0] for key in wanted if self.live.bundles.alone(key)]
         self.live.watch(parameters)
         losses: dict[Role, Tensor] = {}
         sums: Params = {}
@@ -166,14 +173,14 @@ class LiveLosses(InnerGradients):
                     loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
                     require_graph(loss)
                     if losses:
-                        _part(parameters)
-                    (weight * share * loss).backward()  # type: ignore[no-untyped-call]
-                value = share * loss.detach()
+                        _part(alone)
+                    times(weight, times(share, loss)).backward()  # type: ignore[no-untyped-call]
+                value = times(share, loss.detach())
                 del loss  # and with it its graph, before the next one is built
                 losses[role] = losses[role] + value if role in losses else value
-                self._widen(wanted, sums)
+                self._add_up(wanted, sums)
         require_gradient(chain(sums.values(), (parameter.grad for parameter in parameters)))
-        _part([self.live.held(key)[0] for key in wanted if self.live.bundles.alone(key)])  # bundles are copies
+        _part(alone)  # bundles are copies
         self.tally.gradients += len(losses)
         first = step == minibatch == 0 and Role.SUPPORT in losses and not self.passed
         if first and (self._is_theta(phi) or self.live.untouched()):  # the latter compares all of them
@@ -250,12 +257,16 @@ class LiveLosses(InnerGradients):
 
         return self.norm.evaluate(role, function, self.losses[Role.SUPPORT], at)
 
-    def _widen(self, wanted: tuple[str, ...], sums: Params) -> None:
-        """Where gradients of less precision than float32 are to be added up, add them up in float32."""
+    def _add_up(self, wanted: tuple[str, ...], sums: Params) -> None:
+        """Add gradients up: those of bundles by one operation each, and those of less than float32 in float32.
+
+        Others are left in ``.grad``, to which the next ``.backward()`` adds: they are large.
+        """
         for key in wanted:
             parameters = self.live.held(key)
             kind = parameters[0].dtype  # of all of them, and of their gradients
-            if accumulator(kind) != kind and any(parameter.grad is not None for parameter in parameters):
+            left = accumulator(kind) == kind and self.live.bundles.alone(key)
+            if not left and any(parameter.grad is not None for parameter in parameters):
                 leaf = self._taken(key).to(accumulator(kind))
                 sums[key] = sums[key].add_(leaf) if key in sums else leaf
 
@@ -287,9 +298,9 @@ def _part(parameters: Sequence[nn.Parameter]) -> None:
         places.add(place)
 
 
-def _accumulate(sums: Params, name: str, leaf: Tensor, weight: float) -> None:
+def _accumulate(sums: Params, names: list[str], part: Tensor, weight: float) -> None:
     """Add to a sum in place."""
-    if name in sums:
-        sums[name].add_(leaf, alpha=weight)
+    if names[0] in sums:
+        gathered(sums, names).add_(part, alpha=weight)
     else:
-        sums[name] = weight * leaf.to(accumulator(leaf.dtype))
+        sums |= parted(names, weight * part.to(accumulator(part.dtype)))

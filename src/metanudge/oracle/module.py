@@ -91,8 +91,9 @@ class LiveModule:
         chosen = set(map(id, wanted))
         for parameter in self.parameters.values():
             parameter.grad = None
-            if not self.sharded:
-                parameter.requires_grad_(id(parameter) in chosen)
+            wants = id(parameter) in chosen
+            if not self.sharded and parameter.requires_grad is not wants:
+                parameter.requires_grad_(wants)
 
     def over_ranks(self, loss: Tensor) -> Tensor:
         """The loss of a task whose examples the ranks of FSDP2 have divided: the mean, as FSDP2 takes of gradients."""

@@ -22,10 +22,13 @@ class Written(NamedTuple):
     seen.
 
     Attributes:
-        held: Every container, and a shallow copy.
+        held: Every container.
+        before: What was in them: shallow copies, but for the empty ones. Most are, and so many objects made at once
+            would call the garbage collector.
     """
 
-    held: list[tuple[Any, Any]]
+    held: list[Any]
+    before: list[Any]
 
     @classmethod
     def over(cls, model: nn.Module) -> Written:
@@ -39,11 +42,11 @@ class Written(NamedTuple):
                 for name, value in attributes.items()
                 if type(value) in (list, dict, set) and name not in _OWN and len(value) <= LARGEST
             ]
-        return cls([(container, container.copy()) for container in held])
+        return cls(held, [container.copy() if container else () for container in held])
 
     def undo(self) -> None:
         """Put back what was replaced or taken away, and take away what is new. Cost: less than a forward pass."""
-        for now, before in self.held:
+        for now, before in zip(self.held, self.before, strict=True):
             if not (now or before) or _same(now, before):
                 continue
             now.clear()
