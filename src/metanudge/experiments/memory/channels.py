@@ -60,7 +60,7 @@ class ChannelsSettings:
 class OnGpu(ChannelsSettings):
     """Larger images."""
 
-    size: int = 84
+    size: int = 48
     measuring: Measuring = BRIEF
     device: Device = "cuda"
 
