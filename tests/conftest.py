@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 
@@ -13,3 +17,15 @@ torch.set_num_threads(1)
 def _seeded() -> None:
     """Every test starts from the same state of the generator, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def most(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets the steps up to which ``mn.check`` searches."""
+    return partial(monkeypatch.setattr, importlib.import_module("metanudge.diagnostics.check.search"), "MOST")
+
+
+@pytest.fixture
+def short_search(most: Callable[[int], None]) -> None:
+    """It tries no more than twice the learner's steps, for tests that do not look at what it recommends."""
+    most(1)

@@ -25,6 +25,7 @@ def learner_on(problem: str, steps: int, **settings: object) -> tuple[mn.MetaLea
     return mn.MetaLearner(made.make(), made.loss, **settings), made.tasks
 
 
+@pytest.mark.usefixtures("short_search")
 @pytest.mark.parametrize("problem", ["ridge", "logistic"])
 def test_its_errors_are_those_to_the_closed_form(problem: str) -> None:
     made = PROBLEMS[problem]()
@@ -43,6 +44,7 @@ def test_its_errors_are_those_to_the_closed_form(problem: str) -> None:
     assert not found.kinked
 
 
+@pytest.mark.usefixtures("short_search")
 def test_every_estimator_and_every_setting_has_its_row() -> None:
     learner, tasks = learner_on("logistic", 8)
     found = mn.check(learner, tasks, reference_steps=100)
@@ -57,6 +59,7 @@ def test_every_estimator_and_every_setting_has_its_row() -> None:
     assert found.figure().axes[0].get_xscale() == "log"
 
 
+@pytest.mark.usefixtures("short_search")
 @pytest.mark.parametrize("execution", ["vectorized", "in_place"])
 def test_nothing_of_the_users_changes(execution: str) -> None:
     learner, tasks = learner_on("mlp", 4, execution=execution)
@@ -77,6 +80,7 @@ def network(activation: torch.nn.Module) -> torch.nn.Module:
     )
 
 
+@pytest.mark.usefixtures("short_search")
 @pytest.mark.parametrize(
     ("activation", "kinked"),
     [
@@ -122,6 +126,7 @@ def test_a_starved_setting_is_bad_and_the_advice_mends_it() -> None:
     assert advised.relative_error < 0.1
 
 
+@pytest.mark.usefixtures("short_search")
 def test_what_can_not_be_differentiated_twice_has_a_stencil_for_reference() -> None:
     class Once(torch.autograd.Function):
         @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ def steep(size: int, low: float = 0, high: float = 7) -> Tensor:
     return torch.logspace(low, high, size, dtype=torch.float64).unsqueeze(0)
 
 
+@pytest.mark.usefixtures("short_search")
 @pytest.mark.parametrize("at_the_solution", [False, True])
 def test_an_ill_conditioned_problem_is_judged_by_its_closed_form(at_the_solution: bool) -> None:
     """Curvatures from 1 to 1e7: what 30 steps of conjugate gradients leave is the learner's error, not the truth."""
@@ -78,8 +80,11 @@ def test_a_reference_that_does_not_converge_gives_no_verdict(monkeypatch: pytest
     assert "the reference did not converge" in str(found)
 
 
-def test_without_a_verdict_it_tells_where_there_would_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_verdict_it_tells_where_there_would_be_one(
+    most: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Few steps of conjugate gradients do for curvatures up to 100 once prox is large; on kinks nothing is advised."""
+    most(32)
     monkeypatch.setattr(implicit, "LENGTHS", (12,))
     tasks = bowls(steep(40, high=2))
     learner = mn.MetaLearner(Diagonal(tasks.support.targets[0]), bowl, prox=0.1, solver=mn.Nesterov(16))
@@ -96,6 +101,7 @@ def test_without_a_verdict_it_tells_where_there_would_be_one(monkeypatch: pytest
     assert not [row for row in found.rows if row.group == "search"]
 
 
+@pytest.mark.usefixtures("short_search")
 def test_a_saddle_gives_no_verdict() -> None:
     """Curvature -2 with prox 1, begun where the gradient vanishes: every residual is zero, and there is no minimum."""
     tasks = bowls(torch.tensor([[-2.0, 1.0]]).double())
@@ -117,7 +123,7 @@ def test_shared_parameters_have_their_part_of_the_reference() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
     tasks = mn.tasks.sinusoid(2, dtype=torch.float64)
-    learner = mn.MetaLearner(model, mn.metrics.squared_error, solver=mn.Nesterov(80), adapt_only="2", prox=5.0)
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, solver=mn.Nesterov(24), adapt_only="2", prox=5.0)
     found = mn.check(learner, tasks, **FEW)
     assert found.rows[0].relative_error < 1e-5
 
@@ -135,6 +141,7 @@ class Once(torch.autograd.Function):
         return grad * (1 - x.tanh().square())
 
 
+@pytest.mark.usefixtures("short_search")
 @pytest.mark.parametrize(("steps", "trusted"), [(4, True), (1, False)])
 def test_a_stencil_is_tried_again_with_more_steps(steps: int, trusted: bool) -> None:
     made = PROBLEMS["ridge"]()
@@ -180,6 +187,7 @@ def test_a_task_without_an_exact_meta_gradient_is_left_out_everywhere() -> None:
         mn.check(mn.MetaLearner(model, bowl), tasks, **FEW)
 
 
+@pytest.mark.usefixtures("short_search")
 def test_a_learner_that_diverges_is_bad() -> None:
     tasks = bowls(torch.full((2, 3), 100.0).double())
     model = Diagonal(torch.ones(3, dtype=torch.float64))
@@ -216,16 +224,17 @@ def test_either_loss_may_refuse_float64(which: str) -> None:
     assert found.recommendation is None
 
 
-def test_it_says_what_it_tried() -> None:
+def test_it_says_what_it_tried(most: Callable[[int], None]) -> None:
     """Steps beyond those usually searched, on a problem that none of them does for."""
+    most(16)
     model = Diagonal(torch.ones(10, dtype=torch.float64))
-    learner = mn.MetaLearner(model, bowl, solver=mn.GradientDescent(130, lr=1e-9), prox=1e-2)
+    learner = mn.MetaLearner(model, bowl, solver=mn.GradientDescent(9, lr=1e-9), prox=1e-2)
     found = mn.check(learner, bowls(steep(10)), **FEW)
     assert found.recommendation is None
     judged = [row for row in found.rows if row.trusted]
-    assert {row.steps for row in judged if row.group == "search"} == {260}
-    assert max(row.steps for row in judged) == 520
-    assert f"None of {len(judged)} settings, up to steps=520 and prox=3," in found.verdict
+    assert {row.steps for row in judged if row.group == "search"} == {18}
+    assert max(row.steps for row in judged) == 36
+    assert f"None of {len(judged)} settings, up to steps=36 and prox=3," in found.verdict
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 100, 130, 300])
@@ -308,6 +317,7 @@ def test_a_solve_hardly_begun_and_an_error_of_another_size_is_bad_whatever_the_r
     assert row(8, error, trusted=False, uncertainty=float("inf"))._replace(residual=residual).good is good
 
 
+@pytest.mark.usefixtures("short_search")
 def test_a_reference_a_little_off_still_tells_a_bad_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Conjugate gradients cut short leave some percent; an estimate that is off by far more is bad all the same."""
     monkeypatch.setattr(implicit, "LENGTHS", (22,))
@@ -338,9 +348,10 @@ def test_steps_are_recommended_before_a_larger_prox() -> None:
     assert "judge it by validation" in found.verdict
 
 
-def test_where_no_steps_do_another_prox_is_recommended_with_a_warning() -> None:
-    """Curvatures up to 1e4 and prox 0.01: Nesterov's method needs thousands of steps."""
-    tasks = bowls(steep(20, low=-1, high=3))
+def test_where_no_steps_do_another_prox_is_recommended_with_a_warning(most: Callable[[int], None]) -> None:
+    """Curvatures up to 100 and prox 0.001: Nesterov's method needs hundreds of steps."""
+    most(64)
+    tasks = bowls(steep(20, low=-1, high=2))
     learner = mn.MetaLearner(Diagonal(torch.ones(20, dtype=torch.float64)), bowl, solver=mn.Nesterov(8), prox=1e-3)
     found = mn.check(learner, tasks, compare=[], reference_steps=30)
     assert found.recommendation.prox > 1e-3
@@ -374,6 +385,7 @@ class StopError(Exception):
     """Of a loss that has had enough."""
 
 
+@pytest.mark.usefixtures("short_search")
 @pytest.mark.parametrize("execution", ["vectorized", "in_place"])
 @pytest.mark.parametrize("calls", [3, 40, 700, None])
 def test_nothing_of_the_users_changes_whatever_happens(execution: str, calls: int | None) -> None:

@@ -63,6 +63,7 @@ class Plain:
         return self.tasks[index]
 
 
+@pytest.mark.usefixtures("short_search")
 def test_a_dataset_of_tasks_is_the_list_of_its_tasks():
     learner, endless = classifier(), mn.tasks.few_shot(DATA, **SQUARE)
     listed = endless.take(5)

@@ -286,7 +286,7 @@ def test_it_is_written_down_and_trainings_are_told_apart_by_it(tmp_path: Path) -
 def test_check_compares_with_the_exact_gradient_of_the_same_objective() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
-    learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=4.0, solver=mn.Nesterov(40), sharpness_radius=RADIUS)
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=4.0, solver=mn.Nesterov(20), sharpness_radius=RADIUS)
     found = mn.check(learner, mn.tasks.sinusoid(1), reference_steps=60, compare=["reptile"])
     assert found.rows[0].relative_error < 0.02
     notes = {row.label: row.note for row in found.rows}
