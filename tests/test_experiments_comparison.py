@@ -218,6 +218,9 @@ def test_costs_see_what_backpropagation_through_the_solve_keeps():
 
 def test_a_tiny_comparison_ends_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(ComparisonSettings, "quick", classmethod(lambda cls: TINY))
+    whole = BENCHMARKS["sinusoid_tanh"]()
+    ends = whole._replace(inners=(whole.inners[0], whole.inners[-1]))  # without a proximal term, and with one
+    monkeypatch.setitem(BENCHMARKS, "sinusoid_tanh", lambda: ends)
     reproduce(EXPERIMENT, tmp_path, True, 0, ("results",), Console(quiet=True))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     for name in mn.ESTIMATORS:
