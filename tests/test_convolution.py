@@ -158,14 +158,17 @@ def meta_gradient(model: nn.Module, compile: bool) -> Tensor:
     return flat_gradient(model)
 
 
+def kernel_1() -> nn.Module:
+    return nn.Conv1d(4, 4, 1)
+
+
+# each layer follows a convolution, two or three of them in one network: compiling takes the longest
 LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "tanh": nn.Tanh,
-    "kernel_1": lambda: nn.Conv1d(4, 4, 1),
-    "dilation": lambda: nn.Conv1d(4, 4, 3, dilation=2, padding=2),
-    "relu_in_place": lambda: nn.ReLU(inplace=True),
-    "group_norm": lambda: nn.GroupNorm(2, 4),
-    "writes_to_a_view": lambda: Written(lambda inputs: inputs.view(inputs.size(0), -1)),
-    "writes_to_flattened": lambda: Written(lambda inputs: inputs.flatten(1)),
+    "kernel_1_dilation_tanh": lambda: nn.Sequential(kernel_1(), nn.Conv1d(4, 4, 3, dilation=2, padding=2), nn.Tanh()),
+    "relu_in_place_group_norm": lambda: nn.Sequential(nn.ReLU(inplace=True), kernel_1(), nn.GroupNorm(2, 4)),
+    "writes_to_a_view_and_to_flattened": lambda: nn.Sequential(
+        Written(lambda inputs: inputs.view(inputs.size(0), -1)), kernel_1(), Written(lambda inputs: inputs.flatten(1))
+    ),
 }
 
 
