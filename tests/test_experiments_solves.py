@@ -203,7 +203,7 @@ def test_a_missing_package_is_told_with_its_cure(monkeypatch):
 def test_convergence_study():
     pytest.importorskip("mnist1d")
     shares: list[float] = []
-    settings = study.ConvergenceSettings.quick()
+    settings = replace(study.ConvergenceSettings.quick(), tasks=6, convolutional_tasks=1, marks=(7, 16, 32, 48))
     found = study.convergence(settings, shares.append)
     assert set(found.metrics) == set(PROBLEMS)
     for name, solvers in found.metrics.items():

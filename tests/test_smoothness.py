@@ -35,8 +35,8 @@ def test_quadratic_losses_have_constant_smoothness() -> None:
     tasks = mn.Tasks(mn.Batch(h, torch.zeros(1, 2).double()), mn.Batch(q, torch.ones(1, 2).double()))
     model = Diagonal([30.0, 5.0])
     learner = mn.MetaLearner(model, bowl, prox=1.0, solver=mn.Nesterov(60))
-    found = mn.smoothness(learner, tasks, torch.optim.SGD(model.parameters(), lr=0.05), steps=20)
-    assert found.smoothness.tolist() == pytest.approx([1.0] * 20, rel=1e-5)
+    found = mn.smoothness(learner, tasks, torch.optim.SGD(model.parameters(), lr=0.05), steps=8)
+    assert found.smoothness.tolist() == pytest.approx([1.0] * 8, rel=1e-5)
     assert pytest.approx(1.0, rel=1e-5) == found.L0
     assert pytest.approx(0.0, abs=1e-6) == found.L1
     assert not found.grows
@@ -52,7 +52,7 @@ def test_it_is_bounded_by_the_exact_hessian_and_near_it_along_the_dominant_direc
     learner = mn.MetaLearner(model, logistic_loss, prox=0.3, solver=mn.Nesterov(120))
     start = model.weight.detach().clone()
     optimizer = mn.optim.NormalizedSGD(model.parameters(), lr=0.3, momentum=0.0)
-    found = mn.smoothness(learner, tasks, optimizer, steps=12)
+    found = mn.smoothness(learner, tasks, optimizer, steps=6)
     exact = ExactMetaObjective(model, logistic_loss, tasks, 0.3)
     theta = start.reshape(-1)
     for norm, slope in zip(found.gradient_norms, found.smoothness, strict=True):
