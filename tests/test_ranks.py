@@ -438,17 +438,16 @@ tasks = 5
 """
 
 
-def test_the_command_under_torchrun(tmp_path: Path) -> None:
+def test_the_command_under_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "small.toml"
     config.write_text(f'dtype = "float64"\n{SETTINGS}')
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    said = []
-    for name, start in (("one", []), ("two", torchrun)):
-        given = ["-m", "metanudge", "train", str(config), "--out", str(tmp_path / name), "--quiet"]
-        command = [sys.executable, *start, *given]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
+    given = {name: ["train", str(config), "--out", str(tmp_path / name), "--quiet"] for name in ("one", "two")}
+    assert main(given["one"]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "metanudge", *given["two"]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    said = [capsys.readouterr().out, done.stdout]
     assert said[0].count("seed 0: 4 steps") == said[1].count("seed 0: 4 steps") == 1  # one of the two speaks
     for seed in (0, 1):
         one, two = (load_state(tmp_path / name / f"seed-{seed}" / "last.pt")["model"] for name in ("one", "two"))
