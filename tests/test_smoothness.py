@@ -220,6 +220,7 @@ def test_a_warm_start_is_left_out_and_not_touched(execution: str) -> None:
     warm.backward(made.tasks, indices=[2, 0, 1])  # it still is what it was
 
 
+@pytest.mark.usefixtures("short_search")
 @pytest.mark.parametrize("diagnosis", [mn.smoothness, mn.check])
 def test_the_learner_still_tells_what_it_tells_once(diagnosis: object) -> None:
     """Steeply curved tasks and one step: the solves are far from done."""

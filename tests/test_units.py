@@ -193,7 +193,7 @@ def test_the_coarsest_leaf_sets_the_displacement(execution: str) -> None:
     """A displacement for float64 is round-off among float32 leaves."""
     model, exact = Mixed(), Mixed().double()
     for one in (model, exact):
-        learner = mn.MetaLearner(one, logistic_loss, prox=0.5, solver=mn.Nesterov(200), execution=execution)
+        learner = mn.MetaLearner(one, logistic_loss, prox=0.5, solver=mn.Nesterov(60), execution=execution)
         step = learner.backward(TASKS)
     torch.testing.assert_close(model.weight.grad.double(), exact.weight.grad, rtol=1e-3, atol=1e-5)
     assert step.dropped_tasks == 0
