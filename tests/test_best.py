@@ -206,6 +206,21 @@ def test_where_the_best_is_gone_the_next_validation_is_the_first(lost: str, tmp_
     assert '"step": 6' in record.read_text()
 
 
+def test_a_stop_between_the_best_and_the_checkpoint_loses_nothing(tmp_path: Path) -> None:
+    """What is better is written first, and the steps up to it are taken again."""
+    whole, _, _ = fit(6, better="smaller")
+    fit(4, tmp_path, better="smaller")
+    checkpoint = (tmp_path / "last.pt").read_bytes()
+    fit(6, tmp_path, better="smaller")
+    best = (tmp_path / "best" / "model.safetensors").read_bytes()
+    (tmp_path / "last.pt").write_bytes(checkpoint)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, _, _ = fit(6, tmp_path, better="smaller")
+    assert (found.best, found.best_step) == (whole.best, whole.best_step) == (found.validation.mean, 6)
+    assert (tmp_path / "best" / "model.safetensors").read_bytes() == best
+
+
 def test_a_checkpoint_of_an_older_version_is_gone_on_with_and_had_no_sharpness_radius(tmp_path: Path) -> None:
     fit(4, tmp_path, restore_best=True)
     state = load_state(tmp_path / "last.pt")

@@ -192,11 +192,15 @@ class Mixed(nn.Module):
 def test_the_coarsest_leaf_sets_the_displacement(execution: str) -> None:
     """A displacement for float64 is round-off among float32 leaves."""
     model, exact = Mixed(), Mixed().double()
-    for one in (model, exact):
+    nudges = []
+    for one in (model, Mixed().float(), exact):
         learner = mn.MetaLearner(one, logistic_loss, prox=0.5, solver=mn.Nesterov(60), execution=execution)
         step = learner.backward(TASKS)
+        assert step.dropped_tasks == 0
+        nudges.append(step.nu)
     torch.testing.assert_close(model.weight.grad.double(), exact.weight.grad, rtol=1e-3, atol=1e-5)
-    assert step.dropped_tasks == 0
+    assert nudges[0] == pytest.approx(nudges[1], rel=1e-3)
+    assert nudges[2] < nudges[0] / 100
 
 
 @pytest.mark.parametrize("factor", FACTORS)

@@ -43,16 +43,18 @@ class Best:
     def go_on(self) -> None:
         """Where the folder does not hold the best that the checkpoint tells of, the next validation is the first.
 
-        Someone has removed it; or a stop came between the two, and the steps after it were not the same to the bit.
+        Someone has removed it, which is told. Or a stop came between the two: it holds what was better at a step that
+        is taken again.
         """
         run = self.run
-        if self.folder is None or run.best_step == 0 or self._step_on_disk() == run.best_step:
+        if self.folder is None or run.best_step == 0 or (held := self._step_on_disk()) == run.best_step:
             return
-        warn(
-            f"{self.folder / BEST} does not hold the weights of step {run.best_step}, which the checkpoint beside it "
-            "tells of as the best so far: they are lost, and the next validation counts as the first",
-            UserWarning,
-        )
+        if held is None or held <= len(run.history):
+            warn(
+                f"{self.folder / BEST} does not hold the weights of step {run.best_step}, which the checkpoint beside "
+                "it tells of as the best so far: they are lost, and the next validation counts as the first",
+                UserWarning,
+            )
         run.best, run.best_step, run.kept = math.nan, 0, ""
 
     def look(self, found: Evaluation, number: int) -> None:

@@ -33,12 +33,15 @@ class Bundles(Mapping[str, Tensor]):
     Attributes:
         named: As given.
         parameters: The same without names.
+        light: Whether bundles hold a quarter of all numbers at most, so that there is room for every one twice.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter], names: Mapping[str, Sequence[str]]) -> None:
         self.named, self._names = named, names
         self.parameters = list(named.values())
         self._held = {key: [named[name] for name in some] for key, some in names.items()}
+        bundled = sum(leaf.numel() for some in self._held.values() if len(some) > 1 for leaf in some)
+        self.light = 4 * bundled <= sum(leaf.numel() for leaf in self.parameters)
 
     @classmethod
     def of(cls, named: Mapping[str, nn.Parameter]) -> Bundles:

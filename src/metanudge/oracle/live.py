@@ -173,7 +173,7 @@ class LiveLosses(InnerGradients):
                     loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
                     require_graph(loss)
                     if losses:
-                        _part(alone)
+                        _part(parameters)
                     times(weight, times(share, loss)).backward()  # type: ignore[no-untyped-call]
                 value = times(share, loss.detach())
                 del loss  # and with it its graph, before the next one is built
@@ -258,14 +258,15 @@ class LiveLosses(InnerGradients):
         return self.norm.evaluate(role, function, self.losses[Role.SUPPORT], at)
 
     def _add_up(self, wanted: tuple[str, ...], sums: Params) -> None:
-        """Add gradients up: those of bundles by one operation each, and those of less than float32 in float32.
+        """Add gradients up: those of light bundles by one operation each, and those of less than float32 in float32.
 
-        Others are left in ``.grad``, to which the next ``.backward()`` adds: they are large.
+        Others are left in ``.grad``, to which the next ``.backward()`` adds: it takes no room.
         """
+        lights = self.live.bundles.light
         for key in wanted:
             parameters = self.live.held(key)
             kind = parameters[0].dtype  # of all of them, and of their gradients
-            left = accumulator(kind) == kind and self.live.bundles.alone(key)
+            left = accumulator(kind) == kind and (self.live.bundles.alone(key) or not lights)
             if not left and any(parameter.grad is not None for parameter in parameters):
                 leaf = self._taken(key).to(accumulator(kind))
                 sums[key] = sums[key].add_(leaf) if key in sums else leaf
