@@ -81,6 +81,7 @@ def test_what_drops_at_random() -> None:
     assert advice.noise(torch.nn.Dropout(0.1), True) == "minibatches and dropout in train mode"
 
 
+@pytest.mark.usefixtures("short_search")
 def test_check_says_that_a_random_loss_can_not_be_compared() -> None:
     torch.manual_seed(0)
     x, heard = torch.randn(1, 8, 3), []
