@@ -165,3 +165,33 @@ def test_operations_a_gradient(estimator: object, opened: None) -> None:
 def test_copies_are_those_of_the_page_and_the_parts_of_a_formula(estimator: object, said: int, opened: None) -> None:
     sgd = mn.TorchOptimizer(lambda p: torch.optim.SGD(p, lr=0.01), 3)
     assert copies(estimator, sgd, tasks=2) <= said + 3 / PARTS + 0.1
+
+
+# A kernel that is not launched.
+
+
+class Reused(torch.autograd.Function):
+    """The same number, always in the same memory, as of a captured graph."""
+
+    memory = torch.zeros((), dtype=torch.float64)
+
+    @staticmethod
+    def forward(ctx, loss):
+        Reused.memory.copy_(loss.detach())
+        return Reused.memory.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+@pytest.mark.parametrize("estimator", [mn.FOBMAML(), LEAN, mn.FOMAML()])
+def test_a_loss_may_use_its_memory_again(estimator: object) -> None:
+    made = PROBLEMS["mlp"]()
+    found = []
+    for loss in (made.loss, lambda model, batch: Reused.apply(made.loss(model, batch))):
+        torch.manual_seed(0)
+        learner = mn.MetaLearner(made.make(), loss, prox=made.prox, estimator=estimator, execution="in_place")
+        step = learner.backward(made.tasks)
+        found.append((step.query_loss, step.support_loss, step.gradient_norm, step.residual))
+    assert found[0] == pytest.approx(found[1], rel=1e-12)

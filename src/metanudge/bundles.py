@@ -120,7 +120,7 @@ class Bundles(Mapping[str, Tensor]):
         found = {key: self[key] for key in self}
         kinds = {key: to(leaf.dtype) for key, leaf in found.items()}
         own = {key: torch.empty_like(leaf, dtype=kinds[key]) for key, leaf in found.items() if self.alone(key)}
-        copy([(leaf, found[key]) for key, leaf in own.items()])
+        copy_into([(leaf, found[key]) for key, leaf in own.items()])
         return {key: own[key] if key in own else leaf.to(kinds[key]) for key, leaf in found.items()}
 
     def load(self, leaves: Mapping[str, Tensor]) -> None:
@@ -128,7 +128,7 @@ class Bundles(Mapping[str, Tensor]):
         pairs = [
             pair for key, leaf in leaves.items() for pair in zip(self._held[key], self.parts(key, leaf), strict=True)
         ]
-        copy(pairs)
+        copy_into(pairs)
 
     def give(self, gradient: dict[str, Tensor]) -> None:
         """Put ``gradient`` into ``.grad``; it is emptied."""
@@ -138,7 +138,7 @@ class Bundles(Mapping[str, Tensor]):
                 parameter.grad = part
 
 
-def copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+def copy_into(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Write the second of every pair into the first, by one call where they are plain."""
     plain = [pair for pair in pairs if _plain(pair[0])]
     with torch.no_grad():

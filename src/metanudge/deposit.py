@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metanudge import advice
 from metanudge.accumulation import FiniteMean, Numbers
-from metanudge.bundles import copy
+from metanudge.bundles import copy_into
 from metanudge.checks import not_finite
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, UnsolvedWarning
 from metanudge.estimators import Estimator
@@ -229,5 +229,5 @@ def add_to_grad(model: nn.Module, mean: FiniteMean, named: Named) -> float:
                     parameter.grad = part.to(parameter.dtype) + parameter.grad
                 else:
                     parameter.grad.add_(part)
-            copy(new)
+            copy_into(new)
     return float(torch.stack(squares).sum().sqrt())

@@ -95,7 +95,7 @@ class Energy:
         return tree.compute(self._spring, phi, self.theta)
 
     def spend_push(self, phi: Params) -> Params:
-        """-λ (φ - θ), leaf by leaf in the place of φ, which is emptied: of a large model there is no room for both."""
+        """-λ (φ - θ), part by part in the place of φ, which is emptied: of a large model there is no room for both."""
         return tree.spend(lambda p, t: self._spring(t, p), phi, self.theta)
 
     def _spring(self, end: Tensor, centre: Tensor) -> Tensor:

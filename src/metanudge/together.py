@@ -17,7 +17,7 @@ from metanudge.types import Params
 TOGETHER = {"cuda"}
 """Kinds of devices on which leaves come together; on others, where a kernel is launched in no time, one by one."""
 PARTS = 4
-"""What comes together is about one part of so many: a formula may have two of that size alive beside its result."""
+"""What comes together is about one part of so many: a formula may have three of that size alive."""
 
 
 class Together:
@@ -37,8 +37,9 @@ class Together:
 
     @property
     def ndim(self) -> int:
-        """Of every leaf."""
-        return self.leaves[0].ndim
+        """Of every leaf: only stacks, which all have the same axes, are asked for it."""
+        (found,) = {leaf.ndim for leaf in self.leaves}
+        return found
 
     def to(self, dtype: torch.dtype) -> Together:
         """In another precision."""
@@ -69,7 +70,7 @@ class Together:
 
     def addcmul(self, factor: Tensor, other: Together) -> Together:
         """``self + factor * other``."""
-        return self + other * factor
+        return self + other.to(torch.promote_types(self.dtype, other.dtype)) * factor
 
     def add_(self, other: Together, *, alpha: float = 1) -> Together:
         """The same in place of the leaves."""
@@ -108,7 +109,11 @@ class Together:
 
 
 def operands(first: Mapping[str, Tensor], *rest: Mapping[str, Tensor]) -> Iterator[tuple[list[str], list[Tensor]]]:
-    """What a formula is given, part by part: the names of the leaves that it is of, and of every tree the operand."""
+    """What a formula is given, part by part: the names of the leaves that it is of, and of every tree the operand.
+
+    Which leaves come together is decided by those of ``first``; not within ``torch.func`` transforms, which foreach
+    kernels do not know.
+    """
     squared = bool(rest) and all(tree is first for tree in rest)  # nothing of its size is made for a norm
     for names in groups(first, 1 if squared else PARTS):
         one = gathered(first, names)

@@ -183,7 +183,7 @@ def judge(problem: InnerProblem, phi: Params, schedule: Schedule, step: int, kee
         point = tree.spend(lambda uphill: tree.over(length, uphill) * uphill, point)
         if keeps_aside:
             aside = dict(point)
-        point = tree.spend(lambda aside, solution: aside + solution, point, phi)
+        point = tree.spend(lambda way, solution: way + solution, point, phi)
         query_gradient = losses.value_and_all_gradients(Role.QUERY, point, step)[1]
         del point
     return FreeSolve(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -67,6 +67,9 @@ class TwoGradientLosses(InnerGradients):
             self.energy, self.displacement, step, names, *phi.values(), *self.shared.values()
         )
         return dict(zip(names, gradient, strict=True))
+
+    def operands(self, first: Params, *rest: Params) -> Iterator[list[Tensor]]:  # noqa: D102
+        return self.energy.losses.operands(first, *rest)
 
     def share(self, a: Tensor, b: Tensor) -> Tensor:  # noqa: D102
         return self.energy.losses.share(a, b)

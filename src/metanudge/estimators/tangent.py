@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,6 +31,9 @@ class Linearized(InnerGradients):
         """Hz + ∇f."""
         image = self.product(dict(phi))
         return {name: image[name] + self.slope[name] for name in phi}
+
+    def operands(self, first: Params, *rest: Params) -> Iterator[list[Tensor]]:  # noqa: D102
+        return self.losses.operands(first, *rest)
 
     def share(self, a: Tensor, b: Tensor) -> Tensor:  # noqa: D102
         return self.losses.share(a, b)

@@ -175,7 +175,7 @@ class LiveLosses(InnerGradients):
                     if losses:
                         _part(parameters)
                     times(weight, times(share, loss)).backward()  # type: ignore[no-untyped-call]
-                value = times(share, loss.detach())
+                value = share * loss.detach()  # a copy: the next evaluation may use the loss's memory again
                 del loss  # and with it its graph, before the next one is built
                 losses[role] = losses[role] + value if role in losses else value
                 self._add_up(wanted, sums)
