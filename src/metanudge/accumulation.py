@@ -11,7 +11,6 @@ from torch import Tensor
 
 from metanudge import tree
 from metanudge.energy import InnerProblem
-from metanudge.oracle.common import accumulator
 from metanudge.ranks import Ranks
 from metanudge.together import gathered, groups, parted
 from metanudge.types import Estimate, Evaluation, Named, Params
@@ -57,11 +56,7 @@ class FiniteMean:
         kept = tree.tree_map(lambda leaf: leaf.where(tree.over(valid, leaf), 0.0), estimate.gradient)
         found = summed(kept)
         for names in groups(found):
-            part = gathered(found, names)
-            if names[0] in self._gradient:
-                gathered(self._gradient, names).add_(part)
-            else:
-                self._gradient |= parted(names, part.to(accumulator(part.dtype)))
+            tree.accumulate(self._gradient, names, gathered(found, names))
         amplified = (estimate.size > (1 + 1e-6) * estimate.slope + estimate.noise).to(estimate.size.dtype)
         numbers = torch.stack(
             [

@@ -140,12 +140,12 @@ class Bundles(Mapping[str, Tensor]):
 
 def copy_into(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Write the second of every pair into the first, by one call where they are plain."""
-    plain = [pair for pair in pairs if _plain(pair[0])]
+    at_once = [pair for pair in pairs if plain(pair[0])]
     with torch.no_grad():
-        if plain:
-            torch._foreach_copy_([to for to, _ in plain], [what for _, what in plain])
+        if at_once:
+            torch._foreach_copy_([to for to, _ in at_once], [what for _, what in at_once])
         for to, what in pairs:
-            if not _plain(to):  # as a sharded one
+            if not plain(to):  # as a sharded one
                 to.copy_(what)
 
 
@@ -163,9 +163,9 @@ def _views(leaf: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _small(parameter: Tensor) -> bool:
     most = SMALL.get(parameter.device.type, 0)
-    return _plain(parameter) and parameter.is_contiguous() and 0 < parameter.numel() <= most
+    return plain(parameter) and parameter.is_contiguous() and 0 < parameter.numel() <= most
 
 
-def _plain(parameter: Tensor) -> bool:
-    """Neither sharded nor of another kind of its own."""
+def plain(parameter: Tensor) -> bool:
+    """Neither sharded nor sparse, nor of another kind of its own."""
     return type(parameter) in (Tensor, nn.Parameter) and parameter.layout is torch.strided

@@ -11,9 +11,10 @@ from metanudge.errors import SettingsError
 from metanudge.estimators import Estimator
 from metanudge.execution import Execution, InPlace, Vectorized
 from metanudge.oracle import BatchNorm, Programs
-from metanudge.oracle.common import accumulator, is_sharded
+from metanudge.oracle.common import is_sharded
 from metanudge.selection import Selection
 from metanudge.solvers.loop import Solver
+from metanudge.tree import accumulator
 from metanudge.types import LossFunction, Need, Role
 from metanudge.warned import warn
 

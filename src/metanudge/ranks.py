@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from metanudge.errors import MetanudgeError, SettingsError
-from metanudge.oracle.common import accumulator, is_sharded
+from metanudge.oracle.common import is_sharded
+from metanudge.tree import accumulator
 from metanudge.warned import warn
 
 SAME = 1e-9

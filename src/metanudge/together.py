@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from metanudge.bundles import plain
 from metanudge.types import Params
 
 TOGETHER = {"cuda"}
@@ -170,5 +171,5 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def _plain(leaf: Tensor) -> bool:
-    """Neither sharded nor sparse nor part of a graph."""
-    return type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided and not leaf.requires_grad
+    """And not part of a graph."""
+    return plain(leaf) and not leaf.requires_grad

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
+import torch
 from torch import Tensor, finfo, ones_like, where, zeros_like
 
 from metanudge.together import gathered, groups, operands, parted
@@ -53,6 +55,21 @@ def taken(leaves: Params, names: list[str]) -> Tensor:
     for name in names:
         del leaves[name]
     return found
+
+
+@cache
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums over tensors of ``dtype`` are kept in: float32 for those of less precision."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def accumulate(sums: Params, names: list[str], part: Tensor, weight: float | None = None) -> None:
+    """Add the operand of ``names`` to sums in place; without a ``weight`` a sum begins in the operand's own memory."""
+    if names[0] in sums:
+        gathered(sums, names).add_(part, alpha=1.0 if weight is None else weight)
+        return
+    wide = part.to(accumulator(part.dtype))
+    sums |= parted(names, wide if weight is None else weight * wide)
 
 
 def add(a: Params, b: Params) -> Params:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metanudge.oracle.common import accumulator, whole
+from metanudge.oracle.common import whole
+from metanudge.tree import accumulator
 
 
 class Length(NamedTuple):

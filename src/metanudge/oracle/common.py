@@ -7,7 +7,6 @@ import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -81,12 +80,6 @@ def same_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@cache
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What sums over tensors of ``dtype`` are kept in: float32 for those of less precision."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def round_off(parameters: Collection[Tensor]) -> float:

@@ -21,7 +21,6 @@ from metanudge.oracle.batch_norm import BatchNorm
 from metanudge.oracle.common import (
     RandomState,
     Tally,
-    accumulator,
     require_gradient,
     require_graph,
     scalar_loss,
@@ -31,7 +30,8 @@ from metanudge.oracle.common import (
 )
 from metanudge.oracle.mismatch import told_of_misfits
 from metanudge.oracle.module import LiveModule
-from metanudge.together import gathered, groups, operands, parted, product
+from metanudge.together import groups, operands, product
+from metanudge.tree import accumulator
 from metanudge.types import Batch, LossFunction, Params, Role, Tasks, Weights
 
 LOOKS = 3
@@ -138,7 +138,7 @@ class LiveLosses(InnerGradients):
                 for names in list(groups(one)):
                     part = tree.taken(one, names)
                     for weight, sums in zip(weights, totals, strict=True):
-                        _accumulate(sums[place], names, part, weight)
+                        tree.accumulate(sums[place], names, part, weight)
         return totals
 
     def steppable(self, start: Params) -> Bundles:  # noqa: D102
@@ -297,11 +297,3 @@ def _part(parameters: Sequence[nn.Parameter]) -> None:
         if place in places:
             parameter.grad = gradient.clone()
         places.add(place)
-
-
-def _accumulate(sums: Params, names: list[str], part: Tensor, weight: float) -> None:
-    """Add to a sum in place."""
-    if names[0] in sums:
-        gathered(sums, names).add_(part, alpha=weight)
-    else:
-        sums |= parted(names, weight * part.to(accumulator(part.dtype)))
