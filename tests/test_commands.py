@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 import metanudge as mn
-from metanudge import runs
+from metanudge import cli, runs
 from metanudge.accumulation import summarize
 from metanudge.checkpoint import LAST
 from metanudge.cli import main
@@ -202,6 +203,15 @@ def test_it_is_fit(tmp_path: Path) -> None:
     )
     found = load_state(tmp_path / "out" / "seed-1" / LAST)["model"]
     assert same(found, dict(model.state_dict()))
+
+
+def test_warnings_of_the_program_itself_come_without_a_line_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "program.py", raising=False)
+    as_ever = warnings.formatwarning
+    with cli._short_warnings():
+        assert warnings.formatwarning("mend it", UserWarning, "program.py", 3) == "metanudge: UserWarning: mend it\n"
+        assert warnings.formatwarning("mend it", UserWarning, "mine.py", 3) == "mine.py:3: UserWarning: mend it\n"
+    assert warnings.formatwarning is as_ever
 
 
 def test_a_command_that_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:

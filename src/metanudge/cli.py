@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
@@ -212,7 +215,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     console = Console()
     try:
-        return command.run(console)
+        with _short_warnings():
+            return command.run(console)
     except KeyboardInterrupt:
         _failed("stopped")
         return 130
@@ -221,6 +225,25 @@ def main(arguments: list[str] | None = None) -> int:
         if message is None:  # a mistake of ours, of which the whole traceback is wanted
             raise
         return _failed(message)
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """A block in which warnings that are located in the command's own program are told without that line."""
+    as_ever, program = warnings.formatwarning, getattr(sys.modules["__main__"], "__file__", None)
+
+    def short(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if filename != program:  # as that of a user's function, which metanudge check has loaded
+            return as_ever(message, category, filename, lineno, line)
+        return f"metanudge: {category.__name__}: {message}\n"
+
+    warnings.formatwarning = short
+    try:
+        yield
+    finally:
+        warnings.formatwarning = as_ever
 
 
 def _failed(message: str) -> int:
