@@ -55,6 +55,8 @@ class LiveLosses(InnerGradients):
         looks: How many more looks at a loss to take, to see whether it is a mean over the examples.
         passed: f̂(θ), once it was seen, by a gradient there as a rule, so that no forward pass more is spent on it.
         held: Where a solve begins, which the module is known to hold until something is evaluated.
+        apart: Leaves whose gradients are not added up in ``.grad``: of light bundles, by one operation each, and those
+            of less than float32, in float32. (Adding up in ``.grad`` takes no room.)
     """
 
     live: LiveModule
@@ -70,10 +72,15 @@ class LiveLosses(InnerGradients):
     shared: Params = field(init=False)
     passed: list[Tensor] = field(init=False, default_factory=list)
     held: list[Params] = field(init=False, default_factory=list)
+    apart: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
         shared = {name: self.live.parameters[name].detach() for name in self.shared_names}
         object.__setattr__(self, "shared", shared)
+        bundles = self.live.bundles
+        narrow = {key for key in (*bundles, *shared) if accumulator(kind := self.live.held(key)[0].dtype) != kind}
+        light = {key for key in bundles if bundles.light and not bundles.alone(key)}
+        object.__setattr__(self, "apart", narrow | light)
 
     @property
     def sampled(self) -> bool:  # noqa: D102
@@ -258,17 +265,11 @@ class LiveLosses(InnerGradients):
         return self.norm.evaluate(role, function, self.losses[Role.SUPPORT], at)
 
     def _add_up(self, wanted: tuple[str, ...], sums: Params) -> None:
-        """Add gradients up: those of light bundles by one operation each, and those of less than float32 in float32.
-
-        Others are left in ``.grad``, to which the next ``.backward()`` adds: it takes no room.
-        """
-        lights = self.live.bundles.light
+        """Add up the gradients of leaves ``apart``; to those left in ``.grad`` the next ``.backward()`` adds."""
         for key in wanted:
-            parameters = self.live.held(key)
-            kind = parameters[0].dtype  # of all of them, and of their gradients
-            left = accumulator(kind) == kind and (self.live.bundles.alone(key) or not lights)
-            if not left and any(parameter.grad is not None for parameter in parameters):
-                leaf = self._taken(key).to(accumulator(kind))
+            if key in self.apart and any(parameter.grad is not None for parameter in self.live.held(key)):
+                leaf = self._taken(key)
+                leaf = leaf.to(accumulator(leaf.dtype))
                 sums[key] = sums[key].add_(leaf) if key in sums else leaf
 
     def _taken(self, key: str) -> Tensor:
