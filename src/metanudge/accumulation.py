@@ -51,10 +51,9 @@ class FiniteMean:
         Returns which of them were kept, ``[T]``.
         """
         square = problem.losses.inner(estimate.gradient, estimate.gradient)
-        valid = square.isfinite() & estimate.query_loss.isfinite() & estimate.support_loss.isfinite()
-        valid = valid & ~estimate.diverged
-        kept = tree.tree_map(lambda leaf: leaf.where(tree.over(valid, leaf), 0.0), estimate.gradient)
-        found = summed(kept)
+        finite = square.isfinite() & estimate.query_loss.isfinite() & estimate.support_loss.isfinite()
+        lost = estimate.diverged | ~finite
+        found = summed(tree.tree_map(lambda leaf: leaf.masked_fill(tree.over(lost, leaf), 0.0), estimate.gradient))
         for names in groups(found):
             tree.accumulate(self._gradient, names, gathered(found, names))
         amplified = (estimate.size > (1 + 1e-6) * estimate.slope + estimate.noise).to(estimate.size.dtype)
@@ -69,11 +68,11 @@ class FiniteMean:
                 amplified,
             ]
         )
-        numbers, mask = numbers.reshape(len(numbers), -1).double(), valid.reshape(-1)
-        self.total += mask.numel()
-        self._kept = self._kept.to(mask.device) + mask.sum()
-        self._numbers = self._numbers.to(numbers) + numbers.where(mask, 0.0).sum(1)
-        return mask
+        numbers, kept = numbers.reshape(len(numbers), -1).double(), ~lost.reshape(-1)
+        self.total += kept.numel()
+        self._kept = self._kept.to(kept.device) + kept.sum()
+        self._numbers = self._numbers.to(numbers) + numbers.where(kept, 0.0).sum(1)
+        return kept
 
     def over(self, ranks: Ranks, total: int, named: Named) -> None:
         """Take in the sums of the other ranks, which have seen ``total`` tasks with this one; ``named`` cuts leaves."""
@@ -87,8 +86,8 @@ class FiniteMean:
     def spend(self) -> Iterator[Params]:
         """The mean meta-gradient, part by part; each is let go when it has been used."""
         kept = self.kept
-        for names in list(groups(self._gradient)):
-            yield parted(names, tree.taken(self._gradient, names).div_(kept))
+        for names, part in tree.emptied(self._gradient):
+            yield parted(names, part.div_(kept))
 
     def numbers(self) -> Numbers:
         """Means over the kept tasks; of the error bound the ratio of two, ||error|| to ||g||."""

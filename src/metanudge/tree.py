@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 
 import torch
@@ -44,17 +44,15 @@ def compute(formula: Callable[..., Tensor], first: Mapping[str, Tensor], *rest: 
 def spend(formula: Callable[..., Tensor], first: Params, *rest: Mapping[str, Tensor]) -> Params:
     """``compute`` that empties ``first``: leaves are let go when they have been used, so that both never exist."""
     found: Params = {}
-    for names in list(groups(first)):
-        found |= parted(names, formula(taken(first, names), *(gathered(tree, names) for tree in rest)))
+    for names, one in emptied(first):
+        found |= parted(names, formula(one, *(gathered(tree, names) for tree in rest)))
     return found
 
 
-def taken(leaves: Params, names: list[str]) -> Tensor:
-    """The operand of ``names``, which are taken away."""
-    found = gathered(leaves, names)
-    for name in names:
-        del leaves[name]
-    return found
+def emptied(leaves: Params) -> Iterator[tuple[list[str], Tensor]]:
+    """Operands of ``leaves`` and their names; each is taken away when it is given."""
+    for names in list(groups(leaves)):
+        yield names, gathered({name: leaves.pop(name) for name in names}, names)
 
 
 @cache

@@ -92,15 +92,11 @@ def validate(
     with same_modes(model), forked(device_of(model)):
         model.eval()
         found = learner._scores(_pieces(tasks, own, at_once), metric)
-    if not shared:
-        if ranks.size > 1:  # all did the same, but for round-off, which must not decide for each alone what is best
-            values = found.values.to(ranks.device) if ranks.first else torch.zeros_like(found.values).to(ranks.device)
-            ranks.sum([values])
-            return summarize(values.cpu(), found.metric)
+    if ranks.size == 1:
         return found
-    values = found.values.new_zeros(number, found.values.shape[1])
-    values[own.start : own.stop] = found.values
-    values = values.to(ranks.device)
+    values = torch.zeros(number, found.values.shape[1], dtype=found.values.dtype, device=ranks.device)
+    if shared or ranks.first:  # where all did the same, round-off must not decide for each alone what is best
+        values[own.start : own.stop] = found.values
     ranks.sum([values])
     return summarize(values.cpu(), found.metric)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metanudge.errors import LossError
-from metanudge.types import Batch, LossFunction, Role, Weights
+from metanudge.types import Batch, LossFunction, Role
 
 
 @dataclass
@@ -197,11 +197,3 @@ def require_second_derivative(gradients: Sequence[Tensor]) -> None:
 def times(weight: float | Tensor, loss: Tensor) -> Tensor:
     """Their product, for which no kernel is launched where there is nothing to be done."""
     return loss if isinstance(weight, float) and weight == 1.0 else weight * loss
-
-
-def sum_of(weights: Weights, losses: Mapping[Role, Tensor]) -> Tensor:
-    """The weighted sum of losses, ``[*L]``."""
-    first, *rest = (times(weights[role], loss) for role, loss in losses.items())
-    for term in rest:
-        first = first + term
-    return first

@@ -24,13 +24,12 @@ from metanudge.oracle.common import (
     require_gradient,
     require_graph,
     scalar_loss,
-    sum_of,
     times,
     whole,
 )
 from metanudge.oracle.mismatch import told_of_misfits
 from metanudge.oracle.module import LiveModule
-from metanudge.together import groups, operands, product
+from metanudge.together import operands, product
 from metanudge.tree import accumulator
 from metanudge.types import Batch, LossFunction, Params, Role, Tasks, Weights
 
@@ -90,10 +89,10 @@ class LiveLosses(InnerGradients):
         return self._differentiate(weights, phi, tuple(phi), step, minibatch=step)[1]
 
     def value_and_gradient(self, role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:  # noqa: D102
-        return self._differentiate({role: 1.0}, phi, tuple(phi), step)
+        return self._value_and(tuple(phi), role, phi, step)
 
     def value_and_all_gradients(self, role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:  # noqa: D102
-        return self._differentiate({role: 1.0}, phi, (*phi, *self.shared_names), step)
+        return self._value_and((*phi, *self.shared_names), role, phi, step)
 
     def value(self, function: LossFunction, role: Role, phi: Params) -> Tensor:  # noqa: D102
         return self._value(function, role, phi, None)
@@ -142,8 +141,7 @@ class LiveLosses(InnerGradients):
             terms = term(torch.full((), node, dtype=like.dtype, device=like.device))  # a copy would wait for a GPU
             totals = totals or [tuple({} for _ in terms) for _ in rows]
             for place, one in enumerate(terms):
-                for names in list(groups(one)):
-                    part = tree.taken(one, names)
+                for names, part in tree.emptied(one):
                     for weight, sums in zip(weights, totals, strict=True):
                         tree.accumulate(sums[place], names, part, weight)
         return totals
@@ -163,9 +161,14 @@ class LiveLosses(InnerGradients):
     def count(self, gradients: int) -> None:  # noqa: D102
         self.tally.gradients += gradients
 
+    def _value_and(self, wanted: tuple[str, ...], role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:
+        """A loss, and its gradient in what is ``wanted``."""
+        losses, gradient = self._differentiate({role: 1.0}, phi, wanted, step)
+        return self.live.over_ranks(losses[role]), gradient
+
     def _differentiate(
         self, weights: Weights, phi: Mapping[str, Tensor], wanted: tuple[str, ...], step: int, minibatch: int = 0
-    ) -> tuple[Tensor, Params]:
+    ) -> tuple[dict[Role, Tensor], Params]:
         """One ``.backward()`` a piece of a loss, so that its activations alone are alive; ``.grad`` adds them up."""
         self._load(phi)
         parameters = [parameter for key in wanted for parameter in self.live.held(key)]
@@ -192,8 +195,7 @@ class LiveLosses(InnerGradients):
         first = step == minibatch == 0 and Role.SUPPORT in losses and not self.passed
         if first and (self._is_theta(phi) or self.live.untouched()):  # the latter compares all of them
             self.passed.append(self.live.over_ranks(losses[Role.SUPPORT]))
-        total = self.live.over_ranks(sum_of(weights, losses))
-        return total, {key: sums[key] if key in sums else self._taken(key) for key in wanted}
+        return losses, {key: sums[key] if key in sums else self._taken(key) for key in wanted}
 
     def _value(self, function: LossFunction, role: Role, phi: Params, microbatch: int | None) -> Tensor:
         self._load(phi)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from metanudge.oracle.common import (
     require_gradient,
     require_graph,
     require_second_derivative,
-    sum_of,
+    times,
 )
 from metanudge.oracle.compiled import Bound
 from metanudge.oracle.drawing import UnfusedDrawing
@@ -189,7 +189,7 @@ class StackedLosses(InnerGradients):
             losses = self._evaluate({role: self.losses[role] for role in weights}, rest | wanted, step)
             for loss in losses.values():
                 require_graph(loss)
-            weighted = sum_of(weights, losses)
+            weighted = reduce(torch.add, (times(weights[role], loss) for role, loss in losses.items()))
             total = weighted.sum()  # lanes do not mix, so its gradient is every lane's own
         with explained():
             found = torch.autograd.grad(total, list(wanted.values()), create_graph=self.attached, allow_unused=True)
