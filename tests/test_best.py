@@ -242,6 +242,12 @@ def test_without_a_validation_there_is_nothing_to_go_by(settings: dict[str, Any]
         fit(2, validation=None, metric=None, better="auto", **settings)
 
 
+def test_patience_that_ends_before_a_second_validation_is_refused() -> None:
+    with pytest.raises(mn.SettingsError, match=r"patience is 1 meta-steps, .* one every 2; give 2 or more"):
+        fit(2, patience=1)
+    fit(2, patience=2)
+
+
 @pytest.mark.parametrize("settings", [{"patience": 0}, {"patience": 1.5}, {"restore_best": 1}], ids=str)
 def test_what_can_not_be_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(mn.SettingsError, match=r"patience must be a whole number|restore_best must be True or False"):

@@ -163,6 +163,7 @@ def test_train_and_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         found = learner.evaluate(tasks)
         values.append(found.values)
         assert record["seeds"][str(seed)]["mean"] == pytest.approx(found.mean, rel=1e-5)
+        assert record["seeds"][str(seed)]["scores"] == pytest.approx(found.values[:, -1].tolist(), rel=1e-5)
         assert record["seeds"][str(seed)]["curve"] == pytest.approx(found.curve.tolist(), rel=1e-5)
         assert record["seeds"][str(seed)]["ci95"] == pytest.approx(found.ci95, rel=1e-4)
     whole = summarize(torch.stack(values).mean(0))

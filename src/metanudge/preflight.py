@@ -32,8 +32,8 @@ def check_training(
     check_number(workers, "workers")
 
 
-def check_best(patience: int | None, restore_best: bool, validated: bool) -> None:
-    """Raise a SettingsError for a patience that is no number, and where there is nothing to tell what is best by."""
+def check_best(patience: int | None, restore_best: bool, every: int, validated: bool) -> None:
+    """Raise a SettingsError for a patience that is no number or too short, and where nothing tells what is best."""
     check_flag(restore_best=restore_best)
     if patience is not None:
         check_steps(patience, "patience")
@@ -42,6 +42,11 @@ def check_best(patience: int | None, restore_best: bool, validated: bool) -> Non
         raise SettingsError(
             f"{' and '.join(asked)} can only go by the validation, and there is none: give validation tasks "
             "(validation=, or tasks of [validation] in a settings file)"
+        )
+    if patience is not None and patience < every:
+        raise SettingsError(
+            f"patience is {patience} meta-steps, in which no second validation comes: there is one every {every}; give "
+            f"{every} or more, such as a few times that, or a smaller every"
         )
 
 

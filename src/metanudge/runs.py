@@ -100,7 +100,7 @@ def _check(config: Config, ranks: Ranks) -> None:
     check_scheduler(scheduler, optimizer)
     tasks, fixed = tasks_of(config, "train", seed), first(tasks_of(config, "validation"), config.validation.tasks)
     Order(length(tasks), given.tasks_per_step, seed, learner.ranks)
-    check_best(given.patience, False, len(fixed) > 0)
+    check_best(given.patience, False, given.every, len(fixed) > 0)
     if len(fixed):
         larger_is_better(config.validation.better, config.metric)
     learner.model.eval()

@@ -93,7 +93,7 @@ def evaluate(
         "weights": weights,
         **_numbers(whole),
         "std_over_seeds": float(means.std()) if len(means) > 1 else math.nan,
-        "seeds": {str(seed): _numbers(one) for seed, one in found.items()},
+        "seeds": {str(seed): _numbers(one) | {"scores": one.values[:, -1].tolist()} for seed, one in found.items()},
     }
     asked_for = number, permutations if asked_permutations else None, weights
     path = config.out / file_name(config, *asked_for, partial=bool(lacking))

@@ -116,8 +116,8 @@ def fit(
         better: Whether a smaller or a larger metric is better, to be said of a metric of your own; "auto": larger for
             ``mn.metrics.accuracy``, smaller for losses.
         every: Meta-steps between validations, and between checkpoints.
-        patience: End early where no validation was better for so many meta-steps (one that is NaN never is); None for
-            never.
+        patience: End early where no validation was better for so many meta-steps, at least ``every`` (one that is NaN
+            never is); None for never.
         restore_best: Whether the model ends with the weights that the validation was best with, not with the last.
             (The optimizer, ``out/last.pt`` and what is returned as ``validation`` are of the last step. Stopped by
             hand, the model stays as it is.) Without ``out``, one copy of the model.
@@ -172,7 +172,7 @@ def fit(
     held = fixed(validation)
     if metric is not None and held is None:
         raise SettingsError("metric is of the validation, and there is none; give validation= tasks, or leave it out")
-    check_best(patience, restore_best, held is not None)
+    check_best(patience, restore_best, every, held is not None)
     check_optimizer(optimizer, learner)
     check_scheduler(scheduler, optimizer)
     if isinstance(tasks, Tasks):
