@@ -36,8 +36,8 @@ class FiniteMean:
 
     def __init__(self) -> None:
         self.total = 0
-        self._kept = torch.zeros(())
-        self._numbers = torch.zeros(7)
+        self._kept = torch.zeros((), device="cpu")
+        self._numbers = torch.zeros(7, device="cpu")
         self._gradient: Params = {}
 
     @property

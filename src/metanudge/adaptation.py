@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from metanudge.batching import as_stacks
+from metanudge.batching import as_stacks, ordinary
 from metanudge.checks import check_stack, leaves, wrapped
 from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError, TasksError
@@ -94,13 +94,10 @@ def alone(support: Batch, device: torch.device, seen: set[Shapes]) -> list[Tasks
     stack = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, support)
     one = Tasks(stack, stack)
     check_stack(one, device)
-    return [one]
+    return [ordinary(one)]
 
 
-ONE = (
-    "give the support set of one task, task.support; out of a stack, "
-    "mn.Batch(tasks.support.inputs[i], tasks.support.targets[i])"
-)
+ONE = "give the support set of one task, task.support; out of a stack, tasks.unstack()[i].support"
 
 
 def _refuse_stack(support: Batch, seen: set[Shapes]) -> None:

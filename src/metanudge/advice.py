@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from metanudge.errors import UnmappableError
+
 if TYPE_CHECKING:
     from metanudge.probe import Needed
 
@@ -229,3 +231,9 @@ def no_score(places: Sequence[int], total: int, metric: str) -> str:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.0f} %" if value >= 0.095 else f"{100 * value:.1g} %"
+
+
+def in_place(error: UnmappableError) -> str:
+    """Said where "auto" goes in place because vmap can not run a model."""
+    why = str(error).split(". PyTorch said:")[0]
+    return f'execution="auto" goes in place from here on, one task at a time: {why}'

@@ -27,7 +27,7 @@ def as_stacks(tasks: Tasks | Sequence[Tasks], device: torch.device) -> tuple[lis
     if isinstance(tasks, Tasks):
         number = check_stack(tasks, device)
         check_axes(tasks)
-        return [tasks], list(range(number))
+        return [ordinary(tasks)], list(range(number))
     if isinstance(tasks, Batch) or not isinstance(tasks, list | tuple):
         if isinstance(tasks, DataLoader):
             check_loader(tasks)
@@ -44,7 +44,9 @@ def as_stacks(tasks: Tasks | Sequence[Tasks], device: torch.device) -> tuple[lis
     groups: dict[Any, list[int]] = {}
     for place, task in enumerate(tasks):
         if not isinstance(task, Tasks):
-            raise TasksError(f"expected a list of mn.Tasks, found {type(task).__name__} in it")
+            cut = isinstance(task, Batch)  # a stack that was taken for a list, or cut as one
+            pair = "; mn.Tasks is a pair, not a list of tasks: stack.take(n), stack.unstack() give some" if cut else ""
+            raise TasksError(f"expected a list of mn.Tasks, found {type(task).__name__} in it{pair}")
         if as_minibatches(task.query):
             raise TasksError("mn.Minibatches are for the support of a task; give its query as mn.Batch")
         if as_minibatches(task.support):
@@ -54,6 +56,11 @@ def as_stacks(tasks: Tasks | Sequence[Tasks], device: torch.device) -> tuple[lis
         groups.setdefault(form(task), []).append(place)
     stacks = [_stacked([tasks[place] for place in group], device) for group in groups.values()]
     return stacks, [place for group in groups.values() for place in group]
+
+
+def ordinary(tasks: Tasks) -> Tasks:
+    """The same, where tensors were made in inference mode as ones that autograd takes."""
+    return tree_map(lambda leaf: leaf.clone() if leaf.is_inference() else leaf, tasks)  # type: ignore[no-any-return]
 
 
 def form(task: Tasks) -> Hashable:

@@ -29,8 +29,15 @@ def leaves(tree: Any) -> list[Tensor]:
                 "tasks hold tensors or pytrees of tensors, but found a numpy array of "
                 f"{leaf.dtype} {list(leaf.shape)}; make it a tensor: torch.from_numpy(array)"
             )
+        if leaf is None:
+            raise TasksError(
+                "tasks hold tensors or pytrees of tensors, but found None; where there is nothing, as targets that a "
+                "loss does not need, give an empty tuple: mn.Batch(inputs, ())"
+            )
         if not isinstance(leaf, Tensor):
             parts = "; for a support set in minibatches give mn.Minibatches" if isinstance(leaf, DataLoader) else ""
+            if isinstance(leaf, int | float):
+                parts = f"; make it a tensor: torch.tensor({leaf!r})"
             raise TasksError(
                 f"tasks hold tensors or pytrees of tensors, but found {type(leaf).__name__}: {leaf!r:.80}{parts}"
             )

@@ -22,7 +22,7 @@ from metanudge.warned import warn
 def check_needs(missing: Set[Need], *parts: Estimator | Solver) -> None:
     """Raise a SettingsError for an estimator or solver that needs what is missing."""
     for part in parts:
-        for need in part.needs & missing:
+        for need in (need for need in Need if need in part.needs & missing):  # what rules most out comes first
             raise SettingsError(f"{type(part).__name__} can not run here: {need.reason}. {need.cure}")
 
 
@@ -51,7 +51,9 @@ def choose_execution(
     """
     if name not in ("auto", "vectorized", "in_place"):
         raise SettingsError(f'execution must be "auto", "vectorized" or "in_place", got {name!r}')
-    kinds = {model.get_parameter(key).dtype for key in selection.adapted}
+    parameters = dict(model.named_parameters())
+    adapted = [parameters[name] for name in selection.adapted]
+    kinds = {parameter.dtype for parameter in adapted}
     narrow = torch.float16 in kinds
     if Need.LIVE_MODULE in solver.needs and any(accumulator(kind) != kind for kind in kinds):
         warn(
@@ -63,13 +65,12 @@ def choose_execution(
         )
     if name == "auto":
         compiled = any(isinstance(module, torch._dynamo.OptimizedModule) for module in model.modules())
-        adapted = sum(model.get_parameter(key).numel() for key in selection.adapted)
         alone = (
             Need.LIVE_MODULE in solver.needs
             or compiled
             or is_sharded(model)
             or any(map(_not_for_vmap, model.modules()))
-            or adapted > LARGE
+            or sum(parameter.numel() for parameter in adapted) > LARGE
             or microbatch is not None
         )
         name = "in_place" if alone or narrow else "vectorized"
@@ -98,8 +99,28 @@ def choose_execution(
     return InPlace(model, losses, microbatch, norm)
 
 
+def check_hooks(model: nn.Module) -> None:
+    """Raise a SettingsError for backward hooks on modules, which a stack, whose gradients are not theirs, runs past."""
+    hooked = next((name for name, module in model.named_modules() if _hooked(module)), None)
+    if hooked is not None:
+        where = f"the module {hooked}" if hooked else "the model"
+        raise SettingsError(
+            f"{where} has a backward hook, which would not run in the vectorized execution; give the MetaLearner "
+            'execution="in_place", where it runs in every inner step, or remove it (handle.remove())'
+        )
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
 def _not_for_vmap(module: nn.Module) -> bool:
-    """Recurrent layers; embeddings that give sparse gradients, or write to their weights in a forward pass."""
+    """Recurrent layers, and modules with backward hooks; what writes to its weights in a forward pass.
+
+    Which are embeddings with a largest norm, or with sparse gradients, and spectral normalisation in train mode.
+    """
+    if _hooked(module) or (type(module).__name__ == "_SpectralNorm" and module.training):
+        return True
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return (module.sparse and module.weight.requires_grad) or module.max_norm is not None
     return isinstance(module, nn.RNNBase)

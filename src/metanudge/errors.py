@@ -19,6 +19,10 @@ class LossError(MetanudgeError, ValueError):
     """A loss function that does not return a differentiable scalar."""
 
 
+class UnmappableError(LossError):
+    """A model, loss or metric that can not run for many tasks at once; ``execution="in_place"`` runs it."""
+
+
 class NonFiniteError(MetanudgeError, ArithmeticError):
     """No task of a step had a finite loss and meta-gradient."""
 

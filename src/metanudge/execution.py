@@ -15,7 +15,7 @@ from metanudge import tree
 from metanudge.batching import single, split
 from metanudge.energy import InnerProblem
 from metanudge.oracle import BatchNorm, Call, LiveLosses, LiveModule, Programs, RandomState, StackedLosses, Tally
-from metanudge.oracle.common import device_of, forked, round_off, same_modes
+from metanudge.oracle.common import Known, device_of, forked, round_off, same_modes
 from metanudge.oracle.compiled import Bound, plain_attributes
 from metanudge.packing import Packing
 from metanudge.selection import Selection
@@ -87,7 +87,7 @@ def _kept(model: nn.Module, norm: BatchNorm, first: int) -> Iterator[RandomState
     One draw is taken from the user's generator, so that steps differ and ``torch.manual_seed`` decides them all.
     """
     device = device_of(model)
-    seed = int(torch.randint(2**62, ()).item())
+    seed = int(torch.randint(2**62, (), device="cpu").item())
     with same_modes(model), forked(device), norm.lent():
         yield RandomState(seed, device, first)
 
@@ -106,6 +106,7 @@ class Vectorized:
         chunk_size: Tasks at once; None for all.
         norm: What BatchNorm layers normalise by.
         programs: Compiled gradients; None to compile nothing.
+        known: What was seen of the losses.
     """
 
     name: ClassVar[str] = "vectorized"
@@ -116,6 +117,7 @@ class Vectorized:
     chunk_size: int | None = None
     norm: BatchNorm = NONE
     programs: Programs | None = None
+    known: Known = field(default_factory=Known)
 
     @property
     def lacks(self) -> frozenset[Need]:
@@ -152,6 +154,7 @@ class Vectorized:
                         random,
                         tally,
                         self.norm,
+                        self.known,
                         compiled=None if bind is None else bind(chunk),
                     )
                     yield InnerProblem(losses, theta, use.prox, number, round_off=spacing, radius=use.radius)
@@ -189,7 +192,7 @@ class InPlace:
         losses: The user's support and query loss.
         microbatch: Most examples in a forward pass; None for all.
         norm: What BatchNorm layers normalise by.
-        looks: How many more looks at a loss to take, to see whether it is a mean over the examples.
+        known: What was seen of the losses.
     """
 
     name: ClassVar[str] = "in_place"
@@ -200,7 +203,7 @@ class InPlace:
     losses: Mapping[Role, LossFunction]
     microbatch: int | None = None
     norm: BatchNorm = NONE
-    looks: dict[Role, int] = field(default_factory=dict)
+    known: Known = field(default_factory=Known)
 
     @contextmanager
     def lend(self, use: Use) -> Iterator[Lent]:  # noqa: D102
@@ -228,7 +231,7 @@ class InPlace:
                     random,
                     tally,
                     self.norm,
-                    self.looks,
+                    self.known,
                 )
                 yield InnerProblem(losses, theta, use.prox, round_off=spacing, radius=use.radius)
 

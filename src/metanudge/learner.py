@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -15,14 +16,15 @@ from metanudge import advice, settings
 from metanudge.accumulation import FiniteMean, summarize
 from metanudge.adaptation import Shapes, adapted_copy, alone, check_copyable, curves, looked_at, losses_of
 from metanudge.batching import as_stacks, smaller
-from metanudge.choosing import check_needs, choose_execution
+from metanudge.choosing import check_hooks, check_needs, choose_execution
 from metanudge.deposit import Given, Told, add_to_grad, check_adapted, in_order, verdict
 from metanudge.energy import InnerProblem
-from metanudge.errors import NonFiniteWarning, SettingsError, TasksError
+from metanudge.errors import NonFiniteWarning, SettingsError, TasksError, UnmappableError
 from metanudge.estimators import ESTIMATORS, FOBMAML, Estimator
-from metanudge.estimators.base import told_to_go_first_order
+from metanudge.estimators.base import check_estimate, told_to_go_first_order
 from metanudge.exclusive import exclusive
-from metanudge.execution import Execution, Lent, Use
+from metanudge.execution import Execution, Lent, Use, Vectorized
+from metanudge.fallback import falls_back
 from metanudge.metrics import called
 from metanudge.oracle import BatchNorm, Policy, Tally, device_of
 from metanudge.permutations import permuted
@@ -138,13 +140,14 @@ class MetaLearner:
         self.prox, self.sharpness_radius, self.compile = float(prox), float(sharpness_radius), compile
         self.solver: Solver = Nesterov(steps=16) if solver is None else solver
         self.estimator: Estimator = FOBMAML() if estimator is None else estimator
-        settings.check_parts(self.solver, SOLVERS, self.estimator, ESTIMATORS, warm_start)
         self.warm_start, self.adapt_only = warm_start, listed(adapt_only)
+        self._check_settings()
         selection = select_parameters(model, self.adapt_only)
         self.norm = BatchNorm(batch_norm, model)
         self.execution: Execution = choose_execution(
             execution, model, self.losses, self.norm, selection, self.solver, chunk_size, microbatch, compile
         )
+        self._chooses = execution == "auto"
         self._selection()
         self.ranks = Ranks.of(process_group, model, warm_start is not None)
         self._told, self._checked = Told(), False
@@ -159,9 +162,17 @@ class MetaLearner:
     def model(self, model: nn.Module) -> None:
         raise SettingsError("a learner keeps the model that it was made with; make a new MetaLearner of the other one")
 
+    def _check_settings(self) -> None:
+        """Refuse what can not be settings: attributes may have been set since the learner was made."""
+        settings.check_not_negative(prox=self.prox, sharpness_radius=self.sharpness_radius)
+        settings.check_parts(self.solver, SOLVERS, self.estimator, ESTIMATORS, self.warm_start)
+
     def _selection(self) -> Selection:
         """Select parameters of the model as it is now, and refuse what can not work with them."""
+        self._check_settings()
         selection = select_parameters(self.model, self.adapt_only)
+        if self.execution.name == "vectorized":
+            check_hooks(self.model)
         missing = {
             Need.PROXIMAL_TERM: self.prox == 0,
             Need.DIFFERENTIABLE_SOLVER: not self.solver.differentiable,
@@ -172,6 +183,30 @@ class MetaLearner:
         lacks = self.execution.lacks | {need for need, lacking in missing.items() if lacking}
         check_needs(lacks, self.estimator, self.solver)
         return selection
+
+    def _goes_in_place(self, error: UnmappableError) -> bool:
+        """Whether, after that, "auto" takes the other execution from here on; not where settings, or ranks, forbid."""
+        before = self.execution
+        if not self._chooses or not isinstance(before, Vectorized) or self.ranks.size > 1:
+            return False
+        try:
+            self.execution = choose_execution(
+                "in_place",
+                self.model,
+                self.losses,
+                self.norm,
+                select_parameters(self.model, self.adapt_only),
+                self.solver,
+                before.chunk_size,
+                None,
+                before.programs is not None,
+            )
+            self._selection()
+        except SettingsError:
+            self.execution = before
+            return False
+        warn(advice.in_place(error), UserWarning)
+        return True
 
     def __repr__(self) -> str:
         """Settings on one line."""
@@ -189,6 +224,7 @@ class MetaLearner:
         )
 
     @exclusive
+    @falls_back
     def backward(
         self, tasks: Tasks | Sequence[Tasks], indices: Sequence[int] | None = None, *, at_once: int | None = None
     ) -> MetaStep:
@@ -246,11 +282,14 @@ class MetaLearner:
             mean.over(ranks, sum(counts), lent.named)
             numbers = verdict(mean, lost, probes, Given(stacks, places), self, self._told)
         named = lent.named
+        losses = torch.cat([probe.query_loss.where(probe.kept, math.nan) for probe in probes])
         del lent, probes  # and with them what the estimates were made of
         if self.warm_start is not None:  # which may refuse: nothing has been changed yet
             known = [index for indices_of_one, _ in solved for index in indices_of_one]
             self.warm_start.put(known, torch.cat([rows for _, rows in solved]))
-        return MetaStep(*numbers, add_to_grad(self.model, mean, named), mean.total - mean.kept, gradients)
+        norm = add_to_grad(self.model, mean, named)
+        of_tasks = (loss for _, loss in sorted(zip(places, losses.tolist(), strict=True)))
+        return MetaStep(*numbers, norm, mean.total - mean.kept, gradients, tuple(of_tasks))
 
     def _add(
         self, mean: FiniteMean, probes: list[Probe], lent: Lent, problem: InnerProblem, known: list[int]
@@ -261,15 +300,21 @@ class MetaLearner:
             problem = replace(problem, start=lent.lanes(self.warm_start.get(known, rows)))
         with told_to_go_first_order(self.estimator):
             estimate = self.estimator(problem, self.solver)
+        check_estimate(self.estimator, estimate, problem)
         kept = mean.add(problem, estimate, lent.summed)
         tried = replace(problem, start=None) if self.execution.tries else None
-        probes.append(Probe(estimate.residual.reshape(-1), kept, estimate.begun.reshape(-1), tried, problem.sampled))
+        query_loss, residual, begun = (
+            of_lanes.reshape(-1) for of_lanes in (estimate.query_loss, estimate.residual, estimate.begun)
+        )
+        probes.append(Probe(query_loss, residual, kept, begun, tried, problem.sampled))
         if self.warm_start is None:
-            return [], torch.empty(0)
+            return [], torch.empty(0, device="cpu")
         diverged = estimate.diverged.reshape(-1, 1)
         return known, lent.rows(estimate.solution).masked_fill(diverged, float("nan")).cpu()
 
     @exclusive
+    @falls_back
+    @torch.inference_mode(False)
     def adapt(self, support: Batch) -> nn.Module:
         """Adapt to one task: a new module of the same class; this learner's model is untouched.
 
@@ -381,10 +426,12 @@ class MetaLearner:
         save_pretrained(self, folder, protocol)
 
     @exclusive
+    @falls_back
+    @torch.inference_mode(False)
     def _curves(self, tasks: Tasks | Sequence[Tasks], function: LossFunction) -> Tensor:
         """The metric after every step, ``[T, K + 1]``, in the order of the tasks."""
         stacks, places = as_stacks(tasks, device_of(self.model))
         self._seen |= looked_at(self.model, stacks, self._seen)
         with torch.no_grad(), self.execution.lend(Use(self._selection(), stacks, self.prox, Tally())) as lent:
             found = [curves(problem, self.solver, function) for problem in lent.problems]
-        return torch.cat(found)[torch.tensor(places).argsort()]
+        return torch.cat(found)[torch.tensor(places, device="cpu").argsort()]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metanudge.errors import LossError
+from metanudge.tree import accumulator
 from metanudge.types import Batch, LossFunction
 
 
@@ -75,7 +76,7 @@ def accuracy(model: nn.Module, batch: Batch) -> Tensor:
         )
     _same_shape("logits without their last axis", logits[..., 0], "class indices as targets", batch.targets)
     hits: Tensor = logits.argmax(-1) == batch.targets
-    return hits.to(logits.dtype).mean()
+    return hits.to(accumulator(logits.dtype)).mean()  # bfloat16 has no room for tenths of a per cent
 
 
 def squared_error(model: nn.Module, batch: Batch) -> Tensor:

@@ -20,9 +20,10 @@ class Minibatches:
 
     Args:
         source: A function of the step, ``k -> mn.Batch``, called again for every solve: it has to return the same batch
-            for the same k. What it draws from torch's default generator is the same for every solve by itself. Or a
-            list of batches, begun again at its end. Or any other iterable of batches, which is read as far as needed,
-            once, and kept: of a DataLoader of pairs, ``(mn.Batch(x, y) for x, y in loader)``.
+            for the same k. What it draws from the default generators of torch, numpy and ``random`` is the same for
+            every solve by itself. Or a list of batches, begun again at its end. Or any other iterable of batches, which
+            is read as far as needed, once, and kept: of a DataLoader of pairs,
+            ``(mn.Batch(x, y) for x, y in loader)``.
 
     Raises:
         SettingsError: Neither a function nor an iterable; a batch alone.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from metanudge.errors import SettingsError, TasksError
@@ -40,7 +40,7 @@ class Order(Sampler[list[int]]):
             return list(range(step * self.size, (step + 1) * self.size))
         per_epoch = self.number // self.size  # what is left over waits for another epoch's order
         epoch, place = divmod(step, per_epoch)
-        shuffled = torch.randperm(self.number, generator=stream(self.seed, epoch))
+        shuffled = torch.randperm(self.number, generator=stream(self.seed, epoch), device="cpu")
         return [int(index) for index in shuffled[place * self.size : (place + 1) * self.size]]
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -61,7 +61,9 @@ class Order(Sampler[list[int]]):
             num_workers=workers,
             generator=torch.Generator(),
         )
-        return ((indices, moved(batch, device)) for indices, batch in zip(self, loader, strict=True))
+        with torch.device("cpu"):  # where the loader's own draws are, whatever the default device
+            pairs = zip(self, loader, strict=True)
+        return ((indices, moved(batch, device)) for indices, batch in pairs)
 
 
 def first_task(tasks: Any) -> str | None:
@@ -91,9 +93,9 @@ def _digest(task: Any) -> str | None:
     return digest.hexdigest()[:12]
 
 
-def moved(tasks: Any, device: torch.device) -> Any:
-    """The same tasks on ``device``."""
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tasks)
+def moved(tasks: Tasks | Sequence[Tasks], device: torch.device) -> Any:
+    """The same tasks on ``device``: a stack, or a list of single ones."""
+    return tasks.to(device) if isinstance(tasks, Tasks) else [task.to(device) for task in tasks]
 
 
 def length(tasks: Dataset[Tasks] | Sequence[Tasks]) -> int | None:

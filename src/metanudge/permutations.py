@@ -52,7 +52,7 @@ def _renamed(support: Tensor, query: Tensor, generator: torch.Generator) -> tupl
     both = torch.cat([support, query])
     named = both != IGNORED
     classes, places = torch.unique(both[named], return_inverse=True)
-    both[named] = classes[torch.randperm(len(classes), generator=generator).to(classes.device)][places]
+    both[named] = classes[torch.randperm(len(classes), generator=generator, device="cpu").to(classes.device)][places]
     return both[: len(support)], both[len(support) :]
 
 

@@ -43,6 +43,7 @@ class Probe(NamedTuple):
     """A problem that was solved, and how far each of its tasks was from done; on the device, nothing is copied.
 
     Attributes:
+        query_loss: After adaptation, one a task.
         residual: Relative residuals, one a task.
         kept: Which of the tasks count.
         begun: In which of them the support loss is finite at the initialisation.
@@ -50,6 +51,7 @@ class Probe(NamedTuple):
         sampled: Whether its support set was seen through minibatches.
     """
 
+    query_loss: Tensor
     residual: Tensor
     kept: Tensor
     begun: Tensor

@@ -215,16 +215,21 @@ def _check_same(config: Config, fresh: bool, others: tuple[int, ...]) -> None:
             f"its seeds {', '.join(map(str, others))} would stay beside the new ones: begin all anew (--seeds "
             f"{' '.join(map(str, every))}), or give another folder (--out)"
         )
+    check_settings(config, path, cure)
+    for last in (config.out / f"seed-{seed}" / LAST for seed in config.whole.seeds):
+        if last.is_file() and not fresh:
+            check_done(last, how_far(last)[0], config.training.steps, "--fresh")
+
+
+def check_settings(config: Config, path: Path, cure: str) -> None:
+    """Raise a SettingsError where a training, whose settings are at ``path``, has others than ``config``."""
     before, now = (_settled(table) for table in (tomllib.loads(path.read_text()), config.table))
     for key in dict.fromkeys([*before, *now]):
         if before.get(key) != now.get(key):
             raise SettingsError(
-                f"{config.out} holds a training with {key} = {before.get(key, 'left out')}, these settings have "
+                f"{path.parent} holds a training with {key} = {before.get(key, 'left out')}, these settings have "
                 f"{now.get(key, 'left out')}; {cure}"
             )
-    for last in (config.out / f"seed-{seed}" / LAST for seed in config.whole.seeds):
-        if last.is_file() and not fresh:
-            check_done(last, how_far(last)[0], config.training.steps, "--fresh")
 
 
 def _settled(table: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from metanudge.files import load_state, write
 from metanudge.metrics import called
 from metanudge.order import moved
 from metanudge.pretrained import load_weights
-from metanudge.runs import CONFIG, device_of, first, learner_of, seeds_of, tasks_of, trained
+from metanudge.runs import CONFIG, check_settings, device_of, first, learner_of, seeds_of, tasks_of, trained
 from metanudge.settings import check_steps
 from metanudge.tasks.episodes import collate
 from metanudge.types import Evaluation, Tasks
@@ -55,10 +55,16 @@ def evaluate(
         What was written.
 
     Raises:
-        SettingsError: Nothing there to evaluate; seeds missing or unfinished, unless ``partial``; best weights that
-            are gone.
+        SettingsError: Nothing there to evaluate; a settings file that is not the training's; seeds missing or
+            unfinished, unless ``partial``; best weights that are gone.
     """
     config = read_config(target / CONFIG, target) if target.is_dir() else read_config(target)
+    if (config.out / CONFIG).is_file():
+        check_settings(
+            config,
+            config.out / CONFIG,
+            f"evaluate that training (metanudge evaluate {config.out}), or train with these into another folder",
+        )
     for name, value in (("tasks", number), ("permutations", permutations)):
         if value is not None:
             check_steps(value, name)
@@ -85,7 +91,7 @@ def evaluate(
         with console.status(f"seed {seed}: adapting to {len(tasks)} tasks"):
             found[seed] = _evaluated(config, folder, tasks, permutations, weights)
     whole = summarize(torch.stack([one.values for one in found.values()]).mean(0), called(config.metric))
-    means = torch.tensor([one.mean for one in found.values()], dtype=torch.float64)
+    means = torch.tensor([one.mean for one in found.values()], dtype=torch.float64, device="cpu")
     record = {
         "metric": whole.metric,
         "tasks": len(tasks),

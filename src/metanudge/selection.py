@@ -40,8 +40,9 @@ def select_parameters(model: nn.Module, adapt_only: AdaptOnly | None) -> Selecti
     """Split the trainable parameters of ``model``; frozen ones (``requires_grad=False``) belong to neither part.
 
     Raises:
-        SettingsError: Nothing is trainable, a trainable parameter has a hook, is complex or without shape, a pattern
-            matches no parameter, or nothing is left to adapt.
+        SettingsError: Nothing is trainable, a trainable parameter has a hook, is complex, without shape or on a device
+            that is not supported, a buffer asks for a gradient, a pattern matches no parameter, or nothing is left to
+            adapt.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
@@ -49,7 +50,18 @@ def select_parameters(model: nn.Module, adapt_only: AdaptOnly | None) -> Selecti
             "the model has no trainable parameter, so there is nothing to adapt; "
             "give at least one parameter requires_grad=True"
         )
+    for name, buffer in model.named_buffers():
+        if buffer.requires_grad:
+            raise SettingsError(
+                f"the buffer {name} asks for a gradient, which it would get none of here; make it a parameter "
+                "(torch.nn.Parameter) to have it learned, or give it requires_grad_(False)"
+            )
     for name, parameter in trainable.items():
+        if parameter.device.type not in ("cpu", "cuda"):
+            raise SettingsError(
+                f"the parameter {name} is on {parameter.device}; this library runs on CPUs and CUDA devices (with "
+                'random numbers and float64 sums that others lack): model.to("cpu")'
+            )
         if isinstance(parameter, nn.UninitializedParameter):
             raise SettingsError(
                 f"the parameter {name} of a lazy module has no shape yet; call the model on a batch once, then make "

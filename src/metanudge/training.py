@@ -85,7 +85,7 @@ def fit(
     tensorboard: bool = False,
     progress: bool = True,
 ) -> Fit:
-    """Meta-train: ``backward`` and ``optimizer.step()``, ``steps`` times.
+    """Meta-train: ``optimizer.zero_grad()``, ``backward`` and ``optimizer.step()``, ``steps`` times.
 
     Step k takes tasks k * tasks_per_step, ... of an endless set; a finite one is gone through in epochs, each in an
     order that depends on (seed, epoch) alone. So the same call in the same folder, killed anywhere, goes on from its
@@ -218,7 +218,7 @@ def fit(
         ranks.check_model()  # with what a checkpoint has put there
     mine = folder if ranks.first else None  # where this process writes
     device = next(learner.model.parameters()).device
-    held = moved(held, device)
+    held = None if held is None else moved(held, device)
     anew = None if resume else mine
     if anew is not None:
         discard_logs(anew)

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 PyTree: TypeAlias = Any
 """A tensor, or tuples, lists and dicts of tensors."""
 
 Params: TypeAlias = dict[str, Tensor]
-"""Parameters by name, each leaf ``[*L, *shape]``."""
+"""Leaves ``[*L, *shape]``, each one or several of the model's parameters (Packing, Bundles): keys need not be names."""
 
 Named: TypeAlias = Callable[[Params], dict[str, Tensor]]
 """From leaves without lanes to views of them by parameter name."""
@@ -35,9 +35,9 @@ class Batch(NamedTuple):
     inputs: PyTree
     targets: PyTree
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The same on ``device``."""
-        return tree_map(partial(_moved, device), self)  # type: ignore[no-any-return]
+    def to(self, to: torch.device | str | torch.dtype) -> Batch:
+        """The same on a device; or of a dtype, to which integers, such as class indices, are not cast."""
+        return tree_map(partial(_moved, to), self)  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         """What it holds, without the numbers."""
@@ -58,13 +58,23 @@ class Tasks(NamedTuple):
     support: Batch
     query: Batch
 
-    def to(self, device: torch.device | str) -> Tasks:
-        """The same on ``device``."""
-        return tree_map(partial(_moved, device), self)  # type: ignore[no-any-return]
+    def to(self, to: torch.device | str | torch.dtype) -> Tasks:
+        """The same on a device; or of a dtype, to which integers, such as class indices, are not cast."""
+        return tree_map(partial(_moved, to), self)  # type: ignore[no-any-return]
+
+    def take(self, number: int) -> Tasks:
+        """The first ``number`` tasks of a stack."""
+        return tree_map(lambda leaf: leaf[:number], self)  # type: ignore[no-any-return]
+
+    def unstack(self) -> list[Tasks]:
+        """The tasks of a stack, one by one, without the task axis: ``tasks.unstack()[3].support`` is for ``adapt``."""
+        number = min(len(leaf) for leaf in tree_leaves(self))
+        return [tree_map(lambda leaf, at=at: leaf[at], self) for at in range(number)]
 
 
-def _moved(device: torch.device | str, leaf: Any) -> Any:
-    return leaf.to(device) if hasattr(leaf, "to") else leaf
+def _moved(to: torch.device | str | torch.dtype, leaf: Any) -> Any:
+    whole = isinstance(to, torch.dtype) and isinstance(leaf, Tensor) and not leaf.is_floating_point()
+    return leaf.to(to) if hasattr(leaf, "to") and not whole else leaf
 
 
 def _shown(part: PyTree) -> str:
@@ -105,16 +115,16 @@ class Need(Enum):
         "it rests on the proximal inner problem, and prox is 0",
         "Give prox > 0, or use MAML, HFMAML, FOMAML or Reptile, and a solver without tol.",
     )
+    DIFFERENTIABLE_SOLVER = (
+        "it differentiates through the solver's steps, which a torch.optim optimizer does not allow",
+        "Use FOBMAML, or the solvers GradientDescent, Nesterov or Adam.",
+    )
     DOUBLE_BACKWARD = (
         "it differentiates the loss twice, which neither the live module's .backward() of the in-place execution nor "
         "compiled gradients allow",
         'Use FOBMAML, which needs first derivatives only, products="two_gradient" for IMAML and Tangent, HFMAML in the '
         'place of MAML, or execution="vectorized" without compile, where vmap can run the model ("auto" goes in place '
         "where it can not).",
-    )
-    DIFFERENTIABLE_SOLVER = (
-        "it differentiates through the solver's steps, which a torch.optim optimizer does not allow",
-        "Use FOBMAML, or the solvers GradientDescent, Nesterov or Adam.",
     )
     LIVE_MODULE = (
         "it steps the parameters of the live module, which tasks can not share in the vectorized execution",
@@ -221,6 +231,8 @@ class MetaStep(NamedTuple):
         dropped_tasks: Tasks left out because their solve diverged, or their loss or meta-gradient was not finite.
         gradient_evaluations: Gradients of one loss of one task; a Hessian product counts 2, a step that is
             backpropagated through counts 3.
+        query_losses: After adaptation, of every task in the order given; NaN for those left out. With a process group,
+            of this process's tasks.
     """
 
     query_loss: float
@@ -232,6 +244,13 @@ class MetaStep(NamedTuple):
     gradient_norm: float
     dropped_tasks: int
     gradient_evaluations: int
+    query_losses: tuple[float, ...] = ()
+
+    def __repr__(self) -> str:
+        """On one line, without the single tasks."""
+        numbers = {name: value for name, value in self._asdict().items() if name != "query_losses"}
+        told = (f"{name}={value if isinstance(value, int) else f'{value:.4g}'}" for name, value in numbers.items())
+        return f"MetaStep({', '.join(told)})"
 
 
 class Evaluation(NamedTuple):

@@ -164,7 +164,7 @@ class WarmStart:
         """All rows, with room for those of ``like``."""
         if self.folder is None:
             if self._rows is None:  # pages are taken as they are written
-                self._rows = torch.empty(self._most(like), like.shape[1], dtype=like.dtype)
+                self._rows = torch.empty(self._most(like), like.shape[1], dtype=like.dtype, device="cpu")
             return self._rows
         number = 0 if self._rows is None else len(self._rows)
         needed = self._begun + max(0, len(like) - len(self._spare))

@@ -70,7 +70,7 @@ class ExactMetaObjective:
 
         def implicit(phi: Tensor, support: Batch, query: Batch) -> Tensor:
             """λ A(φ)⁻¹ ∇f(φ)."""
-            system = _hessian(self._support)(phi, support) + prox * torch.eye(len(phi), dtype=phi.dtype)
+            system = _hessian(self._support)(phi, support) + prox * _eye(phi)
             found: Tensor = prox * torch.linalg.solve(system, grad(self._query)(phi, query))
             return found
 
@@ -82,7 +82,7 @@ class ExactMetaObjective:
         Raises:
             NonFiniteError: Newton's method did not reach round-off within ``steps``.
         """
-        support, eye = self._tasks.support, torch.eye(len(theta), dtype=theta.dtype)
+        support, eye = self._tasks.support, _eye(theta)
 
         def energy(phi: Tensor, batch: Batch) -> Tensor:
             return self._support(phi, batch) + self.prox / 2 * (phi - theta).square().sum()
@@ -124,8 +124,13 @@ class ExactMetaObjective:
     def hessian(self, theta: Tensor) -> Tensor:
         """∇²F(θ), ``[d, d]``."""
         phi = self.solutions(theta)
-        eye = torch.eye(len(theta), dtype=theta.dtype)
+        eye = _eye(theta)
         systems = vmap(_hessian(self._support))(phi, self._tasks.support) + self.prox * eye
         outer = vmap(jacrev(self._implicit))(phi, *self._tasks)
         products: Tensor = outer @ (self.prox * torch.linalg.inv(systems))
         return products.mean(0)
+
+
+def _eye(like: Tensor) -> Tensor:
+    """The identity on vectors such as ``like``."""
+    return torch.eye(len(like), dtype=like.dtype, device=like.device)

@@ -141,7 +141,7 @@ def smoothness(
             size = torch.stack([parameter.detach().double().square().sum() for parameter in parameters]).sum().sqrt()
             optimizer = NormalizedSGD(parameters, lr=0.02 * (1 + float(size)), momentum=0.0)
         norms, slopes = zip(*_walk(_apart(learner), batch, optimizer, parameters, steps), strict=True)
-    return fit(torch.tensor(norms, dtype=torch.float64), torch.tensor(slopes, dtype=torch.float64))
+    return fit(*(torch.tensor(column, dtype=torch.float64, device="cpu") for column in (norms, slopes)))
 
 
 def fit(norms: Tensor, slopes: Tensor) -> Smoothness:

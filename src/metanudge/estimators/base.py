@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metanudge import tree
 from metanudge.energy import Balance, Energy, InnerProblem
-from metanudge.errors import LossError
+from metanudge.errors import LossError, SettingsError
 from metanudge.solvers.loop import Solver, solve
 from metanudge.types import Estimate, Need, Params, Role, Schedule
 
@@ -64,6 +64,21 @@ def told_to_go_first_order(estimator: Estimator) -> Iterator[None]:
             'loss does not allow. Use FOBMAML with execution="in_place": it takes first derivatives only and runs any '
             f"model. The reason: {said}"
         ) from error
+
+
+def check_estimate(estimator: Estimator, estimate: object, problem: InnerProblem) -> None:
+    """Raise a SettingsError where an estimator, of the user's own, has left a meta-parameter out."""
+    name = type(estimator).__name__
+    if not isinstance(estimate, Estimate):
+        raise SettingsError(f"the estimator {name} must return a mn.Estimate, got {type(estimate).__name__}")
+    wanted = {*problem.theta, *problem.losses.shared}
+    if estimate.gradient.keys() != wanted:
+        odd = ", ".join(sorted(map(str, estimate.gradient.keys() ^ wanted)))
+        raise SettingsError(
+            f"the estimator {name} must give a meta-gradient for the leaves of problem.theta and of "
+            f"problem.losses.shared, these and no others, and differs in {odd}; of shared parameters it is at least "
+            "FreeSolve.direct, or declare Need.NO_SHARED_PARAMETERS"
+        )
 
 
 class FreeSolve(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules import rnn
 
-from metanudge.errors import LossError
+from metanudge.errors import UnmappableError
 from metanudge.oracle.common import scalar_loss
 from metanudge.oracle.convolution import MatrixConvolutions
 from metanudge.oracle.written import Written
@@ -96,7 +96,8 @@ class Call(nn.Module):
 
 
 _UNABLE = re.compile(
-    "vmap|batching rule|data pointer of Tensor|no available kernel|no viable backend|implemented for sparse tensors",
+    "vmap|batching rule|data pointer of Tensor|no available kernel|no viable backend|implemented for sparse tensors"
+    "|functorch transform|does not require grad and does not have a grad_fn",
     re.IGNORECASE,
 )
 
@@ -109,7 +110,7 @@ def explained() -> Iterator[None]:
     except RuntimeError as error:
         if not _UNABLE.search(str(error)):
             raise
-        raise LossError(f"the model, the loss or the metric {_does(error)}. PyTorch said: {error}") from error
+        raise UnmappableError(f"the model, the loss or the metric {_does(error)}. PyTorch said: {error}") from error
 
 
 _NUMBER = (
@@ -130,6 +131,11 @@ def _does(error: RuntimeError) -> str:
         return (
             "gives sparse gradients (nn.Embedding(sparse=True)), which torch.func.vmap can not take for many tasks at "
             'once. Leave out sparse=True, or give the MetaLearner execution="in_place", which makes them dense'
+        )
+    if "functorch transform" in said or "does not require grad" in said:
+        return (
+            "takes a derivative itself (torch.autograd.grad, requires_grad_()), which torch.func.vmap does not allow. "
+            'Give the MetaLearner execution="in_place", which does, or take it by torch.func.grad, jacrev or jvp'
         )
     if "control flow" in said:
         return (

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import re
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,57 @@ class Tally:
     """How many gradients of one loss of one task were evaluated."""
 
     gradients: int = 0
+
+
+LOOKS = 3
+"""At a loss that tells no mean from a sum, as with dropout."""
+
+
+@dataclass
+class Known:
+    """What has been seen of a learner's losses and metrics, for good.
+
+    Attributes:
+        looks: How many more looks at a loss to take, to see whether it is a mean over the examples.
+        outside: Of a loss that was looked at, the tensors that ask for a gradient and are not the model's, with what
+            was in ``.grad``: what is the same one at the next look was not made by the loss. Empty once nothing is left
+            to be looked at.
+        writes: Whether forward passes may write into buffers what differs between the tasks of a stack.
+        differentiating: Functions that take derivatives themselves, for which a graph is needed even for their value.
+    """
+
+    looks: dict[Role, int] = field(default_factory=lambda: dict.fromkeys(Role, LOOKS))
+    outside: dict[Role, list[tuple[Tensor, Tensor | None]]] = field(default_factory=dict)
+    writes: bool = False
+    differentiating: list[LossFunction] = field(default_factory=list)
+
+    def check(self, role: Role, loss: Tensor, own: Iterable[Tensor]) -> None:
+        """Refuse a loss that depends on trainable tensors other than ``own``: no meta-gradient would reach them.
+
+        Those that the loss makes itself, to take a derivative by them, differ between two looks at its graph.
+
+        Raises:
+            LossError: It does.
+        """
+        before = self.outside.get(role)
+        if before is not None and not before:
+            return
+        known = set(map(id, own))
+        leaves = (getattr(node, "variable", None) for node in nodes_of([loss.grad_fn]))
+        found = [leaf for leaf in leaves if isinstance(leaf, Tensor) and id(leaf) not in known]
+        again = [(leaf, held) for leaf, held in before or () if any(leaf is one for one in found)]
+        for leaf, held in again:
+            leaf.grad = held
+        kept = [leaf for leaf, _ in again] + [leaf for leaf in found if isinstance(leaf, nn.Parameter)]
+        if kept:
+            raise LossError(
+                f"the loss depends on a trainable tensor of shape {tuple(kept[0].shape)} that is no parameter of the "
+                "model it was given, and so would get no meta-gradient. To learn it, make it a parameter of the model "
+                "(adapt_only says which of them are adapted); if it belongs to what stays as it is, such as a teacher, "
+                "use it under torch.no_grad(), with .detach(), or with requires_grad=False"
+            )
+        first = before is None
+        self.outside[role] = [(leaf, None if leaf.grad is None else leaf.grad.clone()) for leaf in found if first]
 
 
 @dataclass(frozen=True)
@@ -38,7 +91,7 @@ class RandomState:
     first: int = 0
 
     def enter(self, task: int, role: Role, step: int) -> None:
-        """Seed the generators a model on ``device`` draws from."""
+        """Seed the generators that a model on ``device``, or its loss, draws from."""
         seed = (self.seed + 1_000_003 * (self.first + task) + 2 * step + role.value) % 2**63
         seed_generators(seed, self.device)
 
@@ -47,7 +100,8 @@ class RandomState:
         found = [torch.default_generator.get_state()]
         if self.device.type == "cuda":
             found.append(torch.cuda.default_generators[self.device.index].get_state())
-        return [bytes(one.numpy()) for one in found]
+        others = repr(random.getstate()), repr(np.random.get_state(legacy=False))
+        return [*(bytes(one.numpy()) for one in found), *map(str.encode, others)]
 
     def aside(self) -> AbstractContextManager[None]:
         """A context whose draws leave the state as it was."""
@@ -60,15 +114,24 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
-    """Seed what a model on ``device`` draws from, and no other device, whichever is the current one."""
+    """Seed what a model on ``device``, or its loss, draws from, and no other device, whichever is the current one."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
-def forked(device: torch.device) -> AbstractContextManager[None]:
-    """A context after which the random state of a model on ``device`` is as before."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+@contextmanager
+def forked(device: torch.device) -> Iterator[None]:
+    """A context after which the random state is as before: torch's for a model on ``device``, Python's and numpy's."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 @contextmanager
@@ -180,15 +243,20 @@ def require_second_derivative(gradients: Sequence[Tensor]) -> None:
     Such a pass ends the graph of its gradients in a node that raises when it is reached. But ``torch.autograd.grad``
     does not visit what does not lead to its inputs: it would leave the second derivative out and say nothing.
     """
-    ahead = [gradient.grad_fn for gradient in gradients if gradient.grad_fn is not None]
+    if any(node.name() == "torch::autograd::Error" for node in nodes_of(gradient.grad_fn for gradient in gradients)):
+        raise LossError(
+            "the model or the loss holds a function that can be differentiated once only "
+            "(torch.autograd.function.once_differentiable)"
+        )
+
+
+def nodes_of(ends: Iterable[Any]) -> Iterator[Any]:
+    """Every node of the graphs that end in ``ends``, once."""
+    ahead = [end for end in ends if end is not None]
     seen = set(ahead)
     while ahead:
         node = ahead.pop()
-        if node.name() == "torch::autograd::Error":
-            raise LossError(
-                "the model or the loss holds a function that can be differentiated once only "
-                "(torch.autograd.function.once_differentiable)"
-            )
+        yield node
         new = {following for following, _ in node.next_functions if following is not None} - seen
         seen |= new
         ahead += new

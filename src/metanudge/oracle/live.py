@@ -19,6 +19,7 @@ from metanudge.minibatches import as_minibatches
 from metanudge.oracle.averages import settled
 from metanudge.oracle.batch_norm import BatchNorm
 from metanudge.oracle.common import (
+    Known,
     RandomState,
     Tally,
     require_gradient,
@@ -32,9 +33,6 @@ from metanudge.oracle.module import LiveModule
 from metanudge.together import operands, product
 from metanudge.tree import accumulator
 from metanudge.types import Batch, LossFunction, Params, Role, Tasks, Weights
-
-LOOKS = 3
-"""At a loss that tells no mean from a sum, as with dropout."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class LiveLosses(InnerGradients):
         random: Seeds.
         tally: Counter.
         norm: What BatchNorm layers normalise by.
-        looks: How many more looks at a loss to take, to see whether it is a mean over the examples.
+        known: What was seen of the losses before.
         passed: f̂(θ), once it was seen, by a gradient there as a rule, so that no forward pass more is spent on it.
         held: Where a solve begins, which the module is known to hold until something is evaluated.
         apart: Leaves whose gradients are not added up in ``.grad``: of light bundles, by one operation each, and those
@@ -67,7 +65,7 @@ class LiveLosses(InnerGradients):
     random: RandomState
     tally: Tally
     norm: BatchNorm
-    looks: dict[Role, int]
+    known: Known
     shared: Params = field(init=False)
     passed: list[Tensor] = field(init=False, default_factory=list)
     held: list[Params] = field(init=False, default_factory=list)
@@ -182,6 +180,8 @@ class LiveLosses(InnerGradients):
                 with torch.enable_grad():
                     loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
                     require_graph(loss)
+                    if not self.live.sharded:  # FSDP2 puts others in the place of the model's own
+                        self.known.check(role, loss, chain(self.live.parameters.values(), leaves(batch)))
                     if losses:
                         _part(parameters)
                     times(weight, times(share, loss)).backward()  # type: ignore[no-untyped-call]
@@ -199,12 +199,24 @@ class LiveLosses(InnerGradients):
 
     def _value(self, function: LossFunction, role: Role, phi: Params, microbatch: int | None) -> Tensor:
         self._load(phi)
-        with torch.no_grad():
-            parts = [
-                share * self._evaluate(function, role, batch, 0, 0)
-                for batch, share in self._pieces(role, 0, 0, microbatch)
-            ]
-        return self.live.over_ranks(torch.stack(parts).sum())
+
+        def parts(graph: bool) -> list[Tensor]:
+            with torch.set_grad_enabled(graph):
+                return [
+                    share * self._evaluate(function, role, batch, 0, 0).detach()
+                    for batch, share in self._pieces(role, 0, 0, microbatch)
+                ]
+
+        differentiates = any(one is function for one in self.known.differentiating)
+        try:
+            found = parts(differentiates)
+        except RuntimeError as error:
+            if differentiates or "does not require grad" not in str(error):
+                raise
+            self.live.load({})  # what a forward pass without a backward pass leaves
+            found = parts(True)
+            self.known.differentiating.append(function)
+        return self.live.over_ranks(torch.stack(found).sum())
 
     def _check_mean(self, role: Role, step: int, minibatch: int) -> None:
         """Refuse a loss that adds its examples up where pieces are averaged, and warn of one that is no mean.
@@ -212,7 +224,7 @@ class LiveLosses(InnerGradients):
         Raises:
             LossError: It is a sum.
         """
-        left = self.looks.get(role, LOOKS)
+        left = self.known.looks[role]
         if self.microbatch is None or self.microbatch < 2 or not left:
             return
         batch = self._batch(role, step, minibatch)
@@ -226,7 +238,7 @@ class LiveLosses(InnerGradients):
 
         before = self.random.state()
         done = settled(role, loss, batch, self.microbatch, lambda: self.random.state() != before)
-        self.looks[role] = 0 if done else left - 1
+        self.known.looks[role] = 0 if done else left - 1
         self.live.load({})  # what a forward pass without a backward pass leaves
 
     def _load(self, phi: Mapping[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ from metanudge.losses import HessianProduct, InnerGradients
 from metanudge.oracle.batch_norm import BatchNorm
 from metanudge.oracle.call import Call, explained
 from metanudge.oracle.common import (
+    Known,
     RandomState,
     Tally,
     require_gradient,
@@ -48,6 +49,7 @@ class StackedLosses(InnerGradients):
         random: Seeds.
         tally: Counter.
         norm: What BatchNorm layers normalise by.
+        known: What was seen of the losses before.
         attached: Keep gradients in the graph (unrolled differentiation).
         compiled: Gradients as programs, where they are not attached; None to run the model as it is.
     """
@@ -62,6 +64,7 @@ class StackedLosses(InnerGradients):
     random: RandomState
     tally: Tally
     norm: BatchNorm
+    known: Known
     attached: bool = False
     compiled: Bound | None = None
 
@@ -187,8 +190,10 @@ class StackedLosses(InnerGradients):
     def _derivative(self, weights: Weights, wanted: Params, rest: Params, step: int) -> tuple[Tensor, Params]:
         with torch.enable_grad():
             losses = self._evaluate({role: self.losses[role] for role in weights}, rest | wanted, step)
-            for loss in losses.values():
+            for role, loss in losses.items():
                 require_graph(loss)
+                if not self.attached:
+                    self.known.check(role, loss, wanted.values())
             weighted = reduce(torch.add, (times(weights[role], loss) for role, loss in losses.items()))
             total = weighted.sum()  # lanes do not mix, so its gradient is every lane's own
         with explained():
@@ -213,13 +218,16 @@ class StackedLosses(InnerGradients):
         read = [Role.SUPPORT, *functions] if self.norm.policy == "support" else functions
         data = {role: self.tasks[role.value] for role in read}
 
+        apart = self.known.writes
+
         def one(packed: Params, buffers: dict[Role, dict[str, Tensor]], data: dict[Role, Batch]) -> dict[Role, Tensor]:
             named = self.packing.unpack(packed)
 
             def of(asked: Role) -> Tensor:
                 def at(role: Role, function: LossFunction) -> Tensor:
                     self.random.enter(self.first_task, role, step)
-                    own = tree.clone(buffers[asked]) if role is not asked else buffers[asked]
+                    own = buffers[asked] if apart else self.call.own_buffers
+                    own = own if apart and role is asked else tree.clone(own)  # what is written there is thrown away
                     with told_of_misfits(self.call.model, role, data[role]):
                         return self.call.at(named | own, function, data[role])
 
@@ -227,25 +235,41 @@ class StackedLosses(InnerGradients):
 
             return {role: of(role) for role in functions}
 
-        buffers = self._buffers(functions, nodes)
         with explained(), self.call.layers():
-            if nodes == 1 or not self.call.draws:
-                repeated = data if nodes == 1 else tree_map(lambda leaf: leaf.repeat_interleave(nodes, 0), data)
-                chance = "different" if nodes == 1 and not self.call.steady else "error"
-                try:
-                    values = vmap(one, randomness=chance)(_one_axis(lanes), _one_axis(buffers), repeated)
-                    return {role: value.reshape(self.number, nodes) for role, value in values.items()}
-                except RuntimeError as error:
-                    if "randomness" not in str(error) or (nodes == 1 and not self.call.steady):
-                        raise
-                    if self.call.steady:
-                        raise LossError(_DRAWS) from error
-                    self.call.draws = True
-            # the data of every node too: losses of torch do not run where one vmap alone maps the targets
-            repeated = tree_map(lambda leaf: leaf.unsqueeze(1).repeat(1, nodes, *[1] * (leaf.ndim - 1)), data)
-            over_nodes = vmap(one, randomness="same")
-            with UnfusedDrawing():
-                return vmap(over_nodes, randomness="different")(lanes, buffers, repeated)
+            if apart or not self.call.own_buffers:
+                return self._mapped(one, lanes, self._buffers(functions, nodes), data)
+            try:
+                return self._mapped(one, lanes, {}, data)
+            except (RuntimeError, LossError):
+                self.known.writes = True  # if that is not why, it raises again
+        return self._evaluate(functions, packed, step)
+
+    def _mapped(
+        self,
+        one: Callable[[Params, dict[Role, dict[str, Tensor]], dict[Role, Batch]], dict[Role, Tensor]],
+        lanes: Params,
+        buffers: dict[Role, dict[str, Tensor]],
+        data: dict[Role, Batch],
+    ) -> dict[Role, Tensor]:
+        """``one`` of every lane."""
+        nodes = _nodes(lanes)
+        if nodes == 1 or not self.call.draws:
+            repeated = data if nodes == 1 else tree_map(lambda leaf: leaf.repeat_interleave(nodes, 0), data)
+            chance = "different" if nodes == 1 and not self.call.steady else "error"
+            try:
+                values = vmap(one, randomness=chance)(_one_axis(lanes), _one_axis(buffers), repeated)
+                return {role: value.reshape(self.number, nodes) for role, value in values.items()}
+            except RuntimeError as error:
+                if "randomness" not in str(error) or (nodes == 1 and not self.call.steady):
+                    raise
+                if self.call.steady:
+                    raise LossError(_DRAWS) from error
+                self.call.draws = True
+        # the data of every node too: losses of torch do not run where one vmap alone maps the targets
+        repeated = tree_map(lambda leaf: leaf.unsqueeze(1).repeat(1, nodes, *[1] * (leaf.ndim - 1)), data)
+        over_nodes = vmap(one, randomness="same")
+        with UnfusedDrawing():
+            return vmap(over_nodes, randomness="different")(lanes, buffers, repeated)
 
     def _buffers(self, roles: Iterable[Role], nodes: int) -> dict[Role, dict[str, Tensor]]:
         """A copy of every buffer a lane, so that what a forward pass writes there is its own and is thrown away."""

@@ -100,21 +100,22 @@ class _FewShot:
         generator = stream(self.seed, index)
 
         def between(bounds: tuple[int, int]) -> int:
-            return int(torch.randint(bounds[0], bounds[1] + 1, (), generator=generator))
+            return int(torch.randint(bounds[0], bounds[1] + 1, (), generator=generator, device="cpu"))
 
         ways, shots = between(self.ways), between(self.shots)
         support: list[int] = []
         query: list[int] = []
-        for kind in torch.randperm(len(self.members), generator=generator)[:ways].tolist():
+        for kind in torch.randperm(len(self.members), generator=generator, device="cpu")[:ways].tolist():
             places = self.members[kind]
-            chosen = places[torch.randperm(len(places), generator=generator)[: shots + self.queries].numpy()].tolist()
+            order = torch.randperm(len(places), generator=generator, device="cpu")
+            chosen = places[order[: shots + self.queries].numpy()].tolist()
             support += chosen[:shots]
             query += chosen[shots:]
         return Tasks(self._batch(support, ways), self._batch(query, ways))
 
     def _batch(self, places: list[int], ways: int) -> Batch:
         inputs = [_input(self.dataset[place]) for place in places]
-        return Batch(torch.stack(inputs), torch.arange(ways).repeat_interleave(len(places) // ways))
+        return Batch(torch.stack(inputs), torch.arange(ways, device="cpu").repeat_interleave(len(places) // ways))
 
 
 def _input(item: Any) -> Tensor:

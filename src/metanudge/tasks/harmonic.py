@@ -58,8 +58,8 @@ def harmonic(
 
     def draw(index: int) -> tuple[Tensor, Tensor]:
         generator = stream(seed, index)
-        frequency, mean, *phases = torch.rand(4, generator=generator, dtype=torch.float64)
-        normal = torch.randn(2 + 2 * (shots + queries), generator=generator, dtype=torch.float64)
+        frequency, mean, *phases = torch.rand(4, generator=generator, dtype=torch.float64, device="cpu")
+        normal = torch.randn(2 + 2 * (shots + queries), generator=generator, dtype=torch.float64, device="cpu")
         amplitudes, (x, disturbance) = normal[:2], normal[2:].reshape(2, shots + queries, 1)
         x = 8 * mean - 4 + x
         y = noise * disturbance

@@ -25,15 +25,15 @@ class Family(NamedTuple):
 def draw_scores(family: Family, index: int) -> tuple[Tensor, Tensor, torch.Generator]:
     """Inputs ``[n, d]``, <w + v_i, x> ``[n]``, and the generator for what is still to be drawn."""
     features = family.features
-    shared = torch.randn(features, generator=stream(family.seed, 0), dtype=torch.float64)
+    shared = torch.randn(features, generator=stream(family.seed, 0), dtype=torch.float64, device="cpu")
     shared *= family.common / shared.norm()
     generator = stream(family.seed, index + 1)  # stream 0 is what the tasks share
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+        return torch.rand(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     rotation, _ = torch.linalg.qr(normal(features, features))
     spectrum = family.scales ** (2 * uniform(1) - 1) * family.anisotropy ** (2 * uniform(features) - 1)

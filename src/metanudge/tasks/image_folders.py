@@ -150,7 +150,8 @@ def _omniglot(root: Path, split: str, counts: tuple[int, int], seed: int) -> dic
             f"{root} holds {len(characters)} characters, too few for counts={counts} and a test (all of Omniglot has "
             "1623); unpack both images_background and images_evaluation, or give other counts"
         )
-    shuffled = [characters[place] for place in torch.randperm(len(characters), generator=stream(seed, 0)).tolist()]
+    order = torch.randperm(len(characters), generator=stream(seed, 0), device="cpu")
+    shuffled = [characters[place] for place in order.tolist()]
     first, second = counts[0], sum(counts)
     bounds = {
         "train": (0, first),

@@ -70,7 +70,7 @@ def linear(
 
     def draw(index: int) -> tuple[Tensor, Tensor]:
         inputs, scores, generator = draw_scores(family, index)
-        disturbance = torch.randn(len(scores), generator=generator, dtype=torch.float64)
+        disturbance = torch.randn(len(scores), generator=generator, dtype=torch.float64, device="cpu")
         return inputs, (scores + noise * disturbance).unsqueeze(-1)
 
     drawn = [draw(index) for index in range(first, first + number)]
@@ -87,7 +87,7 @@ def linear_solutions(support: Batch, theta: Tensor, prox: float) -> Tensor:
         prox: λ > 0.
     """
     x, y = support
-    system = 2 / x.shape[1] * x.mT @ x + prox * torch.eye(x.shape[2], dtype=x.dtype)
+    system = _system(x, prox)
     solved: Tensor = torch.linalg.solve(system, (2 / x.shape[1] * x.mT @ y).squeeze(-1) + prox * theta)
     return solved
 
@@ -102,7 +102,12 @@ def linear_meta_gradient(tasks: Tasks, theta: Tensor, prox: float) -> Tensor:
     """
     phi = linear_solutions(tasks.support, theta, prox)
     (x, _), (x_query, y_query) = tasks
-    system = 2 / x.shape[1] * x.mT @ x + prox * torch.eye(x.shape[2], dtype=x.dtype)
+    system = _system(x, prox)
     slope = 2 / x_query.shape[1] * x_query.mT @ (x_query @ phi.unsqueeze(-1) - y_query)
     found: Tensor = prox * torch.linalg.solve(system, slope).squeeze(-1).mean(0)
     return found
+
+
+def _system(x: Tensor, prox: float) -> Tensor:
+    """H + λ of every task, ``[T, d, d]``."""
+    return 2 / x.shape[1] * x.mT @ x + prox * torch.eye(x.shape[2], dtype=x.dtype, device=x.device)

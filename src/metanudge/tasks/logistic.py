@@ -77,7 +77,7 @@ def logistic(
     def draw(index: int) -> tuple[Tensor, Tensor]:
         inputs, scores, generator = draw_scores(family, index)
         chance = (1 - 2 * flips) * torch.sigmoid(scores) + flips
-        return inputs, torch.rand(len(scores), generator=generator, dtype=torch.float64) < chance
+        return inputs, torch.rand(len(scores), generator=generator, dtype=torch.float64, device="cpu") < chance
 
     drawn = [draw(index) for index in range(first, first + number)]
     x, y = (torch.stack(same).to(dtype) for same in zip(*drawn, strict=True))

@@ -95,4 +95,5 @@ def signals(samples: int = 5000, seed: int = 42) -> tuple[Tensor, Tensor]:
     finally:
         random.setstate(kept[0])
         np.random.set_state(kept[1])
-    return torch.tensor(made["x"], dtype=torch.float32).unsqueeze(1), torch.tensor(made["y"], dtype=torch.int64)
+    inputs = torch.tensor(made["x"], dtype=torch.float32, device="cpu").unsqueeze(1)
+    return inputs, torch.tensor(made["y"], dtype=torch.int64, device="cpu")

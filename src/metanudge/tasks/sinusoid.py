@@ -50,7 +50,7 @@ def sinusoid(
         check_steps(size, name)
 
     def draw(index: int) -> tuple[Tensor, Tensor]:
-        uniform = torch.rand(2 + shots + queries, 1, generator=stream(seed, index), dtype=torch.float64)
+        uniform = torch.rand(2 + shots + queries, 1, generator=stream(seed, index), dtype=torch.float64, device="cpu")
         amplitude, phase, x = 0.1 + 4.9 * uniform[0], math.pi * uniform[1], 10 * uniform[2:] - 5
         return x, amplitude * torch.sin(x - phase)
 

@@ -32,7 +32,7 @@ def kinked(bench: Bench) -> bool:
         return torch.cat([leaf.reshape(-1).double() for leaf in found])
 
     for task in tasks:  # noqa: B007, gradient() reads it
-        drawn = {name: torch.randn(value.shape, generator=generator) for name, value in start.items()}
+        drawn = {name: torch.randn(value.shape, generator=generator, device="cpu") for name, value in start.items()}
         length = torch.stack([value.double().square().sum() for value in drawn.values()]).sum().sqrt()
 
         def at(distance: float, drawn: dict[str, Tensor] = drawn, length: Tensor = length) -> Tensor:
