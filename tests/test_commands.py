@@ -172,6 +172,13 @@ def test_train_and_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     means = torch.tensor([each["mean"] for each in record["seeds"].values()])
     assert record["std_over_seeds"] == pytest.approx(float(means.std()), rel=1e-4)
 
+    other = Path("other.toml")
+    other.write_text('out = "runs/small"\n' + Path(config).read_text().replace("shots = ", "shots = 1"))
+    assert main(["evaluate", str(other), "--tasks", "3"]) == 2
+    assert "holds a training with tasks.shots" in (said := capsys.readouterr().err)
+    assert "metanudge evaluate runs/small" in said
+    assert json.loads((out / "evaluation.json").read_text()) == record
+
     assert main(["evaluate", config, "--tasks", "3", "--weights", "last"]) == 0
     last = json.loads((out / "evaluation-3-tasks-last.json").read_text())
     assert json.loads((out / "evaluation.json").read_text()) == record  # the larger one is kept

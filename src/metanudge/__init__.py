@@ -1,6 +1,6 @@
 """Meta-learning for PyTorch with first derivatives only."""
 
-from metanudge import metrics, optim, tasks
+from metanudge import extend, metrics, optim, tasks
 from metanudge.diagnostics import Check, Smoothness, check, smoothness
 from metanudge.energy import InnerProblem
 from metanudge.errors import (
@@ -85,6 +85,7 @@ __all__ = [
     "UnsolvedWarning",
     "WarmStart",
     "check",
+    "extend",
     "fit",
     "load_pretrained",
     "metrics",

@@ -68,9 +68,10 @@ class Known:
         if kept:
             raise LossError(
                 f"the loss depends on a trainable tensor of shape {tuple(kept[0].shape)} that is no parameter of the "
-                "model it was given, and so would get no meta-gradient. To learn it, make it a parameter of the model "
-                "(adapt_only says which of them are adapted); if it belongs to what stays as it is, such as a teacher, "
-                "use it under torch.no_grad(), with .detach(), or with requires_grad=False"
+                "model it was given (is it one of another module?), and so would get no meta-gradient. To learn it, "
+                "make it a parameter of the model, all in one module (adapt_only says which are adapted); if it "
+                "belongs to what stays as it is, such as a teacher, use it under torch.no_grad(), with .detach(), or "
+                "with requires_grad=False"
             )
         first = before is None
         self.outside[role] = [(leaf, None if leaf.grad is None else leaf.grad.clone()) for leaf in found if first]
