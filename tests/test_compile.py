@@ -430,7 +430,7 @@ def test_changes_of_the_model_are_seen(change: Callable[..., None], traced: None
 
 
 def test_tensors_of_the_loss_are_read_at_every_step(traced: None) -> None:
-    teacher = nn.Linear(3, 1).double()
+    teacher = nn.Linear(3, 1).double().requires_grad_(False)
 
     def taught(model: nn.Module, batch: mn.Batch) -> Tensor:
         return (model(batch.inputs) - teacher(batch.inputs)).square().mean()

@@ -71,7 +71,7 @@ def found(model: nn.Module, data: mn.Tasks, settings: dict[str, Any]) -> dict[st
     curves = learner.evaluate(data).curve
     assert all(torch.equal(whole(p), value) for p, value in zip(model.parameters(), theta, strict=True))
     gradient = torch.cat([whole(p.grad).reshape(-1) for p in model.parameters() if p.grad is not None])
-    return {"step": tuple(step), "curves": curves, "gradient": gradient}
+    return {"step": (*step[:-1], *step.query_losses), "curves": curves, "gradient": gradient}
 
 
 def fitted(model: nn.Module, data: mn.Tasks) -> list[float]:
