@@ -253,6 +253,7 @@ def test_what_keeps_the_objective_is_told_first() -> None:
     found = mn.check(learner, made.tasks, compare=["fobmaml"], reference_steps=60)
     assert {row.prox for row in found.rows} == {0.05}
     assert "The estimator fobmaml has" in found.verdict
+    assert "The bias of FOMAML is irreducible: (I + H/λ) ∇F instead of ∇F; no setting takes it away." in found.verdict
     assert "prox" not in found.verdict.split("None of")[0]
     mine, other = row(10, 0.5), row(5, 0.01, prox=3.0)
     reference = Reference(torch.ones(1), (0,), 0.0, 0.0, "")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
+import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,7 @@ import metanudge as mn
 from metanudge.order import moved
 from problems import PROBLEMS, distance, flat_gradient
 
+SPLITS = ("train", "validation", "test")
 EXECUTIONS = ("vectorized", "in_place")
 SOLVER = mn.GradientDescent(steps=6, lr=0.05)
 TASKS = mn.tasks.sinusoid(3, shots=5, queries=5, dtype=torch.float64)
@@ -457,3 +462,37 @@ def test_a_torch_optimizer_under_maml_is_refused_for_the_reason_that_counts() ->
     for estimator in (mn.MAML(), mn.HFMAML()):
         with pytest.raises(mn.SettingsError, match=r"differentiates through the solver's steps"):
             learner_of(estimator=estimator, solver=solver)
+
+
+@pytest.fixture
+def code_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
+    """What the first program of a page defines."""
+
+    def read(page: str) -> dict[str, Any]:
+        text = (Path(__file__).parents[1] / page).read_text()
+        monkeypatch.setitem(sys.modules, "page", types.ModuleType("page"))  # where dataclasses look
+        defined: dict[str, Any] = {"__name__": "page"}
+        exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], defined)
+        return defined
+
+    return read
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_the_estimator_of_the_guide_is_what_it_says(execution: str, code_of: Any) -> None:
+    learner = learner_of(estimator=code_of("CONTRIBUTING.md")["HalfWay"](), adapt_only="2", execution=execution)
+    fomaml = learner_of(estimator=mn.FOMAML(), adapt_only="2", execution=execution)
+    learner.backward(TASKS)
+    fomaml.backward(TASKS)
+    model = network()
+    losses = [mn.metrics.squared_error(model, task.query) for task in TASKS.unstack()]
+    start = torch.cat([g.flatten() for g in torch.autograd.grad(sum(losses) / 3, list(model.parameters()))])
+    assert distance(flat_gradient(learner.model), (start + flat_gradient(fomaml.model)) / 2) < 1e-12
+
+
+def test_the_episodes_of_the_settings_page_are_disjoint(code_of: Any) -> None:
+    tasks = code_of("docs/settings.md")["tasks"]
+    seen = {split: {tuple(row) for i in range(20) for row in tasks(split)[i].query.inputs.tolist()} for split in SPLITS}
+    assert all(seen.values())
+    assert not seen["train"] & seen["validation"]
+    assert not seen["train"] & seen["test"]

@@ -20,7 +20,7 @@ than 2^15, a sixteenth of all."""
 
 
 class Bundles(Mapping[str, Tensor]):
-    """Parameters of the live module as leaves to compute with; reading one reads where the module stands.
+    """The live module's parameters as leaves to compute with, small ones end to end; reading one gives its value now.
 
     A leaf is a *bundle*, ``[P]``, of plain, contiguous parameters of one dtype: a copy, made when it is read and not
     kept. Or it is a parameter, under its own name, that is large, sharded, or the only one of its kind. What is read is

@@ -267,7 +267,7 @@ def check_done(path: Path, done: int, steps: int, anew: str) -> None:
 
 
 def waited(done: int, best_step: int, patience: int | None) -> bool:
-    """Whether after ``done`` meta-steps no validation was better for as long as anyone has patience."""
+    """Whether, after ``done`` meta-steps, the best validation is ``patience`` steps ago; never where that is None."""
     return patience is not None and 0 < best_step <= done - patience
 
 

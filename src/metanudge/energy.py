@@ -158,7 +158,7 @@ class Energy:
         return self.losses.added([square(*given) for given in self.losses.operands(both, by)]).sqrt()
 
     def length(self, phi: Params, gradient: Params, norm: Tensor, reach: Tensor, start_loss: Tensor) -> Tensor:
-        r"""What is far for φ, in its own unit, ``[*L]``: displacements are measured by it.
+        r"""Reference length for φ, ``[*L]``: displacements are fractions of it.
 
         The norm of the parameters that ``gradient``, of this ``norm``, touches, but at least ε^(1/4) times the way
         ``reach`` that the support loss drives φ from θ, so that a φ of nothing but round-off is no scale. Where

@@ -23,7 +23,7 @@ from metanudge.types import LossFunction, Named, Need, Params, Role, Tasks
 
 
 class Use(NamedTuple):
-    """What a model is lent out for.
+    """What a step needs a model for.
 
     Attributes:
         selection: Parameters by what becomes of them.

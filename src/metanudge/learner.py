@@ -60,9 +60,9 @@ class MetaLearner:
         estimator: How the meta-gradient is formed; None for ``FOBMAML()``.
         execution: "vectorized" (all tasks at once under vmap), "in_place" (the live module, ``.backward()`` only), or
             "auto": in place when the solver is a torch optimizer, the model is compiled or sharded or has recurrent
-            layers, or embeddings with ``sparse=True`` or ``max_norm``, more than ten million parameters or some in
-            float16 are adapted, or ``microbatch`` is given;
-            otherwise vectorised.
+            layers, backward hooks on modules, or embeddings with ``sparse=True`` or ``max_norm``, more than ten million
+            parameters or some in float16 are adapted, or ``microbatch`` is given; otherwise vectorised, until vmap
+            turns out not to run the model or a loss, and in place, with a warning, from then on.
         adapt_only: Parameters the inner problem adapts: names of parameters or modules (``"head"``), patterns
             (``"*.bias"``), or a predicate ``(name, parameter) -> bool``; None for all. Other trainable parameters are
             shared by all tasks and get their own meta-gradient (from FOMAML a part); frozen ones cost nothing.
@@ -95,7 +95,8 @@ class MetaLearner:
         SettingsError: Settings that can not work, alone or together, with the reason and the cure.
 
     Warns:
-        UserWarning: A torch optimizer is to step parameters in bfloat16 or float16; a sharpness radius of 1 or more.
+        UserWarning: A torch optimizer is to step parameters in bfloat16 or float16; a sharpness radius of 1 or more;
+            (when used) execution="auto" goes in place.
 
     Example:
         >>> import torch, metanudge as mn
@@ -336,7 +337,7 @@ class MetaLearner:
         Warns:
             UserWarning: The solve ended at a far larger support loss than it began with.
 
-        Cost: K gradients and two forward passes. Example:
+        Cost: K gradients, what the solver measures (Nesterov: 6), and two forward passes. Example:
             >>> import torch, metanudge as mn
             >>> model = torch.nn.Linear(1, 1)
             >>> learner = mn.MetaLearner(model, lambda m, b: (m(b.inputs) - b.targets).square().mean(), prox=0.01)
@@ -382,7 +383,7 @@ class MetaLearner:
         Warns:
             NonFiniteWarning: Tasks whose score is not finite, which make the mean so; once.
 
-        Cost: K gradients and K + 1 forward passes a task and permutation.
+        Cost: K gradients, what the solver measures (Nesterov: 6), and K + 1 forward passes, a task and permutation.
         """
         found = self._scores(tasks, metric, permutations)
         if (lost := (~found.values[:, -1].isfinite()).nonzero().flatten().tolist()) and not self._told.scores:

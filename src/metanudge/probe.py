@@ -16,10 +16,10 @@ from metanudge.solvers.loop import Solver, advance
 from metanudge.types import Role, Schedule
 
 MOST = 20
-"""Times the solver's steps after which no more are taken, .."""
+"""At most so many times the solver's steps are tried,"""
 
 LIMIT = 1000
-""".. or so many, where that is more than twice the solver's."""
+"""and at most so many, or twice the solver's where that is more."""
 
 GROWTH = 1.25
 """From one look at the residual to the next."""

@@ -18,7 +18,7 @@ from metanudge.types import Params
 TOGETHER = {"cuda"}
 """Kinds of devices on which leaves come together; on others, where a kernel is launched in no time, one by one."""
 PARTS = 4
-"""What comes together is about one part of so many: a formula may have three of that size alive."""
+"""Leaves come together in about so many parts, one after the other: a formula may have three of that size alive."""
 
 
 class Together:

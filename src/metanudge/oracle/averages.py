@@ -21,7 +21,7 @@ FAR = 2e-2
 def settled(
     role: Role, loss: Callable[[Batch], float], batch: Batch, microbatch: int, is_random: Callable[[], bool]
 ) -> bool:
-    """Compare the loss of a piece with the mean of those of its halves; False where chance hides how they compare.
+    """Compare the loss of a piece with the mean of those of its halves; False where the loss is too random to tell.
 
     The piece holds the first examples and the last, which may be padding. Cost: a piece, and its two halves, forward.
 

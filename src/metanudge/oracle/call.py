@@ -34,7 +34,7 @@ class Call(nn.Module):
         model: The user's model.
         own_buffers: Its buffers, shared ones once.
         written: What its modules held, and hold again after every evaluation.
-        names: Of a parameter or buffer, all its names within this module: more than one where it is tied. (Left to
+        names: All names of each parameter and buffer within this module, several where it is tied. (Left to
             functional_call, finding them costs more than a small model's forward pass.)
         draws: Whether a forward pass has been seen to draw random numbers.
         steady: Whether it may not: a compiled one would not draw the same for every node.

@@ -123,5 +123,14 @@ def check(
         reference.trusted,
         bends,
         recommend(sweep.own()) if advisable else None,
-        verdict(sweep.rows, reference, len(bench.tasks), bends, bench.bad(), learner.warm_start is not None, noise),
+        verdict(
+            sweep.rows,
+            reference,
+            len(bench.tasks),
+            bends,
+            bench.bad(),
+            learner.warm_start is not None,
+            noise,
+            learner.estimator,
+        ),
     )

@@ -9,6 +9,7 @@ from metanudge import advice
 from metanudge.diagnostics.check.reference import CERTAIN, SOLVED, Reference
 from metanudge.diagnostics.check.result import SAFE, CheckRow, Recommendation, percent
 from metanudge.diagnostics.check.search import does, recommend
+from metanudge.estimators import Estimator
 
 KINKED = (
     "The loss has kinks near these parameters (ReLU, max-pooling): exact second derivatives see one smooth piece, a "
@@ -44,10 +45,12 @@ def verdict(
     bad: Mapping[int, str],
     warm: bool,
     noise: str = "",
+    estimator: Estimator | None = None,
 ) -> str:
     """What was found, and what would mend it.
 
-    ``bad`` are tasks with NaN in their data, and where; ``noise`` is what makes the support loss random.
+    ``bad`` are tasks with NaN in their data, and where; ``noise`` is what makes the support loss random; ``estimator``
+    is the one that was judged.
     """
     mine = rows[0]
     own = [row for row in rows if row.group != "estimator"]
@@ -61,6 +64,9 @@ def verdict(
     if mine.good is None:
         said += _elsewhere(own)
     elif not mine.good:
+        bias = getattr(estimator, "bias", "")  # which one of the user's own may lack
+        if bias.startswith("irreducible"):
+            said.append(f"The bias of {type(estimator).__name__} is {bias}; no setting takes it away.")
         advised, others = _advised(own), _others(rows, recommend(own))
         kept = any(does(row) for row in own if row.prox == mine.prox)
         said += advised + others if kept else others + advised  # a change that keeps the objective comes first
