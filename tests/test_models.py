@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import metanudge as mn
 from metanudge.diagnostics.check.bench import measured
-from metanudge.oracle import RandomState
 from metanudge.oracle.drawing import attention
+from metanudge.random_state import RandomState
 from metanudge.types import Role
 from problems import DTYPE, distance, flat_gradient, normal, single_tasks
 

@@ -21,8 +21,8 @@ from torch.utils.data import Dataset
 import metanudge as mn
 from metanudge.cli import main
 from metanudge.files import load_state
-from metanudge.oracle.common import whole
 from metanudge.ranks import ALONE, Ranks, joined
+from metanudge.sharding import whole
 from processes import example, group, spawned
 
 DOUBLE = torch.float64

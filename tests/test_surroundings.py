@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 import re
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import metanudge as mn
+from metanudge.oracle import compiled
 from metanudge.order import moved
 from problems import PROBLEMS, distance, flat_gradient
 
@@ -76,28 +80,64 @@ def test_noise_of_any_default_generator_is_the_same_for_every_nudge(generator: s
 
 
 OUTSIDE: dict[str, Callable[[], Tensor]] = {
-    "tensor": lambda: torch.tensor(0.1, dtype=torch.float64, requires_grad=True),
     "parameter": lambda: nn.Parameter(torch.tensor(0.1, dtype=torch.float64)),
     "of a module": lambda: nn.Linear(1, 1).double().weight,
 }
+WAYS: dict[str, dict[str, Any]] = {
+    "vectorized": {"execution": "vectorized"},
+    "in place": {"execution": "in_place"},
+    "FOMAML": {"execution": "in_place", "estimator": mn.FOMAML()},
+    "MAML": {"estimator": mn.MAML()},
+    "compiled": {"compile": True},
+}
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize("held", [None, 3.0], ids=["empty", "filled"])
-@pytest.mark.parametrize("kind", OUTSIDE)
-def test_a_trainable_tensor_outside_the_model_is_refused(kind: str, held: float | None, execution: str) -> None:
-    outside = OUTSIDE[kind]()
-    outside.grad = None if held is None else torch.full_like(outside, held)
-
+def scaled_by(outside: Tensor) -> Any:
     def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
         return mn.metrics.squared_error(model, batch) + (outside * model(batch.inputs)).square().mean()
 
-    learner = learner_of(loss, execution=execution)
-    for use in (learner.backward, learner.evaluate):
-        with pytest.raises(mn.LossError, match=r"trainable tensor of shape .* no parameter of the model"):
-            use(TASKS)
+    return loss
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs as they were traced, without the compiler."""
+    monkeypatch.setattr(compiled, "build", lambda traced, inputs: traced)
+
+
+@pytest.mark.parametrize("where", ["loss", "query_loss"])
+@pytest.mark.parametrize("held", [None, 3.0], ids=["empty", "filled"])
+@pytest.mark.parametrize("kind", OUTSIDE)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_parameter_outside_the_model_is_refused(
+    way: str, kind: str, held: float | None, where: str, traced: None
+) -> None:
+    outside = OUTSIDE[kind]()
+    outside.grad = None if held is None else torch.full_like(outside, held)
+    losses = {"loss": mn.metrics.squared_error, where: scaled_by(outside)}
+    learner = learner_of(losses.pop("loss"), **losses, **WAYS[way])
+    for _ in range(2):
+        with pytest.raises(mn.LossError, match=r"trainable parameter of shape .* none of the model"):
+            learner.backward(TASKS)
         assert all(leaf.grad is None for leaf in learner.model.parameters())
         assert outside.grad is None if held is None else (outside.grad == held).all()
+
+
+@pytest.mark.parametrize("held", [None, 3.0], ids=["empty", "filled"])
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "MAML"])
+def test_another_tensor_outside_the_model_is_told_of_and_left_alone(way: str, held: float | None, traced: None) -> None:
+    outside = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    outside.grad = None if held is None else torch.full_like(outside, held)
+    learner = learner_of(scaled_by(outside), **WAYS[way])
+    constant = learner_of(scaled_by(torch.tensor(0.1, dtype=torch.float64)), **WAYS[way])
+    with pytest.warns(UserWarning, match=r"tensor of shape \(\) that asks for a gradient.*torch\.nn\.Parameter"):
+        learner.backward(TASKS)
+    constant.backward(TASKS)
+    assert torch.equal(flat_gradient(learner.model), flat_gradient(constant.model))
+    learner.evaluate(TASKS)  # and not again
+    assert outside.grad is None if held is None else (outside.grad == held).all()
+    for copied in (copy.deepcopy(learner.execution), pickle.loads(pickle.dumps(learner.execution.known))):
+        assert not getattr(copied, "known", copied).strangers
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
@@ -143,7 +183,7 @@ def by_functions(model: nn.Module, batch: mn.Batch) -> Tensor:
 
 
 def _misfit(model: nn.Module, u: Tensor, slope: Tensor, batch: mn.Batch) -> Tensor:
-    return (slope - batch.targets * u).square().mean() + (model(torch.zeros_like(u[:1])) - 1).square().mean()
+    return (slope - batch.targets * u).square().mean() + (model(torch.zeros_like(u)) - 1).square().mean()
 
 
 @pytest.fixture
@@ -185,7 +225,7 @@ def test_only_the_first_value_of_a_loss_that_differentiates_is_tried_without_a_g
     learner.evaluate(equations)
     first, calls = calls, 0
     learner.evaluate(equations)
-    assert first == calls + 1
+    assert first == calls + 2  # once more to see that the points are others at every evaluation
 
 
 def test_vectorized_is_refused_with_what_to_do(equations: mn.Tasks) -> None:
@@ -204,6 +244,110 @@ def test_auto_stays_where_the_settings_allow_no_other_execution(settings: Any, e
     assert learner.execution.name == "vectorized"
 
 
+def fixed_points(model: nn.Module, batch: mn.Batch) -> Tensor:
+    u = model(POINTS)
+    (slope,) = torch.autograd.grad(u.sum(), POINTS, create_graph=True)
+    return mn.metrics.squared_error(model, batch) + (slope - u).square().mean()
+
+
+POINTS = torch.linspace(0, 1, 4, dtype=torch.float64)[:, None].requires_grad_()
+
+
+def test_points_that_are_the_same_at_every_evaluation_may_be_differentiated_by() -> None:
+    learner = learner_of(fixed_points, execution="in_place")
+    with pytest.warns(UserWarning, match=r"if the loss takes a derivative by it, nothing is wrong"):
+        assert learner.backward(TASKS).dropped_tasks == 0
+    assert POINTS.grad is None
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm = network(), nn.BatchNorm1d(1).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.body(x))
+
+
+@pytest.mark.parametrize("loss", [by_autograd, by_autograd_of_the_batch], ids=lambda loss: loss.__name__)
+def test_batch_norm_by_the_support_set_with_a_loss_that_differentiates(loss: Any, equations: mn.Tasks) -> None:
+    learner = learner_of(loss, Normalised(), execution="in_place", batch_norm="support")
+    assert learner.backward(equations).dropped_tasks == 0
+    adapted = learner.adapt(equations.unstack()[0].support)
+    assert not adapted.norm.running_mean.requires_grad
+    assert all(leaf.grad is None for leaf in adapted.parameters())
+
+
+def test_a_training_that_went_in_place_is_resumed_bit_for_bit(equations: mn.Tasks, tmp_path: Path) -> None:
+    """With dropout: the attempt that failed draws nothing for what follows."""
+
+    def trained(steps: int, out: str, execution: str = "auto") -> Tensor:
+        model = network().insert(1, nn.Dropout(0.3))
+        learner = learner_of(by_autograd, model, execution=execution)
+        optimizer = mn.optim.NormalizedSGD(model.parameters(), lr=0.1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            mn.fit(learner, optimizer, equations, steps=steps, tasks_per_step=3, out=tmp_path / out, progress=False)
+        return torch.cat([leaf.detach().flatten() for leaf in model.parameters()])
+
+    wanted = trained(4, "whole")
+    trained(2, "parts")
+    assert torch.equal(trained(4, "parts"), wanted)
+    assert torch.equal(trained(4, "in place", "in_place"), wanted)
+
+
+def test_a_metric_goes_in_place_for_itself_alone() -> None:
+    def looks(model: nn.Module, batch: mn.Batch) -> Tensor:
+        value = mn.metrics.squared_error(model, batch)
+        return value if value.item() > 0 else -value
+
+    learner = learner_of()
+    found, same = learner.evaluate(TASKS, looks), learner.evaluate(TASKS)
+    assert torch.allclose(found.values, same.values, rtol=1e-10)
+    assert learner.execution.name == "vectorized"
+
+
+def test_where_it_fails_in_place_too_the_learner_stays_as_it_was() -> None:
+    learner = learner_of()
+    with pytest.raises(mn.LossError, match="must return a scalar tensor"):
+        learner.evaluate(TASKS, lambda model, batch: mn.metrics.squared_error(model, batch).item())
+    assert learner.execution.name == "vectorized"
+
+
+class Listed(nn.Module):
+    """It holds a weight of its own by another way than its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1).double()
+        self.held = [self.layer.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.held[0]
+
+
+def test_a_parameter_that_is_read_from_a_list_goes_in_place() -> None:
+    torch.manual_seed(0)
+    model = Listed()
+    with pytest.raises(mn.LossError, match=r"another way than its name.*execution=\"in_place\""):
+        learner_of(model=model, execution="vectorized").backward(TASKS)
+    learner, in_place = learner_of(model=model), learner_of(model=copy.deepcopy(model), execution="in_place")
+    in_place.model.held = [in_place.model.layer.weight]
+    with pytest.warns(UserWarning, match='"auto" goes in place from here on'):
+        learner.backward(TASKS)
+    in_place.backward(TASKS)
+    assert torch.equal(flat_gradient(model), flat_gradient(in_place.model))
+
+
+@pytest.mark.parametrize("generator", DRAWS)
+def test_compiled_noise_of_other_generators_is_refused(generator: str, traced: None) -> None:
+    def noisy(model: nn.Module, batch: mn.Batch) -> Tensor:
+        return mn.metrics.squared_error(model, batch) * (1 + DRAWS[generator]() ** 2)
+
+    with pytest.raises(mn.LossError, match=r"draws random numbers.*leave compile out"):
+        learner_of(noisy, compile=True).backward(TASKS)
+
+
 # Hooks.
 
 
@@ -219,11 +363,15 @@ def test_backward_hooks_of_modules_run_in_place(register: str) -> None:
     with pytest.raises(mn.SettingsError, match=r"the module 1 has a backward hook.*execution=\"in_place\""):
         learner_of(model=model, execution="vectorized")
     handle.remove()
-    late = learner_of(model=model, execution="vectorized")
-    getattr(model, register)(lambda *given: None)
-    with pytest.raises(mn.SettingsError, match="the model has a backward hook"):
+    model.zero_grad()
+    late, choosing = learner_of(model=model, execution="vectorized"), learner_of(model=model)
+    getattr(model[1], register)(lambda *given: ran.append(2))
+    with pytest.raises(mn.SettingsError, match="the module 1 has a backward hook"):
         late.backward(TASKS)
-    assert all(leaf.grad is None for leaf in late.model.parameters()) or learner.model is late.model
+    assert all(leaf.grad is None for leaf in model.parameters())
+    with pytest.warns(UserWarning, match='"auto" goes in place from here on.*has a backward hook'):
+        choosing.backward(TASKS)
+    assert ran[-1] == 2
 
 
 # Buffers.
@@ -269,6 +417,9 @@ def test_lanes_have_buffers_of_their_own_only_where_they_write_to_them(estimator
     LANES.clear()
     learner.backward(TASKS)
     assert set(LANES) == {writes}
+    with pytest.raises(mn.LossError):
+        learner.evaluate(TASKS, lambda model, batch: model(batch.inputs.repeat(1, 2)).sum())
+    assert learner.execution.known.writes == writes
 
 
 # Devices, and what else there is.

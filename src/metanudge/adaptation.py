@@ -16,7 +16,7 @@ from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError, TasksError
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle import BatchNorm
-from metanudge.oracle.common import is_sharded
+from metanudge.sharding import is_sharded
 from metanudge.solvers import Solver
 from metanudge.solvers.loop import solve
 from metanudge.types import Batch, LossFunction, Params, Role, Tasks

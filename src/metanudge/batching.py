@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import DataLoader
 
@@ -58,9 +59,16 @@ def as_stacks(tasks: Tasks | Sequence[Tasks], device: torch.device) -> tuple[lis
     return stacks, [place for group in groups.values() for place in group]
 
 
-def ordinary(tasks: Tasks) -> Tasks:
+Given = TypeVar("Given", Tasks, Batch)
+
+
+def ordinary(given: Given) -> Given:
     """The same, where tensors were made in inference mode as ones that autograd takes."""
-    return tree_map(lambda leaf: leaf.clone() if leaf.is_inference() else leaf, tasks)  # type: ignore[no-any-return]
+
+    def plain(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+
+    return tree_map(plain, given)  # type: ignore[no-any-return]
 
 
 def form(task: Tasks) -> Hashable:

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Set
 import torch
 from torch import nn
 
-from metanudge.errors import SettingsError
+from metanudge.errors import MetanudgeError, SettingsError
 from metanudge.estimators import Estimator
 from metanudge.execution import Execution, InPlace, Vectorized
 from metanudge.oracle import BatchNorm, Programs
-from metanudge.oracle.common import is_sharded
 from metanudge.selection import Selection
+from metanudge.sharding import is_sharded
 from metanudge.solvers.loop import Solver
 from metanudge.tree import accumulator
 from metanudge.types import LossFunction, Need, Role
@@ -99,12 +99,12 @@ def choose_execution(
     return InPlace(model, losses, microbatch, norm)
 
 
-def check_hooks(model: nn.Module) -> None:
-    """Raise a SettingsError for backward hooks on modules, which a stack, whose gradients are not theirs, runs past."""
+def check_hooks(model: nn.Module, error: type[MetanudgeError]) -> None:
+    """Raise an error for backward hooks on modules, which a stack, whose gradients are not theirs, runs past."""
     hooked = next((name for name, module in model.named_modules() if _hooked(module)), None)
     if hooked is not None:
         where = f"the module {hooked}" if hooked else "the model"
-        raise SettingsError(
+        raise error(
             f"{where} has a backward hook, which would not run in the vectorized execution; give the MetaLearner "
             'execution="in_place", where it runs in every inner step, or remove it (handle.remove())'
         )

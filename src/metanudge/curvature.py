@@ -12,7 +12,7 @@ from torch import Tensor
 from metanudge import tree
 from metanudge.energy import Energy
 from metanudge.losses import HessianProduct, InnerGradients, LossGradients
-from metanudge.oracle.common import sharded_like
+from metanudge.sharding import sharded_like
 from metanudge.types import Params, Role, Weights
 
 

@@ -17,9 +17,9 @@ from metanudge.bundles import copy_into
 from metanudge.checks import not_finite
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, UnsolvedWarning
 from metanudge.estimators import Estimator
-from metanudge.oracle.common import whole
 from metanudge.probe import Probe, needed
 from metanudge.ranks import Ranks
+from metanudge.sharding import whole
 from metanudge.solvers import Solver
 from metanudge.types import Named, Need, Tasks
 from metanudge.warned import warn

@@ -13,7 +13,7 @@ from torch import Tensor
 from metanudge.checkpoint import Run
 from metanudge.errors import NonFiniteError
 from metanudge.optim import NormalizedSGD
-from metanudge.oracle.common import whole
+from metanudge.sharding import whole
 from metanudge.types import MetaStep
 from metanudge.warned import warn
 

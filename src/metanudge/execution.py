@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from metanudge import tree
 from metanudge.batching import single, split
 from metanudge.energy import InnerProblem
-from metanudge.oracle import BatchNorm, Call, LiveLosses, LiveModule, Programs, RandomState, StackedLosses, Tally
-from metanudge.oracle.common import Known, device_of, forked, round_off, same_modes
+from metanudge.oracle import BatchNorm, Call, LiveLosses, LiveModule, Programs, StackedLosses, Tally
+from metanudge.oracle.common import Known, device_of, round_off, same_modes
 from metanudge.oracle.compiled import Bound, plain_attributes
 from metanudge.packing import Packing
+from metanudge.random_state import RandomState, forked
 from metanudge.selection import Selection
 from metanudge.types import LossFunction, Named, Need, Params, Role, Tasks
 

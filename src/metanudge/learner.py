@@ -171,9 +171,14 @@ class MetaLearner:
     def _selection(self) -> Selection:
         """Select parameters of the model as it is now, and refuse what can not work with them."""
         self._check_settings()
-        selection = select_parameters(self.model, self.adapt_only)
         if self.execution.name == "vectorized":
-            check_hooks(self.model)
+            check_hooks(self.model, UnmappableError if self._chooses else SettingsError)
+        selection = select_parameters(self.model, self.adapt_only)
+        self._check_needs(selection, self.execution)
+        return selection
+
+    def _check_needs(self, selection: Selection, execution: Execution) -> None:
+        """Refuse an estimator or a solver that needs what settings, or an execution, do not have."""
         missing = {
             Need.PROXIMAL_TERM: self.prox == 0,
             Need.DIFFERENTIABLE_SOLVER: not self.solver.differentiable,
@@ -181,33 +186,31 @@ class MetaLearner:
             Need.START_AT_THETA: self.warm_start is not None,
             Need.QUERY_LOSS_AS_IT_IS: self.sharpness_radius > 0,
         }
-        lacks = self.execution.lacks | {need for need, lacking in missing.items() if lacking}
+        lacks = execution.lacks | {need for need, lacking in missing.items() if lacking}
         check_needs(lacks, self.estimator, self.solver)
-        return selection
 
-    def _goes_in_place(self, error: UnmappableError) -> bool:
-        """Whether, after that, "auto" takes the other execution from here on; not where settings, or ranks, forbid."""
+    def _in_place(self) -> Execution | None:
+        """The other execution, where "auto" may change over to it: not where settings, or ranks, forbid."""
         before = self.execution
         if not self._chooses or not isinstance(before, Vectorized) or self.ranks.size > 1:
-            return False
+            return None
+        size, compiled = before.chunk_size, before.programs is not None
+        selection = select_parameters(self.model, self.adapt_only)
         try:
-            self.execution = choose_execution(
-                "in_place",
-                self.model,
-                self.losses,
-                self.norm,
-                select_parameters(self.model, self.adapt_only),
-                self.solver,
-                before.chunk_size,
-                None,
-                before.programs is not None,
+            found = choose_execution(
+                "in_place", self.model, self.losses, self.norm, selection, self.solver, size, None, compiled
             )
-            self._selection()
+            self._check_needs(selection, found)
         except SettingsError:
-            self.execution = before
-            return False
-        warn(advice.in_place(error), UserWarning)
-        return True
+            return None
+        return found
+
+    def _went_in_place(self, error: UnmappableError, vectorized: Execution, *given: Any) -> None:
+        """Stay there, and say so; but a metric of its own does not decide how a training runs."""
+        if any(callable(one) and one not in self.losses.values() for one in given):
+            self.execution = vectorized
+        else:
+            warn(advice.in_place(error), UserWarning)
 
     def __repr__(self) -> str:
         """Settings on one line."""

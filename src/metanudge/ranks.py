@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from metanudge.errors import MetanudgeError, SettingsError
-from metanudge.oracle.common import is_sharded
+from metanudge.sharding import is_sharded
 from metanudge.tree import accumulator
 from metanudge.warned import warn
 

@@ -221,11 +221,11 @@ def _check_same(config: Config, fresh: bool, others: tuple[int, ...]) -> None:
             check_done(last, how_far(last)[0], config.training.steps, "--fresh")
 
 
-def check_settings(config: Config, path: Path, cure: str) -> None:
-    """Raise a SettingsError where a training, whose settings are at ``path``, has others than ``config``."""
+def check_settings(config: Config, path: Path, cure: str, free: tuple[str, ...] = ()) -> None:
+    """Raise a SettingsError where a training, whose settings are at ``path``, has others, but for those ``free``."""
     before, now = (_settled(table) for table in (tomllib.loads(path.read_text()), config.table))
     for key in dict.fromkeys([*before, *now]):
-        if before.get(key) != now.get(key):
+        if key not in free and before.get(key) != now.get(key):
             raise SettingsError(
                 f"{path.parent} holds a training with {key} = {before.get(key, 'left out')}, these settings have "
                 f"{now.get(key, 'left out')}; {cure}"

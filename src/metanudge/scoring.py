@@ -64,6 +64,7 @@ def evaluate(
             config,
             config.out / CONFIG,
             f"evaluate that training (metanudge evaluate {config.out}), or train with these into another folder",
+            free=("device",),
         )
     for name, value in (("tasks", number), ("permutations", permutations)):
         if value is not None:

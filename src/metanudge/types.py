@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from metanudge.errors import TasksError
+
 PyTree: TypeAlias = Any
 """A tensor, or tuples, lists and dicts of tensors."""
 
@@ -68,8 +70,10 @@ class Tasks(NamedTuple):
 
     def unstack(self) -> list[Tasks]:
         """The tasks of a stack, one by one, without the task axis: ``tasks.unstack()[3].support`` is for ``adapt``."""
-        number = min(len(leaf) for leaf in tree_leaves(self))
-        return [tree_map(lambda leaf, at=at: leaf[at], self) for at in range(number)]
+        sizes = {len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else -1 for leaf in tree_leaves(self)}
+        if len(sizes) != 1 or -1 in sizes:
+            raise TasksError("only a stack can be unstacked: tensors that all begin with the axis of tasks")
+        return [tree_map(lambda leaf, at=at: leaf[at], self) for at in range(sizes.pop())]
 
 
 def _moved(to: torch.device | str | torch.dtype, leaf: Any) -> Any:

@@ -17,7 +17,8 @@ from metanudge.checks import check_stack, leaves, not_finite
 from metanudge.errors import NonFiniteWarning, SettingsError, TasksError
 from metanudge.learner import MetaLearner
 from metanudge.metrics import called
-from metanudge.oracle.common import device_of, forked, same_modes
+from metanudge.oracle.common import device_of, same_modes
+from metanudge.random_state import forked
 from metanudge.sources import is_dataset, listed
 from metanudge.types import Evaluation, LossFunction, Tasks
 from metanudge.warned import warn

@@ -15,7 +15,7 @@ from metanudge.deposit import Told
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, TasksError, UnsolvedWarning
 from metanudge.learner import MetaLearner
 from metanudge.optim import NormalizedSGD
-from metanudge.oracle.common import forked, seed_generators
+from metanudge.random_state import forked, seed_generators
 from metanudge.settings import check_steps
 from metanudge.sources import groups
 from metanudge.types import Tasks

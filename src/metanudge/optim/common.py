@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metanudge.oracle.common import whole
+from metanudge.sharding import whole
 from metanudge.tree import accumulator
 
 

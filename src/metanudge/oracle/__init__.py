@@ -6,7 +6,7 @@
 
 from metanudge.oracle.batch_norm import BatchNorm, Policy
 from metanudge.oracle.call import Call
-from metanudge.oracle.common import RandomState, Tally, device_of
+from metanudge.oracle.common import Tally, device_of
 from metanudge.oracle.compiled import Programs
 from metanudge.oracle.live import LiveLosses
 from metanudge.oracle.module import LiveModule
@@ -19,7 +19,6 @@ __all__ = [
     "LiveModule",
     "Policy",
     "Programs",
-    "RandomState",
     "StackedLosses",
     "Tally",
     "device_of",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metanudge.errors import LossError, SettingsError
-from metanudge.oracle.common import forked
+from metanudge.random_state import forked
 from metanudge.types import Batch, LossFunction, Role
 
 Policy = Literal["transductive", "support", "frozen"]
@@ -133,10 +133,11 @@ class BatchNorm:
         shared = {id(parameter): parameter for parameter in adapted.parameters()}
         probe = BatchNorm(self.policy, copy.deepcopy(adapted, memo=dict(shared)))  # with buffers of its own to write to
         device = next(adapted.parameters()).device
-        with probe.lent(), torch.no_grad(), forked(device):
+        with probe.lent(), torch.enable_grad(), forked(device):  # for a loss that takes derivatives itself
             probe._seen = {}
             support_loss(probe.model, support)
-        return [probe._seen[layer][-1] for layer in probe.layers()]
+        last = [probe._seen[layer][-1] for layer in probe.layers()]
+        return [(mean.detach(), variance.detach()) for mean, variance in last]
 
     def _normalised(self, layer: _BatchNorm, inputs: Tensor) -> Tensor:
         """What a layer does under "support"."""

@@ -1,21 +1,21 @@
-"""What both oracles share: the count, the random state, and the checks of a user's loss."""
+"""What both oracles share: the count, what is known of a user's losses, and the checks of them."""
 
 from __future__ import annotations
 
-import random
 import re
 import traceback
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from metanudge.errors import LossError
 from metanudge.types import Batch, LossFunction, Role
+from metanudge.warned import warn
 
 
 @dataclass
@@ -31,108 +31,79 @@ LOOKS = 3
 
 @dataclass
 class Known:
-    """What has been seen of a learner's losses and metrics, for good.
+    """What has been seen of a learner's losses and metrics; copies of a learner begin without it.
 
     Attributes:
         looks: How many more looks at a loss to take, to see whether it is a mean over the examples.
-        outside: Of a loss that was looked at, the tensors that ask for a gradient and are not the model's, with what
-            was in ``.grad``: what is the same one at the next look was not made by the loss. Empty once nothing is left
-            to be looked at.
-        writes: Whether forward passes may write into buffers what differs between the tasks of a stack.
-        differentiating: Functions that take derivatives themselves, for which a graph is needed even for their value.
+        strangers: By loss that was looked at, tensors outside the model that ask for a gradient and that it depends on.
+        writes: Whether forward passes write into buffers what differs between the tasks of a stack.
+        differentiating: The last functions that took derivatives themselves, whose values need a graph.
     """
 
     looks: dict[Role, int] = field(default_factory=lambda: dict.fromkeys(Role, LOOKS))
-    outside: dict[Role, list[tuple[Tensor, Tensor | None]]] = field(default_factory=dict)
+    strangers: dict[Role, list[Tensor]] = field(default_factory=dict)
     writes: bool = False
-    differentiating: list[LossFunction] = field(default_factory=list)
+    differentiating: deque[LossFunction] = field(default_factory=lambda: deque(maxlen=4))
 
-    def check(self, role: Role, loss: Tensor, own: Iterable[Tensor]) -> None:
-        """Refuse a loss that depends on trainable tensors other than ``own``: no meta-gradient would reach them.
-
-        Those that the loss makes itself, to take a derivative by them, differ between two looks at its graph.
+    def meet(self, role: Role, strangers: list[Tensor]) -> None:
+        """Take down what a loss was seen to depend on, which will get no meta-gradient.
 
         Raises:
-            LossError: It does.
+            LossError: Parameters are among it, as of another module.
+
+        Warns:
+            UserWarning: Other tensors are.
         """
-        before = self.outside.get(role)
-        if before is not None and not before:
-            return
-        known = set(map(id, own))
-        leaves = (getattr(node, "variable", None) for node in nodes_of([loss.grad_fn]))
-        found = [leaf for leaf in leaves if isinstance(leaf, Tensor) and id(leaf) not in known]
-        again = [(leaf, held) for leaf, held in before or () if any(leaf is one for one in found)]
-        for leaf, held in again:
-            leaf.grad = held
-        kept = [leaf for leaf, _ in again] + [leaf for leaf in found if isinstance(leaf, nn.Parameter)]
-        if kept:
+        shape = next((tuple(leaf.shape) for leaf in strangers if isinstance(leaf, nn.Parameter)), None)
+        if shape is not None:
             raise LossError(
-                f"the loss depends on a trainable tensor of shape {tuple(kept[0].shape)} that is no parameter of the "
-                "model it was given (is it one of another module?), and so would get no meta-gradient. To learn it, "
-                "make it a parameter of the model, all in one module (adapt_only says which are adapted); if it "
-                "belongs to what stays as it is, such as a teacher, use it under torch.no_grad(), with .detach(), or "
-                "with requires_grad=False"
+                f"the loss depends on a trainable parameter of shape {shape} that is none of the model it was given "
+                "(is it one of another module?), and so would get no meta-gradient. To learn it, make it a parameter "
+                "of the model, all in one module (adapt_only says which are adapted); if it belongs to what stays as "
+                "it is, such as a teacher, use it under torch.no_grad(), with .detach(), or with requires_grad=False"
             )
-        first = before is None
-        self.outside[role] = [(leaf, None if leaf.grad is None else leaf.grad.clone()) for leaf in found if first]
+        self.strangers[role] = strangers
+        if strangers:
+            warn(
+                f"the loss depends on a tensor of shape {tuple(strangers[0].shape)} that asks for a gradient and is no "
+                "parameter of the model, so it gets no meta-gradient. To learn it, make it a torch.nn.Parameter of the "
+                "model; if the loss takes a derivative by it, nothing is wrong (with .detach().requires_grad_() inside "
+                "the loss this is not said)",
+                UserWarning,
+            )
+
+    @contextmanager
+    def undisturbed(self, role: Role) -> Iterator[None]:
+        """A block whose ``.backward()`` leaves nothing in ``.grad`` of strangers."""
+        before = [(leaf, leaf.grad) for leaf in self.strangers.get(role, ())]
+        try:
+            for leaf, _ in before:
+                leaf.grad = None
+            yield
+        finally:
+            for leaf, gradient in before:
+                leaf.grad = gradient
+
+    def __reduce__(self) -> tuple[type[Known], tuple[()]]:
+        """For copies."""
+        return Known, ()
 
 
-@dataclass(frozen=True)
-class RandomState:
-    """Common random numbers: an evaluation's random state is a function of its task, loss and step alone.
+def outside(loss: Tensor, own: Iterable[Tensor]) -> list[Tensor]:
+    """The leaves that a loss leads to, but for its ``own``."""
+    known = set(map(id, own))
+    leaves = (getattr(node, "variable", None) for node in nodes_of([loss.grad_fn]))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and id(leaf) not in known]
 
-    Attributes:
-        seed: Of the meta-step.
-        device: Of the model.
-        first: Tasks of the meta-step that other processes have, before those of this one.
-    """
 
-    seed: int
-    device: torch.device
-    first: int = 0
-
-    def enter(self, task: int, role: Role, step: int) -> None:
-        """Seed the generators that a model on ``device``, or its loss, draws from."""
-        seed = (self.seed + 1_000_003 * (self.first + task) + 2 * step + role.value) % 2**63
-        seed_generators(seed, self.device)
-
-    def state(self) -> list[bytes]:
-        """Of the generators, to see whether something was drawn."""
-        found = [torch.default_generator.get_state()]
-        if self.device.type == "cuda":
-            found.append(torch.cuda.default_generators[self.device.index].get_state())
-        others = repr(random.getstate()), repr(np.random.get_state(legacy=False))
-        return [*(bytes(one.numpy()) for one in found), *map(str.encode, others)]
-
-    def aside(self) -> AbstractContextManager[None]:
-        """A context whose draws leave the state as it was."""
-        return forked(self.device)
+def common(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    """The same ones in both: what a loss makes itself is another tensor at every evaluation."""
+    return [leaf for leaf in first if any(leaf is one for one in second)]
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Of the first parameter: a model is on one device."""
     return next(model.parameters()).device
-
-
-def seed_generators(seed: int, device: torch.device) -> None:
-    """Seed what a model on ``device``, or its loss, draws from, and no other device, whichever is the current one."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index].manual_seed(seed)
-
-
-@contextmanager
-def forked(device: torch.device) -> Iterator[None]:
-    """A context after which the random state is as before: torch's for a model on ``device``, Python's and numpy's."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
 
 
 @contextmanager
@@ -156,26 +127,6 @@ def round_off(parameters: Collection[Tensor]) -> float:
     if torch.is_autocast_enabled(device):
         kinds.add(torch.get_autocast_dtype(device))
     return max(torch.finfo(kind).eps for kind in kinds) / 16
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 or the like holds parameters as DTensors."""
-    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The plain tensor of which the ranks hold parts."""
-    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return found
-
-
-def sharded_like(tensor: Tensor, like: Any) -> Tensor:
-    """A tensor that every rank has whole, cut as ``like`` is."""
-    if not hasattr(like, "device_mesh"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def scalar_loss(function: LossFunction, model: nn.Module, batch: Batch) -> Tensor:

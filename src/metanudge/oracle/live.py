@@ -11,31 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from metanudge import tree
-from metanudge.batching import examples, pieces
+from metanudge.batching import examples, ordinary, pieces
 from metanudge.bundles import Bundles
 from metanudge.checks import check_device, leaves
 from metanudge.losses import HessianProduct, InnerGradients
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle.averages import settled
 from metanudge.oracle.batch_norm import BatchNorm
-from metanudge.oracle.common import (
-    Known,
-    RandomState,
-    Tally,
-    require_gradient,
-    require_graph,
-    scalar_loss,
-    times,
-    whole,
-)
+from metanudge.oracle.common import Known, Tally, common, outside, require_gradient, require_graph, scalar_loss, times
 from metanudge.oracle.mismatch import told_of_misfits
 from metanudge.oracle.module import LiveModule
+from metanudge.random_state import RandomState
+from metanudge.sharding import whole
 from metanudge.together import operands, product
 from metanudge.tree import accumulator
 from metanudge.types import Batch, LossFunction, Params, Role, Tasks, Weights
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LiveLosses(InnerGradients):
     """One task on the live module; ``.backward()`` only. No lane axes.
 
@@ -51,7 +44,7 @@ class LiveLosses(InnerGradients):
         norm: What BatchNorm layers normalise by.
         known: What was seen of the losses before.
         passed: f̂(θ), once it was seen, by a gradient there as a rule, so that no forward pass more is spent on it.
-        held: Where a solve begins, which the module is known to hold until something is evaluated.
+        held: Where a solve begins, which the module is known to hold until something is evaluated; else None.
         apart: Leaves whose gradients are not added up in ``.grad``: of light bundles, by one operation each, and those
             of less than float32, in float32. (Adding up in ``.grad`` takes no room.)
     """
@@ -67,17 +60,16 @@ class LiveLosses(InnerGradients):
     norm: BatchNorm
     known: Known
     shared: Params = field(init=False)
-    passed: list[Tensor] = field(init=False, default_factory=list)
-    held: list[Params] = field(init=False, default_factory=list)
+    passed: Tensor | None = field(init=False, default=None)
+    held: Params | None = field(init=False, default=None)
     apart: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        shared = {name: self.live.parameters[name].detach() for name in self.shared_names}
-        object.__setattr__(self, "shared", shared)
+        self.shared = {name: self.live.parameters[name].detach() for name in self.shared_names}
         bundles = self.live.bundles
-        narrow = {key for key in (*bundles, *shared) if accumulator(kind := self.live.held(key)[0].dtype) != kind}
+        narrow = {key for key in (*bundles, *self.shared) if accumulator(kind := self.live.held(key)[0].dtype) != kind}
         light = {key for key in bundles if bundles.light and not bundles.alone(key)}
-        object.__setattr__(self, "apart", narrow | light)
+        self.apart = narrow | light
 
     @property
     def sampled(self) -> bool:  # noqa: D102
@@ -98,9 +90,9 @@ class LiveLosses(InnerGradients):
     def loss(self, role: Role, phi: Params) -> Tensor:  # noqa: D102
         if role is not Role.SUPPORT or not self._is_theta(phi):
             return self._value(self.losses[role], role, phi, self.microbatch)
-        if not self.passed:
-            self.passed.append(self._value(self.losses[role], role, phi, self.microbatch))
-        return self.passed[0]
+        if self.passed is None:
+            self.passed = self._value(self.losses[role], role, phi, self.microbatch)
+        return self.passed
 
     def hessian_product(self, phi: Params, step: int) -> HessianProduct:  # noqa: D102
         raise NotImplementedError("the live module is never differentiated twice")
@@ -146,7 +138,7 @@ class LiveLosses(InnerGradients):
 
     def steppable(self, start: Params) -> Bundles:  # noqa: D102
         self._load(start)
-        self.held.append(start)
+        self.held = start
         return self.live.bundles
 
     def anew(self, start: Params) -> Bundles:  # noqa: D102
@@ -180,11 +172,12 @@ class LiveLosses(InnerGradients):
                 with torch.enable_grad():
                     loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
                     require_graph(loss)
-                    if not self.live.sharded:  # FSDP2 puts others in the place of the model's own
-                        self.known.check(role, loss, chain(self.live.parameters.values(), leaves(batch)))
+                    if role not in self.known.strangers:
+                        loss = self._looked_at(loss, role, batch, step, minibatch)
                     if losses:
                         _part(parameters)
-                    times(weight, times(share, loss)).backward()  # type: ignore[no-untyped-call]
+                    with self.known.undisturbed(role):
+                        times(weight, times(share, loss)).backward()  # type: ignore[no-untyped-call]
                 value = share * loss.detach()  # a copy: the next evaluation may use the loss's memory again
                 del loss  # and with it its graph, before the next one is built
                 losses[role] = losses[role] + value if role in losses else value
@@ -192,9 +185,9 @@ class LiveLosses(InnerGradients):
         require_gradient(chain(sums.values(), (parameter.grad for parameter in parameters)))
         _part(alone)  # bundles are copies
         self.tally.gradients += len(losses)
-        first = step == minibatch == 0 and Role.SUPPORT in losses and not self.passed
+        first = step == minibatch == 0 and Role.SUPPORT in losses and self.passed is None
         if first and (self._is_theta(phi) or self.live.untouched()):  # the latter compares all of them
-            self.passed.append(self.live.over_ranks(losses[Role.SUPPORT]))
+            self.passed = self.live.over_ranks(losses[Role.SUPPORT])
         return losses, {key: sums[key] if key in sums else self._taken(key) for key in wanted}
 
     def _value(self, function: LossFunction, role: Role, phi: Params, microbatch: int | None) -> Tensor:
@@ -217,6 +210,18 @@ class LiveLosses(InnerGradients):
             found = parts(True)
             self.known.differentiating.append(function)
         return self.live.over_ranks(torch.stack(found).sum())
+
+    def _looked_at(self, loss: Tensor, role: Role, batch: Batch, step: int, minibatch: int) -> Tensor:
+        """The loss, once it is known which tensors outside the model it depends on; evaluated again, if on any."""
+        own = [*self.live.parameters.values(), *leaves(batch)]
+        own += [leaf for part in self.task if as_minibatches(part) is None for leaf in leaves(part)]
+        found = [] if self.live.sharded else outside(loss, own)  # FSDP2 puts others in the place of the model's own
+        if found:
+            self._batch(role, step, minibatch)  # and so the same random state
+            loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
+            found = common(found, outside(loss, own))
+        self.known.meet(role, found)
+        return loss
 
     def _check_mean(self, role: Role, step: int, minibatch: int) -> None:
         """Refuse a loss that adds its examples up where pieces are averaged, and warn of one that is no mean.
@@ -242,7 +247,7 @@ class LiveLosses(InnerGradients):
         self.live.load({})  # what a forward pass without a backward pass leaves
 
     def _load(self, phi: Mapping[str, Tensor]) -> None:
-        known = bool(self.held) and self.held.pop() is phi
+        known, self.held = self.held is phi, None
         self.live.load({} if known else phi)  # what was made of the parameters before is out of date all the same
 
     def _is_theta(self, phi: Mapping[str, Tensor]) -> bool:
@@ -257,7 +262,7 @@ class LiveLosses(InnerGradients):
         self.random.enter(self.index, role, step)
         batch, source = self.task[role.value], as_minibatches(self.task[role.value])
         if source is not None:
-            batch = source[minibatch]  # whatever it draws, it draws for every solve
+            batch = ordinary(source[minibatch])  # whatever it draws, it draws for every solve
             check_device(leaves(batch), self.random.device)
             self.random.enter(self.index, role, step)
         return batch

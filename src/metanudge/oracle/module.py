@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from metanudge.bundles import Bundles
-from metanudge.oracle.common import is_sharded, whole
 from metanudge.oracle.written import Written
+from metanudge.sharding import is_sharded, whole
 from metanudge.tree import accumulator
 from metanudge.types import Params
 

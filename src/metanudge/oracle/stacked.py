@@ -6,23 +6,25 @@ The derivative is taken outside the vmap by ordinary autograd, which runs no fun
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from metanudge import tree
-from metanudge.errors import LossError
+from metanudge.errors import LossError, UnmappableError
 from metanudge.losses import HessianProduct, InnerGradients
 from metanudge.oracle.batch_norm import BatchNorm
 from metanudge.oracle.call import Call, explained
 from metanudge.oracle.common import (
     Known,
-    RandomState,
     Tally,
+    common,
+    outside,
     require_gradient,
     require_graph,
     require_second_derivative,
@@ -32,6 +34,7 @@ from metanudge.oracle.compiled import Bound
 from metanudge.oracle.drawing import UnfusedDrawing
 from metanudge.oracle.mismatch import told_of_misfits
 from metanudge.packing import Packing
+from metanudge.random_state import RandomState
 from metanudge.types import Batch, LossFunction, Params, PyTree, Role, Tasks, Weights
 
 
@@ -190,10 +193,10 @@ class StackedLosses(InnerGradients):
     def _derivative(self, weights: Weights, wanted: Params, rest: Params, step: int) -> tuple[Tensor, Params]:
         with torch.enable_grad():
             losses = self._evaluate({role: self.losses[role] for role in weights}, rest | wanted, step)
-            for role, loss in losses.items():
+            for loss in losses.values():
                 require_graph(loss)
-                if not self.attached:
-                    self.known.check(role, loss, wanted.values())
+            if not self.attached or step == 0:  # later on the graph holds all steps
+                self._look(losses, rest | wanted, step)
             weighted = reduce(torch.add, (times(weights[role], loss) for role, loss in losses.items()))
             total = weighted.sum()  # lanes do not mix, so its gradient is every lane's own
         with explained():
@@ -206,6 +209,27 @@ class StackedLosses(InnerGradients):
         if self.attached and step == 0:
             require_second_derivative(gradients)
         return weighted.detach(), dict(zip(wanted, gradients, strict=True))
+
+    def _look(self, losses: Mapping[Role, Tensor], packed: Params, step: int) -> None:
+        """See which tensors outside the model the losses depend on, once; evaluated again, if on any."""
+        own = list(packed.values())
+        found = {role: outside(loss, own) for role, loss in losses.items() if role not in self.known.strangers}
+        if not found:
+            return
+        if self.attached:  # what the parameters were made of asks for gradients too
+            found = {role: [leaf for leaf in some if isinstance(leaf, nn.Parameter)] for role, some in found.items()}
+        if any(found.values()):
+            again = self._evaluate({role: self.losses[role] for role in losses}, packed, step)
+            found = {role: common(some, outside(again[role], own)) for role, some in found.items()}
+        held = set(map(id, self.call.model.parameters()))
+        if any(id(leaf) in held for some in found.values() for leaf in some):
+            raise UnmappableError(
+                "the model or the loss reads a parameter of the model by another way than its name, as from a list, "
+                'where a stack can not put another in its place. Give the MetaLearner execution="in_place", which '
+                "does, or read it by its name (torch.nn.ParameterList holds several)"
+            )
+        for role, some in found.items():
+            self.known.meet(role, some)
 
     def _evaluate(self, functions: Mapping[Role, LossFunction], packed: Params, step: int) -> dict[Role, Tensor]:
         """Every function on every lane, ``[T, N]`` each.
@@ -228,8 +252,12 @@ class StackedLosses(InnerGradients):
                     self.random.enter(self.first_task, role, step)
                     own = buffers[asked] if apart else self.call.own_buffers
                     own = own if apart and role is asked else tree.clone(own)  # what is written there is thrown away
+                    before = self.random.others() if self.call.steady else None
                     with told_of_misfits(self.call.model, role, data[role]):
-                        return self.call.at(named | own, function, data[role])
+                        value = self.call.at(named | own, function, data[role])
+                    if before is not None and self.random.others() != before:
+                        raise LossError(_DRAWS)
+                    return value
 
                 return self.norm.evaluate(asked, functions[asked], self.losses[Role.SUPPORT], at)
 
@@ -238,11 +266,14 @@ class StackedLosses(InnerGradients):
         with explained(), self.call.layers():
             if apart or not self.call.own_buffers:
                 return self._mapped(one, lanes, self._buffers(functions, nodes), data)
-            try:
+            with suppress(RuntimeError, LossError):
                 return self._mapped(one, lanes, {}, data)
-            except (RuntimeError, LossError):
-                self.known.writes = True  # if that is not why, it raises again
-        return self._evaluate(functions, packed, step)
+        self.known.writes = True
+        try:
+            return self._evaluate(functions, packed, step)
+        except Exception:  # for another reason, then
+            self.known.writes = False
+            raise
 
     def _mapped(
         self,
@@ -281,8 +312,8 @@ class StackedLosses(InnerGradients):
 
 
 _DRAWS = (
-    "the model or the loss draws random numbers (dropout), which a compiled program would not draw again for every "
-    "nudge; leave compile out, or call model.eval()"
+    "the model or the loss draws random numbers (dropout, noise), which a compiled program would not draw again for "
+    "every nudge; leave compile out, or call model.eval()"
 )
 
 

@@ -16,7 +16,8 @@ from metanudge.errors import SettingsError, TasksError
 from metanudge.estimators import ESTIMATORS
 from metanudge.learner import MetaLearner
 from metanudge.minibatches import as_minibatches
-from metanudge.oracle.common import device_of, forked
+from metanudge.oracle.common import device_of
+from metanudge.random_state import forked
 from metanudge.settings import check_steps
 from metanudge.types import Tasks
 

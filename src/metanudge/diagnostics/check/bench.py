@@ -17,7 +17,8 @@ from metanudge.checks import not_finite
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, UnsolvedWarning
 from metanudge.estimators.base import Estimator
 from metanudge.learner import MetaLearner
-from metanudge.oracle.common import device_of, forked, seed_generators
+from metanudge.oracle.common import device_of
+from metanudge.random_state import forked, seed_generators
 from metanudge.solvers import Solver
 from metanudge.sources import groups
 from metanudge.types import MetaStep, Role, Tasks
