@@ -555,7 +555,7 @@ OTHER = PROBLEMS["ridge"]().make()
         (lambda m, b: b.targets.square().mean(), "does not depend on the adapted parameters"),
         (
             lambda m, b: (OTHER(b.inputs) - b.targets).square().mean(),
-            "no parameter of the model .*another module",
+            "none of the model .*another module",
         ),
     ],
     ids=["vector", "one entry", "float", "None", "integer", "detached", "constant", "of another module"],
