@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from metanudge.errors import UnmappableError
-
 if TYPE_CHECKING:
     from metanudge.probe import Needed
 
@@ -233,7 +231,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.0f} %" if value >= 0.095 else f"{100 * value:.1g} %"
 
 
-def in_place(error: UnmappableError) -> str:
-    """Said where "auto" goes in place because vmap can not run a model."""
-    why = str(error).split(". PyTorch said:")[0]
+def in_place(reason: str) -> str:
+    """Said where "auto" goes in place because vmap can not run a model, for that reason."""
+    why = reason.split(". PyTorch said:")[0]
     return f'execution="auto" goes in place from here on, one task at a time: {why}'

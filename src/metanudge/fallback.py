@@ -19,7 +19,7 @@ class GoesInPlace(Protocol):
 
     def _in_place(self) -> Execution | None: ...
 
-    def _went_in_place(self, error: UnmappableError, vectorized: Execution, *given: Any) -> None: ...
+    def _went_in_place(self, reason: str, vectorized: Execution, *given: Any) -> None: ...
 
 
 L = TypeVar("L", bound=GoesInPlace)
@@ -43,7 +43,7 @@ def falls_back(method: Callable[Concatenate[L, P], R]) -> Callable[Concatenate[L
             before, other = learner.execution, learner._in_place()
             if other is None:
                 raise
-            reason = error
+            reason = str(error)  # not the error, which holds all that was alive
         torch.default_generator.set_state(drawn)
         learner.execution = other
         try:

@@ -205,12 +205,12 @@ class MetaLearner:
             return None
         return found
 
-    def _went_in_place(self, error: UnmappableError, vectorized: Execution, *given: Any) -> None:
+    def _went_in_place(self, reason: str, vectorized: Execution, *given: Any) -> None:
         """Stay there, and say so; but a metric of its own does not decide how a training runs."""
         if any(callable(one) and one not in self.losses.values() for one in given):
             self.execution = vectorized
         else:
-            warn(advice.in_place(error), UserWarning)
+            warn(advice.in_place(reason), UserWarning)
 
     def __repr__(self) -> str:
         """Settings on one line."""

@@ -6,7 +6,6 @@ The derivative is taken outside the vmap by ordinary autograd, which runs no fun
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 
@@ -266,8 +265,12 @@ class StackedLosses(InnerGradients):
         with explained(), self.call.layers():
             if apart or not self.call.own_buffers:
                 return self._mapped(one, lanes, self._buffers(functions, nodes), data)
-            with suppress(RuntimeError, LossError):
+            try:
                 return self._mapped(one, lanes, {}, data)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, LossError):  # as of a write into what all lanes share
+                pass
         self.known.writes = True
         try:
             return self._evaluate(functions, packed, step)
