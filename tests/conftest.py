@@ -8,6 +8,9 @@ from functools import partial
 
 import pytest
 import torch
+from torch.fx.experimental import proxy_tensor
+
+from metanudge.oracle import compiled
 
 # the tensors of the tests are tiny: a second thread only waits, and on a busy machine it waits long
 torch.set_num_threads(1)
@@ -29,3 +32,11 @@ def most(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def short_search(most: Callable[[int], None]) -> None:
     """It tries no more than twice the learner's steps, for tests that do not look at what it recommends."""
     most(1)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With compile=True, programs are the traced gradients themselves."""
+    monkeypatch.setattr(compiled, "build", lambda graph, tensors: graph)
+    # what a graph notes of shapes is for compilers, and takes two thirds of the time that tracing does
+    monkeypatch.setattr(proxy_tensor, "extract_val", lambda value, include_real=False: None)

@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental import proxy_tensor
 
 import metanudge as mn
 from metanudge.oracle import compiled
@@ -43,14 +42,6 @@ FAST = [
     "tangent_two_gradient",
 ]
 SLOW = ["maml", "maml_checkpointed", "imaml", "tangent"]
-
-
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs are the traced gradients themselves."""
-    monkeypatch.setattr(compiled, "build", lambda graph, tensors: graph)
-    # what a graph notes of shapes is for compilers, and takes two thirds of the time that tracing does
-    monkeypatch.setattr(proxy_tensor, "extract_val", lambda value, include_real=False: None)
 
 
 def squared(model: nn.Module, batch: mn.Batch) -> Tensor:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import metanudge as mn
-from metanudge.oracle import compiled
 from metanudge.order import moved
 from problems import PROBLEMS, distance, flat_gradient
 
@@ -97,12 +96,6 @@ def scaled_by(outside: Tensor) -> Any:
         return mn.metrics.squared_error(model, batch) + (outside * model(batch.inputs)).square().mean()
 
     return loss
-
-
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs as they were traced, without the compiler."""
-    monkeypatch.setattr(compiled, "build", lambda traced, inputs: traced)
 
 
 @pytest.mark.parametrize("where", ["loss", "query_loss"])
