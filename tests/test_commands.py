@@ -59,7 +59,6 @@ name = "parameter_free"
 [training]
 steps = 12
 tasks_per_step = 4
-tasks_at_once = 3
 max_norm = 1.0
 every = 4
 
@@ -204,7 +203,6 @@ def test_it_is_fit(tmp_path: Path) -> None:
         tasks,
         steps=12,
         tasks_per_step=4,
-        tasks_at_once=3,
         max_norm=1.0,
         scheduler=mn.optim.ParameterFree(optimizer),
         progress=False,
@@ -291,11 +289,9 @@ def test_more_steps_go_on_and_other_settings_are_refused(
         assert key in capsys.readouterr().err.replace("\n", " ")
     assert same(kept, state(Path("runs/small/seed-0")))
     assert "prox = 2.0" in Path("runs/small/config.toml").read_text()
-    smaller = {"prox = 2.0": "prox = 2.0\nchunk_size = 1", "tasks_at_once = 3": "", "steps = 12": "steps = 15"}
+    smaller = {"prox = 2.0": "prox = 2.0\nchunk_size = 1", "steps = 12": "steps = 15"}
     smaller |= {"tasks = 8": "tasks = 9"}  # of the evaluation, which no step knows
-    with pytest.warns(
-        UserWarning, match="goes on with chunk_size = 1 where it had None, tasks_at_once = 4 where it had 3"
-    ):
+    with pytest.warns(UserWarning, match="goes on with chunk_size = 1 where it had None"):
         assert main(["train", written(tmp_path, **seed, **smaller), "--quiet"]) == 0
     assert len(state(Path("runs/small/seed-0"))["history"]) == 15
     assert main(["train", written(tmp_path, **seed, **{"prox = 2.0": "prox = 3.0"}), "--quiet", "--fresh"]) == 0

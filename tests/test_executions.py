@@ -139,7 +139,6 @@ def test_hfmaml_with_a_torch_optimizer_is_told_the_cure() -> None:
     ("settings", "words"),
     [
         ({"execution": "parallel"}, r'execution must be "auto", "vectorized" or "in_place"'),
-        ({"execution": "in_place", "chunk_size": 2}, "chunk_size belongs to the vectorized execution"),
         ({"chunk_size": 0}, "chunk_size must be"),
         ({"chunk_size": 1.5}, "chunk_size must be"),
     ],

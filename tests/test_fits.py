@@ -196,25 +196,20 @@ def test_whatever_changes_the_mathematics_does_not_go_on(
     with pytest.raises(mn.SettingsError, match=told):
         mn.fit(learner, optimizer, ENDLESS, steps=4, **held, **given, **COMMON)
     assert torch.equal(vector(learner), before)
-    done = mn.fit(*begun(), ENDLESS, steps=4, tasks_at_once=2, **held, **COMMON)  # all at once, in other words
+    done = mn.fit(*begun(), ENDLESS, steps=4, **held, **COMMON)
     assert len(done.history) == 4
 
 
 @pytest.mark.parametrize(
-    ("settings", "given", "told"),
+    ("settings", "told"),
     [
-        ({"chunk_size": 1}, {}, "chunk_size = 1 where it had None"),
-        ({}, {"tasks_at_once": 1}, "tasks_at_once = 1 where it had 2"),
-        ({"execution": "in_place", "microbatch": 2}, {}, "execution = in_place where it had vectorized"),
-        (
-            {"compile": True},
-            {"tasks_at_once": 1},
-            "compile = True where it had False, tasks_at_once = 1 where it had 2",
-        ),
+        ({"chunk_size": 1}, "chunk_size = 1 where it had None"),
+        ({"execution": "in_place", "microbatch": 2}, "execution = in_place where it had vectorized"),
+        ({"compile": True, "chunk_size": 1}, "compile = True where it had False, chunk_size = 1 where it had None"),
     ],
 )
 def test_what_changes_round_off_alone_goes_on_with_a_warning(
-    settings: dict[str, Any], given: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(compiled, "build", lambda graph, tensors: graph)
     with_settings, without = begun(**settings), begun()
@@ -223,11 +218,11 @@ def test_what_changes_round_off_alone_goes_on_with_a_warning(
     with pytest.warns(
         UserWarning, match=f"goes on with {told}: the same mathematics, but not bit for bit.*dropout"
     ) as warned:
-        done = mn.fit(*with_settings, ENDLESS, steps=4, out=tmp_path, **given, **COMMON)
+        done = mn.fit(*with_settings, ENDLESS, steps=4, out=tmp_path, **COMMON)
     assert [Path(one.filename) for one in warned] == [Path(__file__)]
     assert len(done.history) == 4
     torch.testing.assert_close(vector(with_settings[0]), vector(without[0]), rtol=1e-4, atol=1e-5)
-    mn.fit(*begun(**settings), ENDLESS, steps=5, out=tmp_path, **given, **COMMON)  # nothing is told of the same again
+    mn.fit(*begun(**settings), ENDLESS, steps=5, out=tmp_path, **COMMON)  # nothing is told of the same again
 
 
 class Redrawn:
@@ -406,12 +401,12 @@ def test_a_task_of_nan_is_told_once_and_does_not_freeze_the_best(tmp_path: Path,
     assert (worse.best, worse.best_step) == (done.best, 8)
 
 
-@pytest.mark.parametrize("at_once", [None, 2])
-def test_warnings_are_located_where_the_library_was_called(at_once: int | None):
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_warnings_are_located_where_the_library_was_called(chunk_size: int | None):
     tasks, common = ENDLESS.take(4), COMMON | {"tasks_per_step": 4}
     tasks[0].query.inputs[0] = math.nan
     for call in (
-        lambda: mn.fit(*begun(), tasks, steps=1, tasks_at_once=at_once, **common),
+        lambda: mn.fit(*begun(chunk_size=chunk_size), tasks, steps=1, **common),
         lambda: begun()[0].backward(tasks),
     ):
         with pytest.warns(mn.NonFiniteWarning) as told:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -33,129 +34,73 @@ def cross_entropy(model: nn.Module, batch: mn.Batch) -> Tensor:
 LABELS = torch.zeros(2, 5, dtype=torch.int64)
 
 
+def note_of(error: BaseException) -> str:
+    """The only note of an error."""
+    (note,) = error.__notes__
+    return note
+
+
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize(
     ("tasks", "loss", "words"),
     [
-        (both(X.double()), mn.metrics.squared_error, r"float64 \[5, 3\].*float32 \[4, 3\].*\.to\(torch\.float32\)"),
-        (both(X.long()), mn.metrics.squared_error, r"int64 \[5, 3\].*have to be torch\.float32"),
         (
-            both(X[..., :2]),
+            both(X.double()),
             mn.metrics.squared_error,
-            r"set of a task: inputs float32 \[5, 2\].*float32 \[4, 3\]",
+            r"float64 \[5, 3\].*float32 \[4, 3\].*tasks\.to\(torch\.float32\)",
         ),
-        (mn.Tasks(mn.Batch(X, Y), mn.Batch(X[..., :2], Y)), mn.metrics.squared_error, "can not take the query set"),
-        (both(X, LABELS.float()), cross_entropy, r"targets float32 \[5\].*cast the targets: \.long\(\)"),
-        (both(X, LABELS.double()), cross_entropy, r"targets float64 \[5\].*cast the targets: \.long\(\)"),
-        (both(X, LABELS + 9), cross_entropy, "Class indices.*begin at 0"),
+        (both(X.long()), mn.metrics.squared_error, r"inputs int64 \[5, 3\].*floats in the dtype of the model"),
+        (both(X[..., :2]), mn.metrics.squared_error, r"inputs float32 \[5, 2\].*0\.weight, float32 \[4, 3\]"),
+        (mn.Tasks(mn.Batch(X, Y), mn.Batch(X[..., :2], Y)), mn.metrics.squared_error, "the query set of one task"),
+        (both({"x": X, "y": Y}), mn.metrics.squared_error, r"inputs float32 \[5, 3\] and float32 \[5, 1\], targets"),
+        (both(X, LABELS.float()), cross_entropy, r"targets float32 \[5\].*indices of classes.*torch\.int64"),
+        (both(X, LABELS + 9), cross_entropy, r"targets int64 \[5\].*from 0 on"),
         (both(X, LABELS.unsqueeze(-1)), cross_entropy, r"targets int64 \[5, 1\]"),
+        (both(X), lambda out, targets: out - targets, "called this as loss.model, batch.*of one task, mn.Batch"),
+        (both(X), lambda out, targets: F.mse_loss(out, targets), "called this as loss.model, batch"),
+        (both(X), lambda model, batch: model(batch), "inputs float32"),
+        (both(X), lambda model, batch: model(batch.inputs) - batch.target, "inputs float32"),
+        (both(X), lambda model, batch: model(batch.inputs).mean(batch), "inputs float32"),
     ],
     ids=[
         "double",
         "integers",
         "width",
         "query",
+        "dict",
         "float labels",
-        "double labels",
         "labels out of range",
         "labels with an axis",
+        "difference of outputs",
+        "loss of outputs",
+        "the batch for inputs",
+        "no such field",
+        "the batch for an axis",
     ],
 )
-def test_what_does_not_fit_is_told_with_its_shapes(tasks: mn.Tasks, loss: object, words: str, execution: str) -> None:
+def test_what_a_loss_was_given_is_noted(tasks: mn.Tasks, loss: object, words: str, execution: str) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1 if loss is not cross_entropy else 4))
     learner = mn.MetaLearner(model, loss, solver=SOLVER, execution=execution)
     for use in (learner.backward, learner.evaluate):
-        with pytest.raises(mn.LossError, match=words) as told:
+        with pytest.raises((RuntimeError, IndexError, ValueError, TypeError, AttributeError, AssertionError)) as told:
             use(tasks)
-        assert isinstance(told.value.__cause__, RuntimeError | IndexError | ValueError | AssertionError)
+        assert re.search(words, note_of(told.value))
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
-def test_adapt_tells_what_does_not_fit(execution: str) -> None:
+def test_adapt_notes_what_the_loss_was_given(execution: str) -> None:
     learner = mn.MetaLearner(nn.Linear(3, 1), mn.metrics.squared_error, solver=SOLVER, execution=execution)
-    with pytest.raises(mn.LossError, match=r"inputs float32 \[5, 2\].*weight, float32 \[1, 3\]"):
+    with pytest.raises(RuntimeError) as told:
         learner.adapt(mn.Batch(X[0, :, :2], Y[0]))
-
-
-@pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize("error", [RuntimeError("my own"), KeyError("shape"), torch.OutOfMemoryError("out of memory")])
-def test_other_errors_pass_as_they_are(error: Exception, execution: str) -> None:
-    _passes(error, execution)
+    assert re.search(r"support set.*inputs float32 \[5, 2\].*weight, float32 \[1, 3\]", note_of(told.value))
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize(
-    "error",
-    [
-        ValueError("target network is stale"),
-        RuntimeError("size is wrong"),
-        IndexError("out of range"),
-        ValueError("expected input of shape [4, 3]"),
-    ],
+    "error", [RuntimeError("my own"), KeyError("shape"), ValueError("stale"), torch.OutOfMemoryError("out of memory")]
 )
-def test_what_ones_own_code_raises_passes_as_it_is(error: Exception, execution: str) -> None:
-    """Though it speaks of targets and sizes, or in PyTorch's very words: PyTorch did not say it."""
-    _passes(error, execution)
-
-
-@pytest.mark.parametrize("execution", EXECUTIONS)
-def test_asserts_and_slips_with_lists_pass_as_they_are(execution: str) -> None:
-    def asserts(model: nn.Module, batch: mn.Batch) -> Tensor:
-        assert len(batch.inputs) < 0, "schedule out of range"
-        return batch.inputs.sum()
-
-    def lists(model: nn.Module, batch: mn.Batch) -> Tensor:
-        return [batch.inputs][1].sum()
-
-    for loss, kind in ((asserts, AssertionError), (lists, IndexError)):
-        with pytest.raises(kind, match="out of range"):
-            mn.MetaLearner(nn.Linear(3, 1), loss, solver=SOLVER, execution=execution).backward(both(X))
-
-
-@pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize(
-    "operator",
-    [
-        lambda out, targets: out - targets.reshape(-1)[:3],
-        lambda out, targets: out @ targets,
-        lambda out, targets: out.mT @ targets.double(),
-        lambda out, targets: torch.cat([out, targets]),
-        lambda out, targets: torch.stack([out, targets]),
-        lambda out, targets: out.view(7, 7),
-        lambda out, targets: out[:, 9],
-        lambda out, targets: out.sum(5),
-        lambda out, targets: out.expand_as(targets),
-        lambda out, targets: F.linear(out, targets),
-        lambda out, targets: torch.conv1d(out, targets[None].mT),
-    ],
-)
-def test_what_pytorch_says_of_ones_own_line_is_told_with_shapes(operator: object, execution: str) -> None:
-    """These operators have no frame in a file of PyTorch's: the last one is that of the lambda."""
-
-    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
-        return operator(model(batch.inputs), batch.targets).square().mean()
-
-    learner = mn.MetaLearner(nn.Linear(3, 2), loss, solver=SOLVER, execution=execution)
-    with pytest.raises(mn.LossError, match=r"targets float32 \[5, 1\].*PyTorch said: "):
-        learner.backward(both(X))
-
-
-@pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize("words", ["begin at 0", "Give every task"], ids=["index", "shape"])
-def test_the_cure_is_of_what_was_said(words: str, execution: str) -> None:
-    """Though the targets are of another dtype as well, which does no harm here or comes later."""
-    if words == "begin at 0":
-        model: nn.Module = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(1), nn.Linear(3, 1))
-        tasks = both(torch.full((2, 5, 1), 7), Y.double())
-    else:
-        model, tasks = nn.Linear(4, 1), both(X, Y.double())
-    with pytest.raises(mn.LossError, match=words) as told:
-        mn.MetaLearner(model, mn.metrics.squared_error, solver=SOLVER, execution=execution).backward(tasks)
-    assert "Cast" not in str(told.value)
-
-
-def _passes(error: Exception, execution: str) -> None:
+def test_errors_of_ones_own_pass_as_they_are(error: Exception, execution: str) -> None:
     def fails(model: nn.Module, batch: mn.Batch) -> Tensor:
         raise error
 
@@ -185,7 +130,7 @@ def test_adapt_takes_a_task_of_sequences() -> None:
     learner.backward(both(X))
     for inputs, targets in (((5, 7, 3), (5, 7, 1)), ((5, 5, 4), (5, 5, 1)), ((5, 5, 3), (5, 5, 2))):
         batch = mn.Batch(torch.ones(inputs), torch.ones(targets))
-        with contextlib.suppress(mn.LossError):  # of a width that the model does not take
+        with contextlib.suppress(RuntimeError, mn.LossError):  # of a width that the model does not take
             learner.adapt(batch)
 
 
@@ -360,11 +305,10 @@ def test_a_misspelt_option_is_told_with_the_nearest(here: Path, capsys: pytest.C
         ("every = 2", "every = 0", "every must be"),
         ("every = 2", "workers = -1", "workers must be"),
         ("every = 2", "max_norm = -1.0", "max_norm must be"),
-        ("every = 2", "tasks_at_once = 0", "tasks_at_once must be"),
         ("shots = 4", "shots = 0", "shots must be"),
         ("shots = 4", "number = 1", "takes 2 different tasks, but there are 1"),
         ("[validation]\ntasks = 2", "[validation]\ntasks = -2", "[validation] tasks must be"),
-        ("inputs = 1", "inputs = 3", "can not take the query set of a task"),
+        ("inputs = 1", "inputs = 3", "with the query set of one task"),
         ("[evaluation]", '[evaluation]\nmetric = "accuracy"', "at least two classes"),
     ],
 )
@@ -427,58 +371,6 @@ def test_the_seeds_that_were_asked_for_are_those_that_count(here: Path, capsys: 
     assert "seed 0 is missing, seed 1 is missing" in capsys.readouterr().err
     assert main(["train", "small.toml", "--quiet", "--seeds", "5", "--fresh"]) == 0
     assert json.loads((out / "seeds.json").read_text()) == [5]
-
-
-@pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize(
-    "loss",
-    [
-        lambda predictions, targets: (predictions - targets).square().mean(),
-        lambda predictions, targets: F.mse_loss(predictions, targets),
-        lambda predictions, targets: F.cross_entropy(predictions, targets),
-        lambda model, batch: F.mse_loss(model(batch), batch.targets),
-        lambda model, batch: (batch - model(batch.inputs)).mean(),
-    ],
-    ids=["operator", "mse_loss", "cross_entropy", "the batch for inputs", "the batch for targets"],
-)
-def test_a_loss_of_predictions_and_targets_is_told_how_it_is_called(loss: object, execution: str) -> None:
-    learner = mn.MetaLearner(nn.Linear(3, 1), loss, solver=SOLVER, execution=execution)
-    for use in (learner.backward, learner.evaluate):
-        with pytest.raises(mn.LossError, match=r"loss\(model, batch\).*model\(batch\.inputs\)") as told:
-            use(both(X))
-        assert isinstance(told.value.__cause__, AttributeError | TypeError)
-
-
-class Lacking(nn.Linear):
-    """A model whose own code misses something that tensors have."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return super().forward(inputs) / self.std
-
-
-@pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize(
-    ("loss", "kind"),
-    [
-        (lambda model, batch: model.encode(batch.inputs), AttributeError),
-        (lambda model, batch: model(batch.inputs) - batch.target, AttributeError),
-        (lambda model, batch: model(*batch), TypeError),
-        (lambda model, batch: batch.inputs + "one", TypeError),
-        (lambda model, batch: model(batch.inputs.to(model.device)).mean(), AttributeError),
-    ],
-    ids=["no such method", "no such field", "too many arguments", "another type", "device"],
-)
-def test_other_slips_in_a_loss_pass_as_they_are(loss: object, kind: type[Exception], execution: str) -> None:
-    learner = mn.MetaLearner(nn.Linear(3, 1), loss, solver=SOLVER, execution=execution)
-    with pytest.raises(kind):
-        learner.backward(both(X))
-
-
-@pytest.mark.parametrize("execution", EXECUTIONS)
-def test_what_a_model_itself_lacks_passes_as_it_is(execution: str) -> None:
-    learner = mn.MetaLearner(Lacking(3, 1), mn.metrics.squared_error, solver=SOLVER, execution=execution)
-    with pytest.raises(AttributeError, match="std"):
-        learner.backward(both(X))
 
 
 @pytest.mark.parametrize("given", [lambda batch: 0.0, lambda predictions, targets, weights: 0.0])

@@ -139,13 +139,13 @@ def test_workers_make_no_difference():
     assert histories[0] == histories[1] == histories[2]
 
 
-def test_tasks_at_once_average_to_the_same_meta_gradient():
+def test_chunks_average_to_the_same_meta_gradient():
     steps, vectors = [], []
-    for at_once in (None, 2, 3, 5):
+    for size in (None, 2, 3, 5):
         model = network().eval().double()
-        learner, optimizer, _ = parts(model)
+        learner, optimizer, _ = parts(model, chunk_size=size)
         tasks = mn.tasks.episodes(mn.tasks.sinusoid, shots=4, queries=4, dtype=torch.float64)
-        found = mn.fit(learner, optimizer, tasks, steps=2, tasks_at_once=at_once, tasks_per_step=5, progress=False)
+        found = mn.fit(learner, optimizer, tasks, steps=2, tasks_per_step=5, progress=False)
         steps.append(found.history[-1])
         vectors.append(vector(model))
     for step, moved in zip(steps[1:], vectors[1:], strict=True):
@@ -158,10 +158,10 @@ def test_tasks_at_once_average_to_the_same_meta_gradient():
 def test_the_error_bound_of_a_step_is_that_of_its_parts():
     """Of eight tasks whole, in fours, in twos and singly: the ratio of two means, not the mean of ratios."""
     bounds = []
-    for at_once in (None, 4, 2, 1):
-        learner, optimizer, _ = parts(network().eval().double())
+    for size in (None, 4, 2, 1):
+        learner, optimizer, _ = parts(network().eval().double(), chunk_size=size)
         tasks = mn.tasks.episodes(mn.tasks.sinusoid, shots=4, queries=4, dtype=torch.float64)
-        found = mn.fit(learner, optimizer, tasks, steps=1, tasks_per_step=8, tasks_at_once=at_once, progress=False)
+        found = mn.fit(learner, optimizer, tasks, steps=1, tasks_per_step=8, progress=False)
         bounds.append(found.history[0].error_bound)
     assert bounds[0] > 0
     assert bounds[1:] == [pytest.approx(bounds[0], rel=1e-9)] * 3
@@ -181,36 +181,36 @@ class Broken(Dataset):
 
 
 @pytest.mark.filterwarnings("ignore::metanudge.errors.NonFiniteWarning")
-@pytest.mark.parametrize("at_once", [None, 2])
-def test_dropped_tasks_are_counted_and_lost_steps_skipped(at_once):
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_dropped_tasks_are_counted_and_lost_steps_skipped(chunk_size):
     model = network()
-    learner, optimizer, _ = parts(model)
+    learner, optimizer, _ = parts(model, chunk_size=chunk_size)
     broken = {0, 1, 3, 4, 5}
-    found = mn.fit(learner, optimizer, Broken(broken), steps=3, tasks_at_once=at_once, **COMMON)
+    found = mn.fit(learner, optimizer, Broken(broken), steps=3, **COMMON)
     assert [record.dropped_tasks for record in found.history] == [2, 0, 0]
     assert found.skipped_steps == 1
     assert math.isnan(found.history[1].query_loss)
     with pytest.raises(mn.NonFiniteError):
-        mn.fit(learner, optimizer, Broken(range(1000)), steps=12, tasks_at_once=at_once, **COMMON)
+        mn.fit(learner, optimizer, Broken(range(1000)), steps=12, **COMMON)
 
 
 def test_parts_count_by_the_tasks_that_were_kept():
     """Of a part with one good task and one with three: the mean of the four."""
     gradients = []
-    for at_once in (None, 4):
+    for size in (None, 4):
         model = network().eval()
-        learner, _, _ = parts(model)
+        learner, _, _ = parts(model, chunk_size=size)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         with pytest.warns(mn.NonFiniteWarning):
-            mn.fit(learner, optimizer, Broken({0, 2, 3, 6}), steps=1, tasks_per_step=8, tasks_at_once=at_once)
+            mn.fit(learner, optimizer, Broken({0, 2, 3, 6}), steps=1, tasks_per_step=8)
         gradients.append(vector(model))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
 
 
 def test_a_task_of_a_part_is_told_by_its_place_in_the_step():
-    learner, optimizer, _ = parts(network())
+    learner, optimizer, _ = parts(network(), chunk_size=4)
     with pytest.warns(mn.NonFiniteWarning, match=r"task 5: support inputs"):
-        mn.fit(learner, optimizer, Broken({5}), steps=1, tasks_per_step=8, tasks_at_once=4, progress=False)
+        mn.fit(learner, optimizer, Broken({5}), steps=1, tasks_per_step=8, progress=False)
 
 
 def test_best_is_kept_and_can_be_loaded(tmp_path):
@@ -260,7 +260,6 @@ def test_wrong_settings_are_told_before_anything_is_done(tmp_path):
         ({"better": "more"}, "better must be"),
         ({"seed": -1}, "seed must be"),
         ({"max_norm": 0.0}, "max_norm must be"),
-        ({"tasks_at_once": 0}, "tasks_at_once must be"),
         ({"tensorboard": True}, "needs a folder"),
         ({"workers": -1}, "workers must be"),
         ({"metric": "accuracy"}, "metric must be a function"),

@@ -100,19 +100,13 @@ def split(tasks: Tasks, size: int | None) -> Iterator[tuple[Tasks, int]]:
         yield tree_map(lambda leaf, first=first: leaf[first : first + step], tasks), min(step, number - first)
 
 
-def smaller(tasks: Tasks, size: int | None) -> list[Tasks]:
-    """The same cut, where one of minibatches is a single task already."""
-    return [tasks] if as_minibatches(tasks.support) else [stack for stack, _ in split(tasks, size)]
-
-
 def single(tasks: Tasks) -> Iterator[Tasks]:
     """The tasks of a stack, one after the other, without the task axis."""
     if as_minibatches(tasks.support):
         (only,) = single(tasks._replace(support=tasks.query))
         yield only._replace(support=tasks.support)
         return
-    for index in range(leaves(tasks)[0].shape[0]):
-        yield tree_map(lambda leaf, index=index: leaf[index], tasks)
+    yield from tasks.unstack()
 
 
 def singles(tasks: Tasks) -> list[Tasks]:
@@ -121,8 +115,8 @@ def singles(tasks: Tasks) -> list[Tasks]:
     Raises:
         TasksError: No stack of tasks.
     """
-    stacks, _ = as_stacks(tasks, next((leaf.device for leaf in leaves(tasks)), torch.device("cpu")))
-    return [task for stack in stacks for task in single(stack)]
+    ((stack,), _) = as_stacks(tasks, next((leaf.device for leaf in leaves(tasks)), torch.device("cpu")))
+    return stack.unstack()
 
 
 def pieces(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:

@@ -23,7 +23,7 @@ from metanudge.types import Role
 from metanudge.warned import warn
 
 LAST, BEST = "last.pt", "best"
-ROUNDED = ("execution", "compile", "chunk_size", "microbatch", "tasks_at_once", "processes")
+ROUNDED = ("execution", "compile", "chunk_size", "microbatch", "processes")
 """Settings that change a step by round-off alone, and with dropout in train mode by other draws: a training that ran
 out of memory may go on with others."""
 FEW = 1000

@@ -89,8 +89,6 @@ def choose_execution(
             "compile belongs to the vectorized execution; in place the model is used as it is: give MetaLearner "
             "torch.compile(model)"
         )
-    if chunk_size is not None:
-        raise SettingsError("chunk_size belongs to the vectorized execution; in place there is one task at a time")
     if microbatch is not None and norm.policy in ("transductive", "support"):
         raise SettingsError(
             f'batch_norm="{norm.policy}" normalises by a whole batch, of which microbatch={microbatch} shows a piece '

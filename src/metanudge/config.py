@@ -83,7 +83,6 @@ class Training:
 
     steps: int
     tasks_per_step: int = 25
-    tasks_at_once: int | None = None
     max_norm: float | None = None
     every: int = 100
     patience: int | None = None

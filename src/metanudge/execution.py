@@ -15,8 +15,9 @@ from metanudge import tree
 from metanudge.batching import single, split
 from metanudge.energy import InnerProblem
 from metanudge.oracle import BatchNorm, Call, LiveLosses, LiveModule, Programs, StackedLosses, Tally
-from metanudge.oracle.common import Known, device_of, round_off, same_modes
+from metanudge.oracle.common import device_of, round_off, same_modes
 from metanudge.oracle.compiled import Bound, plain_attributes
+from metanudge.oracle.known import Known
 from metanudge.packing import Packing
 from metanudge.random_state import RandomState, forked
 from metanudge.selection import Selection

@@ -19,15 +19,17 @@ _NOT_THEIRS = tuple({f"{place.resolve()}/" for place in (_OURS, *_INSTALLED)})
 def told(error: Exception) -> str | None:
     """The error and the lines of the user's own files it came by; None where it is a mistake of this library.
 
-    It is one where it came by no file of the user's, and where it arose in this library's own code, whoever called it.
-    An error that the library raised on purpose says all by itself: its message alone is told, with those lines.
+    It is one where it came by no file of the user's and has no note of what a loss was given, and where it arose in
+    this library's own code, whoever called it. An error that the library raised on purpose says all by itself: its
+    message alone is told, with those lines.
     """
     places = list(dict.fromkeys(place for one in _chain(error) for place in _places(one)))
     ours = isinstance(error, MetanudgeError | OSError)
-    if not ours and (not places or _arose_here(error)):
+    notes = getattr(error, "__notes__", [])
+    if not ours and (not (places or notes) or _arose_here(error)):
         return None
-    said = str(error) if ours else "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
-    return "\n".join([said, *(f"  {place}" for place in places)])
+    said = str(error) if ours else f"{type(error).__name__}: {error}"
+    return "\n".join([said, *notes, *(f"  {place}" for place in places)])
 
 
 def _arose_here(error: BaseException) -> bool:

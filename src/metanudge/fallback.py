@@ -4,43 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from metanudge.errors import UnmappableError
-from metanudge.execution import Execution
+from metanudge import advice
+from metanudge.choosing import choose_execution
+from metanudge.errors import SettingsError, UnmappableError
+from metanudge.execution import Execution, Vectorized
+from metanudge.selection import select_parameters
+from metanudge.warned import warn
 
+if TYPE_CHECKING:
+    from metanudge.learner import MetaLearner  # whose methods are made with this
 
-class GoesInPlace(Protocol):
-    """A learner that may change its execution."""
-
-    execution: Execution
-
-    def _in_place(self) -> Execution | None: ...
-
-    def _went_in_place(self, reason: str, vectorized: Execution, *given: Any) -> None: ...
-
-
-L = TypeVar("L", bound=GoesInPlace)
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def falls_back(method: Callable[Concatenate[L, P], R]) -> Callable[Concatenate[L, P], R]:
+def falls_back(method: Callable[Concatenate[MetaLearner, P], R]) -> Callable[Concatenate[MetaLearner, P], R]:
     """Call a learner's method again, in place, where it raised an ``UnmappableError`` and "auto" may choose that.
 
     What raises has changed nothing but the random state, which is put back, so that a training that goes on later, in
-    another process, is the same one. Where it raises in place too, the learner stays as it was.
+    another process, is the same one. Where it raises in place too, the learner stays as it was; and where it was given
+    a function, which is no loss of the learner's: a metric does not decide how a training runs.
     """
 
     @wraps(method)
-    def called(learner: L, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def called(learner: MetaLearner, /, *args: P.args, **kwargs: P.kwargs) -> R:
         drawn = torch.default_generator.get_state()
         try:
             return method(learner, *args, **kwargs)
         except UnmappableError as error:
-            before, other = learner.execution, learner._in_place()
+            before, other = learner.execution, _in_place(learner)
             if other is None:
                 raise
             reason = str(error)  # not the error, which holds all that was alive
@@ -48,10 +44,30 @@ def falls_back(method: Callable[Concatenate[L, P], R]) -> Callable[Concatenate[L
         learner.execution = other
         try:
             found = method(learner, *args, **kwargs)
-            learner._went_in_place(reason, before, *args)
+            if any(callable(one) and one not in learner.losses.values() for one in args):
+                learner.execution = before
+            else:
+                warn(advice.in_place(reason), UserWarning)
         except BaseException:
             learner.execution = before
             raise
         return found
 
     return called
+
+
+def _in_place(learner: MetaLearner) -> Execution | None:
+    """The other execution, where a learner may change over to it: not where settings, or ranks, forbid."""
+    before = learner.execution
+    if not learner.automatic or not isinstance(before, Vectorized) or learner.ranks.size > 1:
+        return None
+    selection = select_parameters(learner.model, learner.adapt_only)
+    compiled = before.programs is not None
+    try:
+        found = choose_execution(
+            "in_place", learner.model, learner.losses, learner.norm, selection, learner.solver, None, None, compiled
+        )
+        learner.check_needs(selection, found)
+    except SettingsError:
+        return None
+    return found

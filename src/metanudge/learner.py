@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from metanudge import advice, settings
 from metanudge.accumulation import FiniteMean, summarize
 from metanudge.adaptation import Shapes, adapted_copy, alone, check_copyable, curves, looked_at, losses_of
-from metanudge.batching import as_stacks, smaller
+from metanudge.batching import as_stacks
 from metanudge.choosing import check_hooks, check_needs, choose_execution
 from metanudge.deposit import Given, Told, add_to_grad, check_adapted, in_order, verdict
 from metanudge.energy import InnerProblem
@@ -23,7 +23,7 @@ from metanudge.errors import NonFiniteWarning, SettingsError, TasksError, Unmapp
 from metanudge.estimators import ESTIMATORS, FOBMAML, Estimator
 from metanudge.estimators.base import check_estimate, told_to_go_first_order
 from metanudge.exclusive import exclusive
-from metanudge.execution import Execution, Lent, Use, Vectorized
+from metanudge.execution import Execution, Lent, Use
 from metanudge.fallback import falls_back
 from metanudge.metrics import called
 from metanudge.oracle import BatchNorm, Policy, Tally, device_of
@@ -66,7 +66,7 @@ class MetaLearner:
         adapt_only: Parameters the inner problem adapts: names of parameters or modules (``"head"``), patterns
             (``"*.bias"``), or a predicate ``(name, parameter) -> bool``; None for all. Other trainable parameters are
             shared by all tasks and get their own meta-gradient (from FOMAML a part); frozen ones cost nothing.
-        chunk_size: Tasks at once in the vectorised execution; None for all.
+        chunk_size: Tasks at once, to save memory; None for all. (In place it is one at a time.)
         microbatch: Examples of a task in one forward pass of the in-place execution, whose losses have to be means over
             the examples: gradients are added up over the pieces. None for all at once.
         query_loss: The loss that judges adapted models, in the form of ``loss``; None for ``loss`` itself.
@@ -148,7 +148,7 @@ class MetaLearner:
         self.execution: Execution = choose_execution(
             execution, model, self.losses, self.norm, selection, self.solver, chunk_size, microbatch, compile
         )
-        self._chooses = execution == "auto"
+        self.automatic = execution == "auto"
         self._selection()
         self.ranks = Ranks.of(process_group, model, warm_start is not None)
         self._told, self._checked = Told(), False
@@ -172,12 +172,12 @@ class MetaLearner:
         """Select parameters of the model as it is now, and refuse what can not work with them."""
         self._check_settings()
         if self.execution.name == "vectorized":
-            check_hooks(self.model, UnmappableError if self._chooses else SettingsError)
+            check_hooks(self.model, UnmappableError if self.automatic else SettingsError)
         selection = select_parameters(self.model, self.adapt_only)
-        self._check_needs(selection, self.execution)
+        self.check_needs(selection, self.execution)
         return selection
 
-    def _check_needs(self, selection: Selection, execution: Execution) -> None:
+    def check_needs(self, selection: Selection, execution: Execution) -> None:
         """Refuse an estimator or a solver that needs what settings, or an execution, do not have."""
         missing = {
             Need.PROXIMAL_TERM: self.prox == 0,
@@ -188,29 +188,6 @@ class MetaLearner:
         }
         lacks = execution.lacks | {need for need, lacking in missing.items() if lacking}
         check_needs(lacks, self.estimator, self.solver)
-
-    def _in_place(self) -> Execution | None:
-        """The other execution, where "auto" may change over to it: not where settings, or ranks, forbid."""
-        before = self.execution
-        if not self._chooses or not isinstance(before, Vectorized) or self.ranks.size > 1:
-            return None
-        size, compiled = before.chunk_size, before.programs is not None
-        selection = select_parameters(self.model, self.adapt_only)
-        try:
-            found = choose_execution(
-                "in_place", self.model, self.losses, self.norm, selection, self.solver, size, None, compiled
-            )
-            self._check_needs(selection, found)
-        except SettingsError:
-            return None
-        return found
-
-    def _went_in_place(self, reason: str, vectorized: Execution, *given: Any) -> None:
-        """Stay there, and say so; but a metric of its own does not decide how a training runs."""
-        if any(callable(one) and one not in self.losses.values() for one in given):
-            self.execution = vectorized
-        else:
-            warn(advice.in_place(reason), UserWarning)
 
     def __repr__(self) -> str:
         """Settings on one line."""
@@ -229,9 +206,7 @@ class MetaLearner:
 
     @exclusive
     @falls_back
-    def backward(
-        self, tasks: Tasks | Sequence[Tasks], indices: Sequence[int] | None = None, *, at_once: int | None = None
-    ) -> MetaStep:
+    def backward(self, tasks: Tasks | Sequence[Tasks], indices: Sequence[int] | None = None) -> MetaStep:
         """Add the meta-gradient of F to ``.grad``, as ``loss.backward()`` would.
 
         Tasks whose solve diverges, or whose loss or meta-gradient is not finite, are left out of the mean, with one
@@ -240,7 +215,6 @@ class MetaLearner:
         Args:
             tasks: A stack of tasks, or a list of single ones of any sizes (equal ones are stacked).
             indices: With a warm start: which task of the finite set each one is, a whole number a task.
-            at_once: Tasks solved at once, to save memory; None for ``chunk_size`` or all.
 
         Returns:
             What was done, as numbers.
@@ -269,10 +243,8 @@ class MetaLearner:
             ranks.check_model()
             self._checked = True
         with ranks.together():
-            settings.check_sizes(at_once=at_once)
             stacks, places = as_stacks(tasks, device_of(self.model))
             self._seen |= looked_at(self.model, stacks, self._seen)
-            stacks = [part for stack in stacks for part in smaller(stack, at_once)]
             order = iter(in_order(indices, places, self.warm_start is not None))
             selection = self._selection()
         counts = ranks.counts(len(places))

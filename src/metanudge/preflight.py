@@ -19,14 +19,10 @@ from metanudge.settings import check_flag, check_number, check_part, check_posit
 from metanudge.sharding import is_sharded
 
 
-def check_training(
-    steps: int, tasks_per_step: int, tasks_at_once: int | None, max_norm: float | None, every: int, workers: int
-) -> None:
+def check_training(steps: int, tasks_per_step: int, max_norm: float | None, every: int, workers: int) -> None:
     """Raise a SettingsError for numbers that ``fit`` can not work with."""
     for name, number in (("steps", steps), ("tasks_per_step", tasks_per_step), ("every", every)):
         check_steps(number, name)
-    if tasks_at_once is not None:
-        check_steps(tasks_at_once, "tasks_at_once")
     if max_norm is not None:
         check_positive(max_norm=max_norm)
     check_number(workers, "workers")

@@ -94,7 +94,7 @@ def seeds_of(out: Path) -> tuple[int, ...]:
 def _check(config: Config, ranks: Ranks) -> None:
     """Tell what can not work before anything is written: settings, and whether model, loss and tasks fit each other."""
     given, seed = config.training, config.whole.seeds[0]
-    check_training(given.steps, given.tasks_per_step, given.tasks_at_once, given.max_norm, given.every, given.workers)
+    check_training(given.steps, given.tasks_per_step, given.max_norm, given.every, given.workers)
     check_tensorboard(config.out, given.tensorboard)
     learner, optimizer, scheduler = _parts(config, seed, ranks)
     check_scheduler(scheduler, optimizer)
@@ -125,7 +125,6 @@ def _train(config: Config, seed: int, fresh: bool, progress: bool, console: Cons
         tasks_of(config, "train", seed),
         steps=given.steps,
         tasks_per_step=given.tasks_per_step,
-        tasks_at_once=given.tasks_at_once,
         scheduler=scheduler,
         max_norm=given.max_norm,
         validation=[fixed[index] for index in range(len(fixed))] or None,

@@ -69,7 +69,6 @@ def fit(
     *,
     steps: int,
     tasks_per_step: int = 25,
-    tasks_at_once: int | None = None,
     scheduler: LRScheduler | None = None,
     max_norm: float | None = None,
     validation: Tasks | Sequence[Tasks] | Dataset[Tasks] | None = None,
@@ -106,7 +105,6 @@ def fit(
             of single tasks, or a stack of tasks. What is drawn is moved to the model's device.
         steps: Meta-steps in all, resumed ones included.
         tasks_per_step: Tasks of a meta-step.
-        tasks_at_once: Tasks solved, and evaluated, at once, to save memory (a smaller ``chunk_size``); None for all.
         scheduler: Stepped after every meta-step; not ``ReduceLROnPlateau``, which needs a score at each.
         max_norm: Clip the meta-gradient to this norm; None for no clipping.
         validation: Fixed tasks (a stack, or a list or finite map-style dataset of single ones), evaluated every
@@ -125,7 +123,7 @@ def fit(
         resume: Go on from ``out/last.pt`` where it is, with the same settings of learner and optimizer, ``max_norm``,
             ``scheduler``, metric, ``better``, validation tasks (or none) and first task (functions are told apart by
             their names alone). With another ``execution``, ``compile``, ``chunk_size``, ``microbatch``,
-            ``tasks_at_once`` or number of processes, after running out of memory, say, it warns and goes on, the same
+            or number of processes, after running out of memory, say, it warns and goes on, the same
             but for round-off, and for dropout in train mode, whose draws differ. False to begin anew: once all is
             checked, what a training left in ``out`` is removed.
         workers: Processes that draw tasks; the tasks do not depend on it.
@@ -164,7 +162,7 @@ def fit(
         raise SettingsError(
             f"fit takes a mn.MetaLearner, got {type(learner).__name__}; make one: mn.MetaLearner(model, loss)"
         )
-    check_training(steps, tasks_per_step, tasks_at_once, max_norm, every, workers)
+    check_training(steps, tasks_per_step, max_norm, every, workers)
     check_flag(resume=resume, tensorboard=tensorboard, progress=progress)
     check_seed(seed)
     if metric is not None:
@@ -188,11 +186,7 @@ def fit(
         check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
     protocol = {"tasks_per_step": tasks_per_step, "seed": seed}
-    more: dict[str, Any] = {
-        "max_norm": max_norm,
-        "tasks_at_once": tasks_at_once or tasks_per_step,
-        "processes": ranks.size,
-    }
+    more: dict[str, Any] = {"max_norm": max_norm, "processes": ranks.size}
     if held is not None:  # decides which initialisation is the best
         more["metric"] = "query loss" if metric is None else qualified_name(metric)
         more["better"] = "smaller" if sign > 0 else "larger"
@@ -233,7 +227,7 @@ def fit(
     shown = Shown(last, every, called(metric), progress and ranks.first, lost)
     with best.rescued(), Logs(mine, run.history, tensorboard and ranks.first) as logs, bar(run, shown) as tell:
         for indices, batch in order.batches(tasks, done, last, workers, device):
-            step = _step(run, watch, batch, indices, tasks_at_once, max_norm)
+            step = _step(run, watch, batch, indices, max_norm)
             if anew is not None:  # what could not take a step does not cost what was trained before
                 discard(anew)
                 anew = None
@@ -243,7 +237,7 @@ def fit(
             number = len(run.history) + 1
             pause = number % every == 0 or number == steps
             if pause and held is not None:
-                found = validate(learner, held, metric, tasks_at_once or tasks_per_step)
+                found = validate(learner, held, metric, tasks_per_step)
                 if not told:
                     tell_not_finite(found, held, number, device)
                 told = told or math.isnan(found.mean)
@@ -262,7 +256,7 @@ def fit(
         shown.tell_ended(len(run.history), run.best_step)
     ranks.wait()  # for what the first one writes
     if found is None and held is not None:  # nothing was left to do
-        found = validate(learner, held, metric, tasks_at_once or tasks_per_step)
+        found = validate(learner, held, metric, tasks_per_step)
         if run.history and run.best_step == 0:  # what was the best is gone
             best.look(found, len(run.history))
             if mine is not None:
@@ -277,7 +271,6 @@ def _step(
     watch: Watch,
     batch: Tasks | list[Tasks],
     indices: list[int],
-    at_once: int | None,
     max_norm: float | None,
 ) -> MetaStep | None:
     """One meta-step; None where no task was finite, and nothing moved."""
@@ -285,7 +278,7 @@ def _step(
     parameters = [parameter for parameter in run.learner.model.parameters() if parameter.requires_grad]
     try:
         given = indices if run.learner.warm_start is not None else None
-        step = run.learner.backward(batch, given, **({} if at_once is None else {"at_once": at_once}))
+        step = run.learner.backward(batch, given)
     except NonFiniteError as error:
         run.skipped += 1
         run.in_a_row += 1

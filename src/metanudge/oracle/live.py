@@ -18,9 +18,10 @@ from metanudge.losses import HessianProduct, InnerGradients
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle.averages import settled
 from metanudge.oracle.batch_norm import BatchNorm
-from metanudge.oracle.common import Known, Tally, common, outside, require_gradient, require_graph, scalar_loss, times
-from metanudge.oracle.mismatch import told_of_misfits
+from metanudge.oracle.common import Tally, require_gradient, require_graph, scalar_loss, times
+from metanudge.oracle.known import Known, strangers
 from metanudge.oracle.module import LiveModule
+from metanudge.oracle.notes import noted
 from metanudge.random_state import RandomState
 from metanudge.sharding import whole
 from metanudge.together import operands, product
@@ -213,14 +214,19 @@ class LiveLosses(InnerGradients):
 
     def _looked_at(self, loss: Tensor, role: Role, batch: Batch, step: int, minibatch: int) -> Tensor:
         """The loss, once it is known which tensors outside the model it depends on; evaluated again, if on any."""
+        if self.live.sharded:  # FSDP2 puts others in the place of the model's own
+            self.known.meet(role, [])
+            return loss
         own = [*self.live.parameters.values(), *leaves(batch)]
         own += [leaf for part in self.task if as_minibatches(part) is None for leaf in leaves(part)]
-        found = [] if self.live.sharded else outside(loss, own)  # FSDP2 puts others in the place of the model's own
-        if found:
+
+        def again() -> dict[Role, Tensor]:
+            nonlocal loss
             self._batch(role, step, minibatch)  # and so the same random state
             loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
-            found = common(found, outside(loss, own))
-        self.known.meet(role, found)
+            return {role: loss}
+
+        self.known.meet(role, strangers({role: loss}, own, again)[role])
         return loss
 
     def _check_mean(self, role: Role, step: int, minibatch: int) -> None:
@@ -278,7 +284,7 @@ class LiveLosses(InnerGradients):
                 return called(self._batch(read, step, minibatch), read, function)
 
         def called(given: Batch, read: Role, function: LossFunction) -> Tensor:
-            with told_of_misfits(self.live.model, read, given):
+            with noted(self.live.model, read, given):
                 return scalar_loss(function, self.live.model, given)
 
         return self.norm.evaluate(role, function, self.losses[Role.SUPPORT], at)

@@ -20,10 +20,7 @@ from metanudge.losses import HessianProduct, InnerGradients
 from metanudge.oracle.batch_norm import BatchNorm
 from metanudge.oracle.call import Call, explained
 from metanudge.oracle.common import (
-    Known,
     Tally,
-    common,
-    outside,
     require_gradient,
     require_graph,
     require_second_derivative,
@@ -31,7 +28,8 @@ from metanudge.oracle.common import (
 )
 from metanudge.oracle.compiled import Bound
 from metanudge.oracle.drawing import UnfusedDrawing
-from metanudge.oracle.mismatch import told_of_misfits
+from metanudge.oracle.known import Known, strangers
+from metanudge.oracle.notes import noted
 from metanudge.packing import Packing
 from metanudge.random_state import RandomState
 from metanudge.types import Batch, LossFunction, Params, PyTree, Role, Tasks, Weights
@@ -211,15 +209,15 @@ class StackedLosses(InnerGradients):
 
     def _look(self, losses: Mapping[Role, Tensor], packed: Params, step: int) -> None:
         """See which tensors outside the model the losses depend on, once; evaluated again, if on any."""
-        own = list(packed.values())
-        found = {role: outside(loss, own) for role, loss in losses.items() if role not in self.known.strangers}
-        if not found:
+        new = {role: loss for role, loss in losses.items() if role not in self.known.strangers}
+        if not new:
             return
-        if self.attached:  # what the parameters were made of asks for gradients too
-            found = {role: [leaf for leaf in some if isinstance(leaf, nn.Parameter)] for role, some in found.items()}
-        if any(found.values()):
-            again = self._evaluate({role: self.losses[role] for role in losses}, packed, step)
-            found = {role: common(some, outside(again[role], own)) for role, some in found.items()}
+        found = strangers(
+            new,
+            list(packed.values()),
+            lambda: self._evaluate({role: self.losses[role] for role in new}, packed, step),
+            nn.Parameter if self.attached else Tensor,  # what parameters were made of asks for gradients too
+        )
         held = set(map(id, self.call.model.parameters()))
         if any(id(leaf) in held for some in found.values() for leaf in some):
             raise UnmappableError(
@@ -252,7 +250,7 @@ class StackedLosses(InnerGradients):
                     own = buffers[asked] if apart else self.call.own_buffers
                     own = own if apart and role is asked else tree.clone(own)  # what is written there is thrown away
                     before = self.random.others() if self.call.steady else None
-                    with told_of_misfits(self.call.model, role, data[role]):
+                    with noted(self.call.model, role, data[role]):
                         value = self.call.at(named | own, function, data[role])
                     if before is not None and self.random.others() != before:
                         raise LossError(_DRAWS)
