@@ -102,14 +102,20 @@ def refusals(model: nn.Module, data: mn.Tasks) -> list[str]:
     """What a sharded model does not allow."""
     told = []
     single = mn.Batch(*(leaf[0] for leaf in data.support))
+    rank = torch.distributed.get_rank()
+    uneven = mn.Tasks(*(mn.Batch(*(leaf[:, : 3 + rank] for leaf in batch)) for batch in data))
+    before = [whole(parameter).detach().clone() for parameter in model.parameters()]
     for refused in (
         lambda: mn.MetaLearner(model, squared_error, estimator=mn.MAML()),
         lambda: mn.MetaLearner(model, squared_error).adapt(single),
+        lambda: mn.MetaLearner(model, squared_error, warm_start=mn.WarmStart()),
+        lambda: mn.MetaLearner(model, squared_error).backward(uneven),
     ):
         try:
             refused()
-        except mn.SettingsError as error:
+        except (mn.SettingsError, mn.TasksError) as error:
             told.append(str(error))
+    assert all(torch.equal(whole(p), value) for p, value in zip(model.parameters(), before, strict=True))
     return told
 
 
@@ -167,9 +173,12 @@ def test_both_ranks_report_the_same(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_what_a_sharded_model_does_not_allow_is_told(ranks: list[dict[str, Any]]) -> None:
-    maml, adapt = ranks[0]["refusals"]
-    assert "Use FOBMAML" in maml
-    assert "adapt copies the model, which FSDP2 does not allow" in adapt
+    for rank, found in enumerate(ranks):
+        maml, adapt, warm, uneven = found["refusals"]
+        assert "Use FOBMAML" in maml
+        assert "adapt copies the model, which FSDP2 does not allow" in adapt
+        assert "a warm start keeps whole solutions" in warm
+        assert f"this rank holds {3 + rank} support and {3 + rank} query examples" in uneven
 
 
 def test_the_example_trains(ranks: list[dict[str, Any]]) -> None:

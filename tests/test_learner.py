@@ -733,18 +733,23 @@ def test_a_metric_by_name_is_refused() -> None:
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
-def test_evaluate_and_adapt_run_in_inference_mode(execution: str) -> None:
-    """With tensors made there, too; what adapt returns is an ordinary module. To learn there is refused by name."""
+def test_everything_runs_in_inference_mode(execution: str) -> None:
+    """With tensors made there, too; what adapt returns is an ordinary module, and gradients are ordinary tensors."""
     made = PROBLEMS["ridge"]()
     learner = learner_of(made, execution=execution)
+    learner.backward(made.tasks)
+    gradients = [parameter.grad.clone() for parameter in learner.model.parameters()]
+    learner.model.zero_grad()
     wanted, phi = learner.evaluate(made.tasks), learner.adapt(single_tasks(made.tasks)[0].support)
     with torch.inference_mode():
         inside: mn.Tasks = tree_map(torch.clone, made.tasks)
         for tasks in (made.tasks, inside, single_tasks(inside)):
             assert torch.equal(learner.evaluate(tasks).values, wanted.values)
         adapted = learner.adapt(single_tasks(inside)[0].support)
-        with pytest.raises(mn.LossError, match="inference_mode"):
-            learner.backward(made.tasks)
+        learner.backward(made.tasks)
+    for parameter, gradient in zip(learner.model.parameters(), gradients, strict=True):
+        assert not parameter.grad.is_inference()
+        assert torch.equal(parameter.grad, gradient)
     for leaf, same in zip(adapted.parameters(), phi.parameters(), strict=True):
         assert not leaf.is_inference()
         assert leaf.requires_grad

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
+from types import FunctionType, MethodType
 from typing import TypeAlias
 
 import torch
@@ -63,12 +66,47 @@ def _is_one(shape: torch.Size, layer: nn.Linear | nn.modules.conv._ConvNd) -> bo
 
 
 def check_copyable(model: nn.Module) -> None:
-    """Raise a SettingsError for a sharded model."""
+    """Raise a SettingsError for a sharded model, and for one whose copy would go on calling the model.
+
+    ``deepcopy`` copies methods with what they are bound to, but functions, and what is in their closures, not at all.
+    """
+    own = set(map(id, model.modules()))
+    for name, module in model.named_modules():
+        held = next((key for key, one in vars(module).items() if isinstance(one, Tensor) and one.grad_fn), None)
+        if held is not None:
+            raise SettingsError(
+                f"adapt copies the model, and {f'the module {name}' if name else 'it'} holds {held}, a tensor with a "
+                "graph, which can not be copied: keep it as a number (.detach()), or not at all. The old "
+                "torch.nn.utils.weight_norm leaves one; take torch.nn.utils.parametrizations.weight_norm"
+            )
+        function = vars(module).get("forward")
+        if isinstance(function, MethodType | partial):  # which are copied, but for the function in them
+            function = function.__func__ if isinstance(function, MethodType) else function.func
+        if isinstance(function, FunctionType) and _reaches(function, own):
+            raise SettingsError(
+                f"adapt copies the model, and {f'the module {name}' if name else 'it'} has a function in the place of "
+                f"its forward method ({function.__qualname__}) that is bound to the module itself: the copy would go "
+                "on calling the original. Compile by torch.compile(module) or module.compile(), replace the method by "
+                "a subclass or a types.MethodType; or use evaluate, which makes no copy"
+            )
     if is_sharded(model):
         raise SettingsError(
             "adapt copies the model, which FSDP2 does not allow; use evaluate, or adapt the model unsharded, from "
             "the initialisation that torch.distributed.checkpoint saves"
         )
+
+
+def _reaches(function: object, own: set[int], deep: int = 6) -> bool:
+    """Whether modules known by ``own`` are within reach of a function: bound, or in closures and what these hold."""
+    if isinstance(function, MethodType):
+        return id(function.__self__) in own or _reaches(function.__func__, own, deep)
+    if not isinstance(function, FunctionType):
+        return id(function) in own
+    within = [*(function.__defaults__ or ())]
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # of a cell that is empty yet
+            within.append(cell.cell_contents)
+    return deep > 0 and any(_reaches(one, own, deep - 1) for one in within)
 
 
 def alone(support: Batch, device: torch.device, seen: set[Shapes]) -> list[Tasks]:
@@ -118,11 +156,16 @@ def _refuse_stack(support: Batch, seen: set[Shapes]) -> None:
 
 
 def adapted_copy(
-    model: nn.Module, named: dict[str, Tensor], norm: BatchNorm, loss: LossFunction, support: Batch
+    model: nn.Module,
+    named: dict[str, Tensor],
+    norm: BatchNorm,
+    loss: LossFunction,
+    support: Batch,
+    share_frozen: bool,
 ) -> nn.Module:
-    """A copy of the model at the adapted parameters ``named``, which shares frozen ones with it."""
-    frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-    adapted = copy.deepcopy(model, memo=dict(frozen))
+    """A copy of the model at the adapted parameters ``named``; it may share the memory of frozen ones with it."""
+    frozen = [parameter for parameter in model.parameters() if share_frozen and not parameter.requires_grad]
+    adapted = copy.deepcopy(model, memo={id(parameter): _same_memory(parameter) for parameter in frozen})
     adapted.zero_grad(set_to_none=True)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -131,6 +174,13 @@ def adapted_copy(
     source = as_minibatches(support)
     norm.settle(adapted, loss, support if source is None else source[0])
     return adapted
+
+
+def _same_memory(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter of its own, which ``.to()`` and ``requires_grad_()`` may change, in the memory of a frozen one."""
+    if type(parameter) is not nn.Parameter:  # as of a quantised base, which has more to it than numbers
+        return parameter
+    return nn.Parameter(parameter.detach(), requires_grad=False)
 
 
 def losses_of(problem: InnerProblem, phi: Params) -> tuple[float, float]:

@@ -36,6 +36,8 @@ def leaves(tree: Any) -> list[Tensor]:
             )
         if not isinstance(leaf, Tensor):
             parts = "; for a support set in minibatches give mn.Minibatches" if isinstance(leaf, DataLoader) else ""
+            if isinstance(leaf, str | bytes):
+                parts = "; keep names beside the tasks, in a list of their order, or encode them as a tensor"
             if isinstance(leaf, int | float):
                 parts = f"; make it a tensor: torch.tensor({leaf!r})"
             raise TasksError(

@@ -64,10 +64,9 @@ def choose_execution(
             UserWarning,
         )
     if name == "auto":
-        compiled = any(isinstance(module, torch._dynamo.OptimizedModule) for module in model.modules())
         alone = (
             Need.LIVE_MODULE in solver.needs
-            or compiled
+            or any(map(_compiled, model.modules()))
             or is_sharded(model)
             or any(map(_not_for_vmap, model.modules()))
             or sum(parameter.numel() for parameter in adapted) > LARGE
@@ -80,6 +79,11 @@ def choose_execution(
                 "in float16 the squares of gradients vanish, and the vectorized execution computes in the precision of "
                 "the parameters; give execution='in_place', which sums in float32, or bfloat16 or float32 parameters, "
                 "which estimators that differentiate twice need in any case"
+            )
+        if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm for module in model.modules()):
+            raise SettingsError(
+                "an embedding with max_norm writes to its weights in a forward pass, which tasks of a stack share; "
+                "give execution='in_place' or 'auto', or leave out max_norm"
             )
         if microbatch is not None:
             raise SettingsError("microbatch belongs to the in-place execution; in a stack, chunk_size limits the tasks")
@@ -106,6 +110,15 @@ def check_hooks(model: nn.Module, error: type[MetanudgeError]) -> None:
             f"{where} has a backward hook, which would not run in the vectorized execution; give the MetaLearner "
             'execution="in_place", where it runs in every inner step, or remove it (handle.remove())'
         )
+
+
+def _compiled(module: nn.Module) -> bool:
+    """By torch.compile(module), by module.compile(), or with a forward method that is."""
+    return (
+        isinstance(module, torch._dynamo.OptimizedModule)
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+    )
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -223,6 +223,7 @@ class InPlace:
 
         def problems() -> Iterator[InnerProblem]:
             for index, task in enumerate(task for stack in use.stacks for task in single(stack)):
+                live.check_parts(task)
                 losses = LiveLosses(
                     live,
                     self.losses,

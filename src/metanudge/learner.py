@@ -31,6 +31,7 @@ from metanudge.permutations import permuted
 from metanudge.probe import Probe
 from metanudge.ranks import Ranks
 from metanudge.selection import AdaptOnly, Selection, listed, select_parameters
+from metanudge.sharding import is_sharded
 from metanudge.solvers import SOLVERS, Nesterov, Solver
 from metanudge.solvers.loop import solve
 from metanudge.sources import groups
@@ -167,6 +168,8 @@ class MetaLearner:
         """Refuse what can not be settings: attributes may have been set since the learner was made."""
         settings.check_not_negative(prox=self.prox, sharpness_radius=self.sharpness_radius)
         settings.check_parts(self.solver, SOLVERS, self.estimator, ESTIMATORS, self.warm_start)
+        if self.warm_start is not None and is_sharded(self.model):
+            raise SettingsError("a warm start keeps whole solutions, of which FSDP2 gives a rank parts; leave it out")
 
     def _selection(self) -> Selection:
         """Select parameters of the model as it is now, and refuse what can not work with them."""
@@ -206,6 +209,7 @@ class MetaLearner:
 
     @exclusive
     @falls_back
+    @torch.inference_mode(False)
     def backward(self, tasks: Tasks | Sequence[Tasks], indices: Sequence[int] | None = None) -> MetaStep:
         """Add the meta-gradient of F to ``.grad``, as ``loss.backward()`` would.
 
@@ -291,21 +295,23 @@ class MetaLearner:
     @exclusive
     @falls_back
     @torch.inference_mode(False)
-    def adapt(self, support: Batch) -> nn.Module:
+    def adapt(self, support: Batch, *, share_frozen: bool = True) -> nn.Module:
         """Adapt to one task: a new module of the same class; this learner's model is untouched.
 
         Args:
             support: The examples of one task, without a task axis; or ``mn.Minibatches`` of them. A stack looks like
                 a task whose examples have an axis more: it is told apart by the tasks that ``backward`` and
                 ``evaluate`` have seen.
+            share_frozen: Whether frozen parameters (``requires_grad=False``) lie in the memory of the model's, so that
+                a large base is there once. False copies them: for what writes into them, such as merging LoRA adapters.
 
         Returns:
-            A deep copy of the model with the adapted parameters φ(θ); frozen parameters (``requires_grad=False``) are
-            not copied, the two modules share them.
+            A deep copy of the model with the adapted parameters φ(θ).
 
         Raises:
             TasksError: An empty support set, one on another device than the model, or a stack of them.
-            SettingsError: A model sharded by FSDP2, which can not be copied.
+            SettingsError: A model that can not be copied: sharded by FSDP2, or with a function in the place of a
+                forward method that stays bound to the original.
             LossError: A loss that is not a scalar or does not depend on the adapted parameters.
             NonFiniteError: The solve ended in non-finite parameters, or where the support loss is not finite.
 
@@ -321,6 +327,7 @@ class MetaLearner:
             >>> bool((adapted.weight - 3).abs() < 0.2)
             True
         """
+        settings.check_flag(share_frozen=share_frozen)
         check_copyable(self.model)
         self._told.of_dropout(self.model, "adapt")
         stacks = alone(support, device_of(self.model), self._seen)
@@ -331,7 +338,7 @@ class MetaLearner:
             before, after = losses_of(problem, solution.params)
         finite = all(bool(leaf.isfinite().all()) for leaf in named.values())
         check_adapted(before, after, finite, stacks, self.solver, self.prox)
-        return adapted_copy(self.model, named, self.norm, self.losses[Role.SUPPORT], support)
+        return adapted_copy(self.model, named, self.norm, self.losses[Role.SUPPORT], support, share_frozen)
 
     def evaluate(
         self, tasks: Tasks | Iterable[Tasks], metric: LossFunction | None = None, *, permutations: int = 1

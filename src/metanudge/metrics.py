@@ -17,6 +17,9 @@ from metanudge.errors import LossError
 from metanudge.tree import accumulator
 from metanudge.types import Batch, LossFunction
 
+IGNORED = -100
+"""The class index of what does not count, as everywhere in torch."""
+
 
 def called(metric: LossFunction | None) -> str:
     """A metric in words; None is the query loss."""
@@ -53,7 +56,7 @@ def _takes(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
 
 
 def accuracy(model: nn.Module, batch: Batch) -> Tensor:
-    """Share of examples whose largest logit is the target's.
+    """Share of examples whose largest logit is the target's; those of target -100, padding, do not count.
 
     Args:
         model: Maps inputs ``[n, ...]`` to logits ``[n, classes]``.
@@ -75,8 +78,11 @@ def accuracy(model: nn.Module, batch: Batch) -> Tensor:
             f"{tuple(logits.shape)}; for one logit compare its sign with the targets in a metric of your own"
         )
     _same_shape("logits without their last axis", logits[..., 0], "class indices as targets", batch.targets)
-    hits: Tensor = logits.argmax(-1) == batch.targets
-    return hits.to(accumulator(logits.dtype)).mean()  # bfloat16 has no room for tenths of a per cent
+    counts: Tensor = batch.targets != IGNORED
+    hits: Tensor = (logits.argmax(-1) == batch.targets) & counts
+    kind = accumulator(logits.dtype)  # bfloat16 has no room for tenths of a per cent
+    share: Tensor = hits.to(kind).sum() / counts.to(kind).sum()
+    return share
 
 
 def squared_error(model: nn.Module, batch: Batch) -> Tensor:
@@ -102,7 +108,7 @@ def squared_error(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross entropy of a classifier; a loss.
+    """Mean cross entropy of a classifier, over targets other than -100, padding; a loss.
 
     Args:
         model: Maps inputs ``[n, ...]`` to logits ``[n, classes]``.
@@ -119,4 +125,4 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     """
     logits: Tensor = _predicted(model, batch.inputs)
     _same_shape("logits without their last axis", logits[..., 0], "class indices as targets", batch.targets)
-    return F.cross_entropy(logits.flatten(0, -2), batch.targets.flatten())
+    return F.cross_entropy(logits.flatten(0, -2), batch.targets.flatten(), ignore_index=IGNORED)

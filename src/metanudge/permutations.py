@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metanudge.errors import TasksError
+from metanudge.metrics import IGNORED
 from metanudge.tasks.seeding import stream
 from metanudge.types import Batch, Tasks
 
@@ -41,10 +42,6 @@ def permuted(tasks: Tasks | Sequence[Tasks], number: int, first: int) -> Iterato
                 )
                 for place, task in enumerate(tasks)
             ]
-
-
-IGNORED = -100
-"""A label that names no class: what ``cross_entropy`` leaves out unless it is told otherwise."""
 
 
 def _renamed(support: Tensor, query: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

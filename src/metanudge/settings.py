@@ -18,8 +18,9 @@ from metanudge.errors import SettingsError
 def nearest(given: str, known: Iterable[str]) -> str:
     """What a mistyped name may have meant, and all that there is."""
     names = list(known)
-    close = difflib.get_close_matches(given, names, 1, 0.5)
-    told = f'did you mean "{close[0]}"? There' if close else "there"
+    plain = {name.lower().replace("_", ""): name for name in names}  # "GradientDescent" is "gradient_descent"
+    close = difflib.get_close_matches(given.lower().replace("_", ""), plain, 1, 0.5)
+    told = f'did you mean "{plain[close[0]]}"? There' if close else "there"
     return f"{told} is {', '.join(names) or 'nothing'}"
 
 

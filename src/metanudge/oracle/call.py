@@ -142,7 +142,14 @@ def _does(error: RuntimeError) -> str:
             "branches on the value of a tensor (if, while), which differs between the tasks that torch.func.vmap runs "
             'at once. Choose by torch.where, or give the MetaLearner execution="in_place", for one task at a time'
         )
+    if "there exists a Tensor `other`" in said:
+        return (
+            "writes what differs between tasks into a tensor that they share, such as torch.zeros(n).index_add_(...), "
+            "which torch.func.vmap can not do for many tasks at once. Take the form that makes a new tensor "
+            '(index_add), begin with one of the task (x.new_zeros(n)), or give the MetaLearner execution="in_place"'
+        )
     return (
-        "uses an operation that torch.func.vmap can not run for many tasks at once (one without a batching rule, such "
-        'as nn.GRU, nn.LSTM and nn.RNN). Give the MetaLearner execution="in_place", which runs any model'
+        "uses an operation that torch.func.vmap can not run for many tasks at once, as it has no batching rule "
+        "(nn.GRU, nn.LSTM and nn.RNN are such, and others, which PyTorch names below). Give the MetaLearner "
+        'execution="in_place", which runs any model, or do without it'
     )

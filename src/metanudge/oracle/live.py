@@ -14,11 +14,12 @@ from metanudge import tree
 from metanudge.batching import examples, ordinary, pieces
 from metanudge.bundles import Bundles
 from metanudge.checks import check_device, leaves
+from metanudge.errors import LossError
 from metanudge.losses import HessianProduct, InnerGradients
 from metanudge.minibatches import as_minibatches
-from metanudge.oracle.averages import settled
+from metanudge.oracle.averages import Look, settled
 from metanudge.oracle.batch_norm import BatchNorm
-from metanudge.oracle.common import Tally, require_gradient, require_graph, scalar_loss, times
+from metanudge.oracle.common import Tally, require_gradient, require_graph, round_off, scalar_loss, times
 from metanudge.oracle.known import Known, strangers
 from metanudge.oracle.module import LiveModule
 from metanudge.oracle.notes import noted
@@ -27,6 +28,9 @@ from metanudge.sharding import whole
 from metanudge.together import operands, product
 from metanudge.tree import accumulator
 from metanudge.types import Batch, LossFunction, Params, Role, Tasks, Weights
+
+FEW = 4
+"""Leaves, the smallest, whose gradients tell whether a loss is a mean."""
 
 
 @dataclass(eq=False)
@@ -167,14 +171,12 @@ class LiveLosses(InnerGradients):
         self.live.watch(parameters)
         losses: dict[Role, Tensor] = {}
         sums: Params = {}
+        for role in weights:
+            self._check_mean(role, wanted, step, minibatch)
         for role, weight in weights.items():
-            self._check_mean(role, step, minibatch)
             for batch, share in self._pieces(role, step, minibatch, self.microbatch):
                 with torch.enable_grad():
-                    loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
-                    require_graph(loss)
-                    if role not in self.known.strangers:
-                        loss = self._looked_at(loss, role, batch, step, minibatch)
+                    loss = self._loss(role, batch, step, minibatch)
                     if losses:
                         _part(parameters)
                     with self.known.undisturbed(role):
@@ -212,6 +214,27 @@ class LiveLosses(InnerGradients):
             self.known.differentiating.append(function)
         return self.live.over_ranks(torch.stack(found).sum())
 
+    def _loss(self, role: Role, batch: Batch, step: int, minibatch: int) -> Tensor:
+        """A loss with its graph; looked at, the first time."""
+        if role in self.known.strangers:
+            loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
+            require_graph(loss)
+            return loss
+        before = self._gradients()
+        loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
+        require_graph(loss)
+        if self._gradients() != before:
+            raise LossError(
+                f"the {role.name.lower()} loss calls .backward() itself, which adds to the gradients that it is "
+                "differentiated by here; return the loss alone"
+            )
+        return self._looked_at(loss, role, batch, step, minibatch)
+
+    def _gradients(self) -> list[tuple[int, int] | None]:
+        """What tells whether anything was written to ``.grad``."""
+        found = (parameter.grad for parameter in self.live.parameters.values())
+        return [None if gradient is None else (id(gradient), gradient._version) for gradient in found]
+
     def _looked_at(self, loss: Tensor, role: Role, batch: Batch, step: int, minibatch: int) -> Tensor:
         """The loss, once it is known which tensors outside the model it depends on; evaluated again, if on any."""
         if self.live.sharded:  # FSDP2 puts others in the place of the model's own
@@ -229,7 +252,7 @@ class LiveLosses(InnerGradients):
         self.known.meet(role, strangers({role: loss}, own, again)[role])
         return loss
 
-    def _check_mean(self, role: Role, step: int, minibatch: int) -> None:
+    def _check_mean(self, role: Role, wanted: tuple[str, ...], step: int, minibatch: int) -> None:
         """Refuse a loss that adds its examples up where pieces are averaged, and warn of one that is no mean.
 
         Raises:
@@ -242,13 +265,23 @@ class LiveLosses(InnerGradients):
         if examples(batch) <= self.microbatch:
             return
 
-        def loss(one: Batch) -> float:
-            with torch.enable_grad():  # which the loss itself may ask for
-                value = self._evaluate(self.losses[role], role, one, step, minibatch).detach()
-            return float(self.live.over_ranks(value))  # ranks that share the examples have to agree
+        few = sorted(wanted, key=lambda key: sum(leaf.numel() for leaf in self.live.held(key)))[:FEW]
+
+        def look(one: Batch) -> Look:
+            with torch.enable_grad():
+                loss = self._loss(role, one, step, minibatch)
+                if self.live.sharded:  # of gradients a rank sees parts, and ranks that share examples have to agree
+                    return Look(float(self.live.over_ranks(loss.detach())), torch.zeros(1, device="cpu"))
+                with self.known.undisturbed(role):
+                    loss.backward()  # type: ignore[no-untyped-call]
+            gradient = torch.cat([self._taken(key).flatten().to(torch.float32) for key in few])
+            for parameter in self.live.parameters.values():
+                parameter.grad = None
+            return Look(float(loss.detach()), gradient)
 
         before = self.random.state()
-        done = settled(role, loss, batch, self.microbatch, lambda: self.random.state() != before)
+        unit = round_off([self.live.held(key)[0] for key in few])
+        done = settled(role, look, batch, self.microbatch, unit, lambda: self.random.state() != before)
         self.known.looks[role] = 0 if done else left - 1
         self.live.load({})  # what a forward pass without a backward pass leaves
 

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from metanudge.bundles import Bundles
+from metanudge.checks import leaves
+from metanudge.errors import TasksError
+from metanudge.minibatches import as_minibatches
 from metanudge.oracle.written import Written
 from metanudge.sharding import is_sharded, whole
 from metanudge.tree import accumulator
-from metanudge.types import Params
+from metanudge.types import Params, Tasks
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,20 @@ class LiveModule:
         parts = DTensor.from_local(loss, mesh, [Partial()] * mesh.ndim, run_check=False)
         size: int = mesh.size()
         return whole(parts) / size
+
+    def check_parts(self, task: Tasks) -> None:
+        """Raise a TasksError where ranks of FSDP2 hold parts of different sizes of a task: it takes plain means."""
+        if not self.sharded:
+            return
+        ordinary = [[] if as_minibatches(batch) else leaves(batch) for batch in task]
+        sizes = [float(some[0].shape[0]) if some and some[0].ndim else 0.0 for some in ordinary]
+        own = torch.tensor(sizes, dtype=torch.float64, device=next(iter(self.parameters.values())).device)
+        mean, square = self.over_ranks(own), self.over_ranks(own.square())
+        if bool((square - mean.square() > 1e-6).any()):
+            raise TasksError(
+                f"FSDP2 averages gradients over ranks, so that all have to hold parts of one size of a task; this rank "
+                f"holds {sizes[0]:g} support and {sizes[1]:g} query examples, others more or fewer"
+            )
 
     def reset_buffers(self, *, copies: bool = False) -> None:
         """Undo what the last evaluation wrote; or lay out copies of buffers, and leave a living graph's alone."""

@@ -90,6 +90,7 @@ class StackedLosses(InnerGradients):
         phi = self._leaves(phi)
         everything = phi | self._leaves(self._lanes(self.shared, 1))
         _, slope = replace(self, attached=True)._differentiate({Role.SUPPORT: 1.0}, phi, everything, step)
+        require_second_derivative([*slope.values()])
 
         def product(vector: Params) -> Params:
             self.count(2)
@@ -152,8 +153,7 @@ class StackedLosses(InnerGradients):
     @property
     def _programs(self) -> Bound | None:
         """Where gradients are compiled, their programs."""
-        # inference mode is refused by _derivative
-        return None if self.attached or torch.is_inference_mode_enabled() else self.compiled
+        return None if self.attached else self.compiled
 
     def _inside(self, own: PyTree, shared: Params) -> StackedLosses:
         """The same losses while they are traced, of the tensors there."""
@@ -203,7 +203,7 @@ class StackedLosses(InnerGradients):
             torch.zeros_like(leaf) if gradient is None else gradient
             for gradient, leaf in zip(found, wanted.values(), strict=True)
         ]
-        if self.attached and step == 0:
+        if self.attached and step == 0:  # later on the graph holds all steps
             require_second_derivative(gradients)
         return weighted.detach(), dict(zip(wanted, gradients, strict=True))
 
