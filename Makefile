@@ -43,6 +43,7 @@ results: demo .venv/.mnist1d .venv/.peft
 	$(BIN)/metanudge reproduce solves
 	$(BIN)/metanudge reproduce sinusoid
 	$(BIN)/metanudge reproduce mnist1d
+	$(BIN)/metanudge reproduce mnist1d --only sharpness
 	$(BIN)/metanudge reproduce memory
 
 bench: .venv/.bench

@@ -48,7 +48,7 @@ def test_training_runs(tmp_path, monkeypatch):
 
 def test_settings_file_trains_and_is_evaluated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (text,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    (text,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "settings.md").read_text(), re.DOTALL)
     shown, kept = tomllib.loads(text), tomllib.loads((ROOT / "examples" / "sinusoid.toml").read_text())
     for name, value in shown.items():
         assert kept[name] == value if name == "seeds" else value.items() <= kept[name].items()

@@ -19,7 +19,7 @@ from metanudge.solvers.loop import Solver, replay
 from metanudge.types import Estimate, Need, Params
 
 WAYS = 4.0
-"""Times the way on which the support loss drove φ: over so much it is taken to bend (docs/theory.md, measured)."""
+"""Times the way on which the support loss drove φ: over so much it is taken to bend (docs/results.md, measured)."""
 SHORT = 1e-2
 """The least part of the length of φ over which it is taken to bend: shorter nudges would drown in round-off."""
 
@@ -42,7 +42,7 @@ class FOBMAML:
 
     The nudge. With "full", ν multiplies the query loss (the paper's form); with "linear" only its gradient at φ(0):
     one query gradient in all, no truncation error where the support loss is quadratic, and no query loss to bend the
-    inner problem; it is the better one at equal cost (results/solves).
+    inner problem; trainings with it end lower (docs/results.md).
 
     ν by default, per task. Let s = λ l / ||∇f(φ(0))||, the nudge that would displace φ by its own length l, that of the
     parameters which the query gradient touches (``Energy.length``), so that d = ν / s is the relative displacement (of
@@ -56,11 +56,11 @@ class FOBMAML:
 
     A task whose ||g|| is above a hundred ||∇f||, over more than a tenth of l, counts as diverged.
 
-    Cost per task, K inner and K' nudged steps, N nodes other than 0: K + 2 + N K' gradients with the linear nudge, and
-    4 + N for the bound ``MetaStep.error_bound``; K + 2 + 2 N K' with the full one, which has no bound, as little as the
-    start at the "initialization". N is 2 for "symmetric". Memory: that of one gradient, and a
-    dozen copies of the adapted parameters (in place); three with the full nudge from the "initialization" in place
-    (docs/large_models.md); nothing grows with K.
+    Cost per task, K inner and K' nudged steps, N nodes (from the "initialization", those other than 0): K + 2 + N K'
+    gradients with the linear nudge, and 4 + N for the bound ``MetaStep.error_bound``; K + 2 + 2 N K' with the full one,
+    which has no bound, as little as the start at the "initialization". N is 2 for "symmetric". Memory: that of one
+    gradient, and a dozen copies of the adapted parameters (in place); three with the full nudge from the
+    "initialization" in place (docs/large_models.md); nothing grows with K.
 
     Args:
         scheme: A name in ``STENCILS`` ("forward", "symmetric", "fourth_order") or a ``Stencil``.

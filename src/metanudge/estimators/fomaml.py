@@ -32,7 +32,7 @@ class FOMAML:
 
     rule: ClassVar[str] = "∇f(φ_K)"
     cost: ClassVar[str] = "K + 2"
-    memory: ClassVar[str] = "one step"
+    memory: ClassVar[str] = "one step + four parameter copies"
     bias: ClassVar[str] = "irreducible: (I + H/λ) ∇F instead of ∇F"
 
     @property

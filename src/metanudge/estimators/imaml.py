@@ -54,7 +54,7 @@ class IMAML:
     """
 
     rule: ClassVar[str] = "solve (I + H/λ) v = ∇f(φ_K) by CG"
-    cost: ClassVar[str] = "K + 2 + 2 CG steps"
+    cost: ClassVar[str] = "K + 3 + 2 CG steps"
     memory: ClassVar[str] = "two activations"
     bias: ClassVar[str] = "→ 0: δ + CG residual"
 

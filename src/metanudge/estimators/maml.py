@@ -39,7 +39,7 @@ class MAML:
     """
 
     rule: ClassVar[str] = "backpropagate through the K steps"
-    cost: ClassVar[str] = "3K + 2 (checkpointed: 4K + 2)"
+    cost: ClassVar[str] = "3K + 2 (checkpointed: up to 4K + 2)"
     memory: ClassVar[str] = "K activations (checkpointed: √K)"
     bias: ClassVar[str] = "0 for F_K; → 0 for F as contraction^K"
 

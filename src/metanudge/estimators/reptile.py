@@ -35,7 +35,7 @@ class Reptile:
 
     rule: ClassVar[str] = "θ - φ_K"
     cost: ClassVar[str] = "K + 2"
-    memory: ClassVar[str] = "one step"
+    memory: ClassVar[str] = "one step + four parameter copies"
     bias: ClassVar[str] = "irreducible: ignores the query loss"
 
     @property

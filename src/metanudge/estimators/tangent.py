@@ -78,7 +78,7 @@ class Tangent:
     """
 
     rule: ClassVar[str] = "z ← z - a [(H + λ) z + ∇f], -λ z"
-    cost: ClassVar[str] = "K + 2 + 2K'"
+    cost: ClassVar[str] = "K + 3 + 2K'"
     memory: ClassVar[str] = "two activations"
     bias: ClassVar[str] = "→ 0: δ + contraction^K'"
 

@@ -29,7 +29,7 @@ from metanudge.types import LossFunction
 SUMMARY = (
     "nu = auto takes the loss to bend over four times the way on which the support loss drove the parameters, or over "
     "their own length where that is shorter. On the sinusoid's networks the two are about the same. A transformer is "
-    "long by its embeddings alone; what it is like when measured by its length, is told in docs/theory.md. (The four "
+    "long by its embeddings alone; what it is like when measured by its length, is told in docs/results.md. (The four "
     "was chosen on such networks.) Under autocast to bfloat16 round-off asks for larger nudges. With ReLU a larger one "
     "averages over kinks, of which the exact derivative sees none. The default is one a task; the curves are of one "
     "for all tasks, in multiples of the default's mean. The exact meta-gradient is that of a solve whose residual is "
