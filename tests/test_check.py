@@ -86,7 +86,6 @@ def network(activation: torch.nn.Module) -> torch.nn.Module:
     [
         (torch.nn.Tanh(), False),
         (torch.nn.GELU(), False),
-        (torch.nn.SiLU(), False),
         (torch.nn.Softplus(), False),
         (torch.nn.ReLU(), True),
         (torch.nn.LeakyReLU(0.1), True),

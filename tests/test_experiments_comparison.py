@@ -204,6 +204,7 @@ def test_a_training_that_improves_keeps_its_end():
     assert found.kept_scores == found.scores
 
 
+@pytest.mark.usefixtures("traced")
 @pytest.mark.filterwarnings(
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
 )  # torch's own use of it

@@ -30,7 +30,8 @@ SMALL = replace(
     features=4,
     examples=12,
     inner_steps=16,
-    budget=2400,
+    step_sizes=(4.0, 8.0),
+    budget=2000,
     noisy_steps=8,
     noisy_step_sizes=(0.25, 1.0),
 )

@@ -37,7 +37,7 @@ def test_the_estimators_that_take_it() -> None:
     assert {type(ESTIMATORS[name]) for name in TAKES_IT} == set(mn.ESTIMATORS.values()) - {mn.Reptile}
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("problem", ["logistic", "mlp"])
 @pytest.mark.parametrize("name", TAKES_IT)
 def test_converged_solves_give_the_closed_form_of_the_displaced_query_loss(name: str, problem: str) -> None:
     made = PROBLEMS[problem]()

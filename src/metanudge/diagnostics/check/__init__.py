@@ -78,8 +78,8 @@ def check(
     Example:
         >>> import torch, metanudge as mn
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-        >>> learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=2.0)
-        >>> found = mn.check(learner, mn.tasks.sinusoid(2), reference_steps=60, compare=["fomaml"])
+        >>> learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=20.0)
+        >>> found = mn.check(learner, mn.tasks.sinusoid(2), reference_steps=40, compare=["fomaml"])
         >>> found.rows[0].group, found.kinked
         ('yours', False)
     """
