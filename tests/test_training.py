@@ -542,3 +542,15 @@ def test_a_store_that_refuses_a_checkpoint_leaves_model_and_optimizer_alone(tmp_
         mn.fit(learner, optimizer, FINITE, steps=4, out=tmp_path / "run", **COMMON)
     assert torch.equal(vector(model), before)
     assert not optimizer.state
+
+
+def test_what_is_loaded_runs_as_what_was_saved(tmp_path):
+    settings = {"execution": "in_place", "microbatch": 3}
+    mn.MetaLearner(network(), mn.metrics.squared_error, **settings).save_pretrained(tmp_path)
+    again = mn.load_pretrained(tmp_path, network(), mn.metrics.squared_error)
+    assert (again.execution.name, again.execution.microbatch, again.automatic) == ("in_place", 3, False)
+    stacked = mn.load_pretrained(tmp_path, network(), mn.metrics.squared_error, chunk_size=2)
+    assert (stacked.execution.name, stacked.execution.chunk_size, stacked.automatic) == ("vectorized", 2, True)
+    stacked.save_pretrained(tmp_path)
+    again = mn.load_pretrained(tmp_path, network(), mn.metrics.squared_error)
+    assert (again.execution.name, again.execution.chunk_size, again.automatic) == ("vectorized", 2, True)

@@ -22,15 +22,16 @@ from metanudge.solvers import SOLVERS
 from metanudge.types import LossFunction, Role
 
 WEIGHTS, SETTINGS = "model.safetensors", "metanudge.json"
+SIZES = ("chunk_size", "microbatch")
 
 
 def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[str, Any] | None = None) -> None:
     """Write the initialisation, and the settings it is to be adapted with, into ``folder``.
 
     ``model.safetensors`` holds parameters and buffers (tied ones once), ``metanudge.json`` prox, ``sharpness_radius``,
-    solver, estimator, ``adapt_only``, ``batch_norm`` and ``protocol``. What can not be written (a predicate as
-    ``adapt_only``, a solver with a factory or of the user's own) is left out, and ``load_pretrained`` asks for it. Both
-    are written beside their place and then moved into it.
+    solver, estimator, ``adapt_only``, ``batch_norm``, how it ran (``execution`` and sizes) and ``protocol``. What can
+    not be written (a predicate as ``adapt_only``, a solver with a factory or of the user's own) is left out, and
+    ``load_pretrained`` asks for it. Both are written beside their place and then moved into it.
 
     Args:
         learner: Its model is the initialisation.
@@ -69,6 +70,8 @@ def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[
         **written,
         "left_out": left_out,
         "batch_norm": learner.norm.policy,
+        "execution": "auto" if learner.automatic else learner.execution.name,
+        **{name: getattr(learner.execution, name, None) for name in SIZES},
         "query_loss": learner.losses[Role.QUERY] is not learner.losses[Role.SUPPORT],
         "protocol": dict(protocol or {}),
     }
@@ -92,7 +95,8 @@ def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **
         folder: With ``model.safetensors`` and ``metanudge.json``.
         model: Of the same architecture; its parameters and buffers are overwritten.
         loss: Of the learner; functions are not written down.
-        **settings: Of ``MetaLearner``, instead of those written down: ``solver``, ``execution``, ``query_loss``, ...
+        **settings: Of ``MetaLearner``, instead of those written down: ``solver``, ``query_loss``, ...; of ``execution``,
+            ``compile`` and sizes any is instead of all.
 
     Raises:
         SettingsError: Nothing there, weights of another architecture, or what could not be written down (a query loss,
@@ -117,6 +121,8 @@ def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **
             "sharpness_radius": record.get("sharpness_radius", 0.0),  # older versions had none
             "batch_norm": record.get("batch_norm"),
         }
+        if not settings.keys() & {"execution", "compile", *SIZES}:  # which fit together, or are given anew
+            given |= {name: record[name] for name in ("execution", *SIZES) if name in record}
         for name, make in READ.items():
             if name not in left_out:
                 given[name] = make(record[name])
