@@ -95,8 +95,8 @@ def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **
         folder: With ``model.safetensors`` and ``metanudge.json``.
         model: Of the same architecture; its parameters and buffers are overwritten.
         loss: Of the learner; functions are not written down.
-        **settings: Of ``MetaLearner``, instead of those written down: ``solver``, ``query_loss``, ...; of ``execution``,
-            ``compile`` and sizes any is instead of all.
+        **settings: Of ``MetaLearner``, instead of those written down: ``solver``, ``query_loss``, ...; any of
+            ``execution``, ``compile`` and sizes is instead of all of them.
 
     Raises:
         SettingsError: Nothing there, weights of another architecture, or what could not be written down (a query loss,
