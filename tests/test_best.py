@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import metanudge as mn
-from metanudge import training
+from metanudge import validation
 from metanudge.accumulation import summarize
 from metanudge.cli import main
 from metanudge.config import read_config
@@ -103,15 +103,15 @@ def test_patience_counts_from_the_last_better_validation(monkeypatch: pytest.Mon
     def scripted(*_: object) -> mn.Evaluation:
         return summarize(torch.full((6, 3), next(scores), dtype=torch.float64), "scripted")
 
-    monkeypatch.setattr(training, "validate", scripted)
+    monkeypatch.setattr(validation.Validation, "_scores", scripted)
     found, _, _ = fit(40, patience=4)
     assert (found.best, found.best_step, len(found.history)) == (4.0, 6, 10)
 
 
 def test_scores_that_are_nan_are_no_best_to_go_back_to(monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = summarize(torch.full((6, 3), float("nan"), dtype=torch.float64), "nothing")
-    monkeypatch.setattr(training, "validate", lambda *_: nothing)
-    monkeypatch.setattr(training, "tell_not_finite", lambda *_: None)
+    monkeypatch.setattr(validation.Validation, "_scores", lambda *_: nothing)
+    monkeypatch.setattr(validation, "_tell_not_finite", lambda *_: None)
     found, _, model = fit(40, patience=4, restore_best=True)
     assert len(found.history) == 6
     _, _, last = fit(6)

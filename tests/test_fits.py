@@ -408,10 +408,15 @@ def test_warnings_are_located_where_the_library_was_called(chunk_size: int | Non
     for call in (
         lambda: mn.fit(*begun(chunk_size=chunk_size), tasks, steps=1, **common),
         lambda: begun()[0].backward(tasks),
+        lambda: begun()[0].evaluate(tasks),
     ):
         with pytest.warns(mn.NonFiniteWarning) as told:
             call()
         assert {Path(one.filename) for one in told} == {Path(__file__)}
+    learner, _ = begun(solver=mn.GradientDescent(3, lr=50.0))
+    with pytest.warns(UserWarning, match="adaptation raised the support loss") as told:
+        learner.adapt(ENDLESS[1].support)
+    assert {Path(one.filename) for one in told} == {Path(__file__)}
 
 
 def test_the_best_with_settings_that_can_not_be_written(tmp_path: Path):

@@ -7,6 +7,8 @@ from functools import wraps
 from threading import RLock
 from typing import ParamSpec, TypeVar
 
+import torch
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -14,11 +16,11 @@ _LOCK = RLock()
 
 
 def exclusive(function: Callable[P, R]) -> Callable[P, R]:
-    """Let other threads that call what is exclusive wait."""
+    """Let other threads that call what is exclusive wait; run it outside inference mode."""
 
     @wraps(function)
     def waiting(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _LOCK:
+        with _LOCK, torch.inference_mode(False):  # a decorator of torch would be where warnings seem to come from
             return function(*args, **kwargs)
 
     return waiting

@@ -209,7 +209,6 @@ class MetaLearner:
 
     @exclusive
     @falls_back
-    @torch.inference_mode(False)
     def backward(self, tasks: Tasks | Sequence[Tasks], indices: Sequence[int] | None = None) -> MetaStep:
         """Add the meta-gradient of F to ``.grad``, as ``loss.backward()`` would.
 
@@ -294,7 +293,6 @@ class MetaLearner:
 
     @exclusive
     @falls_back
-    @torch.inference_mode(False)
     def adapt(self, support: Batch, *, share_frozen: bool = True) -> nn.Module:
         """Adapt to one task: a new module of the same class; this learner's model is untouched.
 
@@ -410,7 +408,6 @@ class MetaLearner:
 
     @exclusive
     @falls_back
-    @torch.inference_mode(False)
     def _curves(self, tasks: Tasks | Sequence[Tasks], function: LossFunction) -> Tensor:
         """The metric after every step, ``[T, K + 1]``, in the order of the tasks."""
         stacks, places = as_stacks(tasks, device_of(self.model))

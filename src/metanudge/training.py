@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from metanudge.settings import (
     check_seed,
 )
 from metanudge.types import Evaluation, LossFunction, MetaStep, Tasks
-from metanudge.validation import Better, fixed, larger_is_better, number_of, tell_not_finite, validate
+from metanudge.validation import Better, Validation, fixed, larger_is_better, number_of
 
 
 class Fit(NamedTuple):
@@ -190,10 +189,8 @@ def fit(
     if held is not None:  # decides which initialisation is the best
         more["metric"] = "query loss" if metric is None else qualified_name(metric)
         more["better"] = "smaller" if sign > 0 else "larger"
-        if folder is not None and (same := digest_of(held, validation)) is not None:
-            more["digest of the validation tasks"] = same
-    if folder is not None and (first := first_task(tasks)) is not None:
-        more["digest of the first task"] = first
+    if folder is not None:
+        more |= _digests(tasks, held, validation)
     run = Run(learner, optimizer, scheduler, protocol, more)
     if folder is not None:
         run.begun = told_apart(learner.model.state_dict())
@@ -212,12 +209,10 @@ def fit(
         ranks.check_model()  # with what a checkpoint has put there
     mine = folder if ranks.first else None  # where this process writes
     device = next(learner.model.parameters()).device
-    held = None if held is None else moved(held, device)
+    validated = Validation(learner, None if held is None else moved(held, device), metric, tasks_per_step)
     anew = None if resume else mine
     if anew is not None:
         discard_logs(anew)
-    found: Evaluation | None = None
-    told = False  # of a validation that is NaN
     begun, done = time.perf_counter() - run.seconds, len(run.history)
     best = Best(run, sign, folder, ranks.first, patience, restore_best)
     best.go_on()
@@ -236,17 +231,13 @@ def fit(
                 scheduler.step()
             number = len(run.history) + 1
             pause = number % every == 0 or number == steps
-            if pause and held is not None:
-                found = validate(learner, held, metric, tasks_per_step)
-                if not told:
-                    tell_not_finite(found, held, number, device)
-                told = told or math.isnan(found.mean)
+            found = validated.look(number) if pause else None
             run.seconds = time.perf_counter() - begun
-            record = Record.of(number, step, run.evaluations, lr, run.seconds, found if pause else None)
+            record = Record.of(number, step, run.evaluations, lr, run.seconds, found)
             run.history.append(record)
             logs.add(record)
-            tell(record, found)
-            if pause and found is not None:
+            tell(record, validated.found)
+            if found is not None:
                 best.look(found, number)
             if pause and mine is not None:
                 run.save(mine / LAST)
@@ -255,23 +246,30 @@ def fit(
     if len(run.history) < steps:
         shown.tell_ended(len(run.history), run.best_step)
     ranks.wait()  # for what the first one writes
-    if found is None and held is not None:  # nothing was left to do
-        found = validate(learner, held, metric, tasks_per_step)
-        if run.history and run.best_step == 0:  # what was the best is gone
+    if validated.found is None:  # nothing was left to do
+        found = validated.look(len(run.history), quiet=True)
+        if found is not None and run.history and run.best_step == 0:  # what was the best is gone
             best.look(found, len(run.history))
             if mine is not None:
                 run.save(mine / LAST)
             ranks.wait()
     best.restore()
-    return Fit(run.history, found, run.best, run.best_step, run.skipped, len(run.history) < steps)
+    return Fit(run.history, validated.found, run.best, run.best_step, run.skipped, len(run.history) < steps)
+
+
+def _digests(
+    tasks: Dataset[Tasks] | Sequence[Tasks], held: Tasks | Sequence[Tasks] | None, given: object
+) -> dict[str, str]:
+    """Of what tells tasks from others, as far as it can be told: those of the validation, and the first one."""
+    found = {
+        "validation tasks": None if held is None else digest_of(held, given),
+        "first task": first_task(tasks),
+    }
+    return {f"digest of the {name}": digest for name, digest in found.items() if digest is not None}
 
 
 def _step(
-    run: Run,
-    watch: Watch,
-    batch: Tasks | list[Tasks],
-    indices: list[int],
-    max_norm: float | None,
+    run: Run, watch: Watch, batch: Tasks | list[Tasks], indices: list[int], max_norm: float | None
 ) -> MetaStep | None:
     """One meta-step; None where no task was finite, and nothing moved."""
     run.optimizer.zero_grad()

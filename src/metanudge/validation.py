@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -59,10 +60,59 @@ def improves(score: float, best: float, sign: float) -> bool:
     return sign * score < sign * best
 
 
-def tell_not_finite(found: Evaluation, tasks: Tasks | Sequence[Tasks], step: int, device: torch.device) -> None:
-    """Warn where the score is NaN, naming the tasks that make it so."""
-    if not math.isnan(found.mean):
-        return
+@dataclass
+class Validation:
+    """The validation of a training.
+
+    Attributes:
+        learner: What is trained.
+        tasks: Fixed; None for no validation.
+        metric: None for the query loss.
+        size: Tasks at a time.
+        found: The last evaluation.
+    """
+
+    learner: MetaLearner
+    tasks: Tasks | Sequence[Tasks] | None
+    metric: LossFunction | None
+    size: int
+    found: Evaluation | None = None
+    _told: bool = False
+
+    def look(self, step: int, *, quiet: bool = False) -> Evaluation | None:
+        """Evaluate, where there are tasks, without dropout; the training's random state and mode stay.
+
+        Warns:
+            NonFiniteWarning: The score is NaN; once, unless it is to be ``quiet``.
+        """
+        if self.tasks is None:
+            return None
+        found = self.found = self._scores(self.tasks)
+        if math.isnan(found.mean) and not self._told and not quiet:
+            self._told = True
+            _tell_not_finite(found, self.tasks, step, device_of(self.learner.model))
+        return found
+
+    def _scores(self, tasks: Tasks | Sequence[Tasks]) -> Evaluation:
+        """Ranks share the tasks; where there are not enough for each to have one, everyone takes them all."""
+        model, ranks = self.learner.model, self.learner.ranks
+        number = number_of(tasks)
+        shared = 1 < ranks.size <= number
+        own = ranks.part(number) if shared else range(number)
+        with same_modes(model), forked(device_of(model)):
+            model.eval()
+            found = self.learner._scores(_pieces(tasks, own, self.size), self.metric)
+        if ranks.size == 1:
+            return found
+        values = torch.zeros(number, found.values.shape[1], dtype=found.values.dtype, device=ranks.device)
+        if shared or ranks.first:  # where all did the same, round-off must not decide for each alone what is best
+            values[own.start : own.stop] = found.values
+        ranks.sum([values])
+        return summarize(values.cpu(), found.metric)
+
+
+def _tell_not_finite(found: Evaluation, tasks: Tasks | Sequence[Tasks], step: int, device: torch.device) -> None:
+    """Warn of a score that is NaN, naming the tasks that make it so."""
     places = (~found.values[:, -1].isfinite()).nonzero().flatten().tolist()
     held = not_finite(*as_stacks(tasks, device))
     wrong = [place for place in places if place in held]
@@ -77,29 +127,6 @@ def tell_not_finite(found: Evaluation, tasks: Tasks | Sequence[Tasks], step: int
         "number",
         NonFiniteWarning,
     )
-
-
-def validate(
-    learner: MetaLearner, tasks: Tasks | Sequence[Tasks], metric: LossFunction | None, at_once: int
-) -> Evaluation:
-    """Evaluate without dropout, ``at_once`` tasks at a time; the training's random state and mode stay.
-
-    Ranks share the tasks; where there are not enough for each to have one, everyone takes them all.
-    """
-    model, ranks = learner.model, learner.ranks
-    number = number_of(tasks)
-    shared = 1 < ranks.size <= number
-    own = ranks.part(number) if shared else range(number)
-    with same_modes(model), forked(device_of(model)):
-        model.eval()
-        found = learner._scores(_pieces(tasks, own, at_once), metric)
-    if ranks.size == 1:
-        return found
-    values = torch.zeros(number, found.values.shape[1], dtype=found.values.dtype, device=ranks.device)
-    if shared or ranks.first:  # where all did the same, round-off must not decide for each alone what is best
-        values[own.start : own.stop] = found.values
-    ranks.sum([values])
-    return summarize(values.cpu(), found.metric)
 
 
 def _pieces(tasks: Tasks | Sequence[Tasks], own: range, size: int) -> Iterator[Any]:
