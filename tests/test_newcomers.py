@@ -383,18 +383,30 @@ def perceptron() -> nn.Sequential:
     return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
-@pytest.mark.parametrize("change", [calls_itself, wraps_itself, compiles_its_forward])
+def hides_itself(model: nn.Sequential) -> None:
+    holder = [partial(nn.Linear.forward, model[2])]
+    model[2].forward = lambda x: holder[0](x)
+
+
+@pytest.mark.parametrize("change", [calls_itself, wraps_itself, hides_itself, compiles_its_forward])
 def test_a_copy_that_would_call_the_model_is_refused(change: Callable[[nn.Module], None]) -> None:
     model = perceptron()
     change(model)
     learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=0.01)
-    with pytest.raises(mn.SettingsError, match=r"adapt copies the model, and .* bound to the module itself"):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(mn.SettingsError, match=r"the copy goes on using .* of the original"):
         learner.adapt(points())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert learner.evaluate([mn.Tasks(points(), points())]).mean < 0.1  # which makes no copy
 
 
 def partly(model: nn.Sequential) -> None:
     model[2].forward = partial(nn.Linear.forward, model[2])
+
+
+def reads_a_scale(model: nn.Sequential) -> None:
+    model.scale = 2.0
+    model[2].forward = MethodType(lambda self, x, owner=model: owner.scale * nn.Linear.forward(self, x), model[2])
 
 
 def of_no_module(model: nn.Sequential) -> None:
@@ -405,7 +417,9 @@ def with_a_method(model: nn.Sequential) -> None:
     model[2].forward = MethodType(lambda self, x: nn.Linear.forward(self, x), model[2])
 
 
-@pytest.mark.parametrize("change", [partly, of_no_module, with_a_method, lambda model: model.compile(backend="eager")])
+@pytest.mark.parametrize(
+    "change", [partly, reads_a_scale, of_no_module, with_a_method, lambda m: m.compile(backend="eager")]
+)
 def test_other_changes_of_a_forward_method_are_copied(change: Callable[[nn.Module], None]) -> None:
     model = perceptron()
     change(model)
@@ -421,7 +435,7 @@ def test_adapt_tells_what_can_not_be_copied() -> None:
     model = nn.Sequential(nn.utils.weight_norm(nn.Linear(2, 1)))
     learner = mn.MetaLearner(model, mn.metrics.squared_error)
     learner.backward([mn.Tasks(points(), points())])
-    with pytest.raises(mn.SettingsError, match=r"module 0 holds weight, a tensor with a graph.*parametrizations"):
+    with pytest.raises(mn.SettingsError, match=r"copy\.deepcopy.*a tensor with a graph.*parametrizations"):
         learner.adapt(points())
 
 
@@ -452,6 +466,10 @@ def test_auto_sees_what_is_compiled() -> None:
         model = perceptron()
         change(model)
         assert mn.MetaLearner(model, mn.metrics.squared_error).execution.name == "in_place"
+        assert mn.MetaLearner(model, mn.metrics.squared_error, estimator=mn.MAML()).execution.name == "vectorized"
+    model = perceptron()
+    model[1].forward = torch.compiler.disable(model[1].forward)
+    assert mn.MetaLearner(model, mn.metrics.squared_error).execution.name == "vectorized"
 
 
 # Losses.
@@ -462,6 +480,8 @@ def test_accuracy_leaves_padding_out() -> None:
     targets = torch.tensor([0, 2, -100, -100])
     assert float(mn.metrics.accuracy(nn.Identity(), mn.Batch(logits, targets))) == 0.5
     assert mn.metrics.accuracy(nn.Identity(), mn.Batch(logits, torch.full((4,), -100))).isnan()
+    many = torch.nn.functional.one_hot(torch.full((4,), 156), 200).float()  # which is -100 in eight bits
+    assert float(mn.metrics.accuracy(nn.Identity(), mn.Batch(many, torch.full((4,), 156, dtype=torch.uint8)))) == 1.0
 
 
 def test_microbatch_warns_of_a_masked_mean_where_all_examples_have_one_loss() -> None:
@@ -487,18 +507,59 @@ def test_microbatch_warns_of_a_masked_mean_where_all_examples_have_one_loss() ->
         model.zero_grad()
 
 
-@pytest.mark.parametrize("microbatch", [None, 2])
-def test_a_loss_that_calls_backward_is_told(microbatch: int | None) -> None:
-    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
-        value = mn.metrics.squared_error(model, batch)
-        value.backward(retain_graph=True)
-        return value
+def perturbed(model: nn.Module, batch: mn.Batch, slope: Tensor) -> Tensor:
+    return mn.metrics.squared_error(model, batch._replace(inputs=batch.inputs + 0.3 * slope.sign()))
 
-    model = line()
-    learner = mn.MetaLearner(model, loss, execution="in_place", microbatch=microbatch)
-    with pytest.raises(mn.LossError, match=r"the support loss calls \.backward\(\) itself"):
-        learner.backward(sinusoids(2))
-    assert all(parameter.grad is None for parameter in model.parameters())
+
+def adversarial(model: nn.Module, batch: mn.Batch) -> Tensor:
+    inputs = batch.inputs.detach().clone().requires_grad_()
+    mn.metrics.squared_error(model, batch._replace(inputs=inputs)).backward()
+    model.zero_grad()
+    return perturbed(model, batch, inputs.grad)
+
+
+def adversarial_by_grad(model: nn.Module, batch: mn.Batch) -> Tensor:
+    inputs = batch.inputs.detach().clone().requires_grad_()
+    (slope,) = torch.autograd.grad(mn.metrics.squared_error(model, batch._replace(inputs=inputs)), inputs)
+    return perturbed(model, batch, slope)
+
+
+def twice(model: nn.Module, batch: mn.Batch) -> Tensor:
+    value = mn.metrics.squared_error(model, batch)
+    value.backward(retain_graph=True)
+    return value
+
+
+@pytest.mark.parametrize("microbatch", [None, 5])
+@pytest.mark.parametrize("nudge", ["linear", "full"])
+@pytest.mark.parametrize(
+    ("loss", "plain"),
+    [(adversarial, adversarial_by_grad), (twice, mn.metrics.squared_error)],
+    ids=["adversarial", "twice"],
+)
+def test_what_a_loss_adds_to_gradients_itself_is_put_aside(
+    loss: object, plain: object, nudge: str, microbatch: int | None
+) -> None:
+    found = []
+    for function in (loss, plain):
+        model = perceptron().double()
+        data = mn.Tasks(
+            *(mn.Batch(torch.sin(torch.arange(20.0).double()).reshape(10, 2), points().targets[[0] * 10]),) * 2
+        )
+        data = mn.Tasks(*(batch._replace(targets=batch.targets.double()) for batch in data))
+        learner = mn.MetaLearner(
+            model,
+            function,
+            execution="in_place",
+            microbatch=microbatch,
+            estimator=mn.FOBMAML(nudge=nudge, nu=0.01),
+            solver=mn.GradientDescent(4, lr=0.1),
+        )
+        for _ in range(2):  # the second one knows the loss
+            step = learner.backward([data])
+        found.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert step.dropped_tasks == 0
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
 def test_writing_into_what_tasks_share_is_told() -> None:
@@ -523,6 +584,31 @@ def test_names_in_a_batch_are_told() -> None:
 # Weight normalisation, of which torch has a wrong second derivative.
 
 
+class Compiled(nn.Module):
+    """A method of it is compiled as it is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm = perceptron(), nn.BatchNorm1d(1)
+        self._run = torch.compile(self.run, backend="eager")
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.norm(self.body(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run(x)
+
+
+def test_a_method_that_is_compiled_is_bound_to_the_original() -> None:
+    model = Compiled()
+    learner = mn.MetaLearner(
+        model, mn.metrics.squared_error, prox=0.01, batch_norm="transductive", execution="in_place"
+    )
+    with pytest.raises(mn.SettingsError, match="a method that was compiled"):
+        learner.adapt(points())
+    assert model.norm.num_batches_tracked == 0
+
+
 class Normed(nn.Linear):
     """The parametrization by hand."""
 
@@ -536,6 +622,21 @@ class Normed(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.scale * self.direction / self.direction.norm(dim=1, keepdim=True)
         return nn.functional.linear(x, weight, self.bias)
+
+
+def test_weight_norm_in_a_layer_that_is_not_adapted_is_no_matter() -> None:
+    found = []
+    for body in normed()[:2]:
+        torch.manual_seed(3)
+        model = nn.Sequential(*body, nn.Linear(4, 4).double())
+        settings = {"prox": 3.0, "solver": mn.Nesterov(5), "estimator": mn.MAML(), "adapt_only": "2"}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            mn.MetaLearner(model, mn.metrics.squared_error, **settings).backward(normed()[2])
+        found.append({name: gradient for name, gradient in gradients(model).items() if gradient is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-9, atol=1e-12)
 
 
 def normed() -> tuple[nn.Module, nn.Module, mn.Tasks]:

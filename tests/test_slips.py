@@ -52,7 +52,11 @@ def note_of(error: BaseException) -> str:
         (both(X.long()), mn.metrics.squared_error, r"inputs int64 \[5, 3\].*floats in the dtype of the model"),
         (both(X[..., :2]), mn.metrics.squared_error, r"inputs float32 \[5, 2\].*0\.weight, float32 \[4, 3\]"),
         (mn.Tasks(mn.Batch(X, Y), mn.Batch(X[..., :2], Y)), mn.metrics.squared_error, "the query set of one task"),
-        (both({"x": X, "y": Y}), mn.metrics.squared_error, r"inputs float32 \[5, 3\] and float32 \[5, 1\], targets"),
+        (
+            both({"x": X, "y": Y}),
+            mn.metrics.squared_error,
+            r"inputs \{x: float32 \[5, 3\], y: float32 \[5, 1\]\}, targets",
+        ),
         (both(X, LABELS.float()), cross_entropy, r"targets float32 \[5\].*indices of classes.*torch\.int64"),
         (both(X, LABELS + 9), cross_entropy, r"targets int64 \[5\].*from 0 on"),
         (both(X, LABELS.unsqueeze(-1)), cross_entropy, r"targets int64 \[5, 1\]"),

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from contextlib import suppress
-from functools import partial
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import TypeAlias
 
 import torch
@@ -19,6 +17,9 @@ from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError, TasksError
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle import BatchNorm
+from metanudge.oracle.common import device_of, nodes_of, scalar_loss
+from metanudge.oracle.written import Written
+from metanudge.random_state import forked
 from metanudge.sharding import is_sharded
 from metanudge.solvers import Solver
 from metanudge.solvers.loop import solve
@@ -66,47 +67,12 @@ def _is_one(shape: torch.Size, layer: nn.Linear | nn.modules.conv._ConvNd) -> bo
 
 
 def check_copyable(model: nn.Module) -> None:
-    """Raise a SettingsError for a sharded model, and for one whose copy would go on calling the model.
-
-    ``deepcopy`` copies methods with what they are bound to, but functions, and what is in their closures, not at all.
-    """
-    own = set(map(id, model.modules()))
-    for name, module in model.named_modules():
-        held = next((key for key, one in vars(module).items() if isinstance(one, Tensor) and one.grad_fn), None)
-        if held is not None:
-            raise SettingsError(
-                f"adapt copies the model, and {f'the module {name}' if name else 'it'} holds {held}, a tensor with a "
-                "graph, which can not be copied: keep it as a number (.detach()), or not at all. The old "
-                "torch.nn.utils.weight_norm leaves one; take torch.nn.utils.parametrizations.weight_norm"
-            )
-        function = vars(module).get("forward")
-        if isinstance(function, MethodType | partial):  # which are copied, but for the function in them
-            function = function.__func__ if isinstance(function, MethodType) else function.func
-        if isinstance(function, FunctionType) and _reaches(function, own):
-            raise SettingsError(
-                f"adapt copies the model, and {f'the module {name}' if name else 'it'} has a function in the place of "
-                f"its forward method ({function.__qualname__}) that is bound to the module itself: the copy would go "
-                "on calling the original. Compile by torch.compile(module) or module.compile(), replace the method by "
-                "a subclass or a types.MethodType; or use evaluate, which makes no copy"
-            )
+    """Raise a SettingsError for a sharded model."""
     if is_sharded(model):
         raise SettingsError(
             "adapt copies the model, which FSDP2 does not allow; use evaluate, or adapt the model unsharded, from "
             "the initialisation that torch.distributed.checkpoint saves"
         )
-
-
-def _reaches(function: object, own: set[int], deep: int = 6) -> bool:
-    """Whether modules known by ``own`` are within reach of a function: bound, or in closures and what these hold."""
-    if isinstance(function, MethodType):
-        return id(function.__self__) in own or _reaches(function.__func__, own, deep)
-    if not isinstance(function, FunctionType):
-        return id(function) in own
-    within = [*(function.__defaults__ or ())]
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # of a cell that is empty yet
-            within.append(cell.cell_contents)
-    return deep > 0 and any(_reaches(one, own, deep - 1) for one in within)
 
 
 def alone(support: Batch, device: torch.device, seen: set[Shapes]) -> list[Tasks]:
@@ -163,16 +129,30 @@ def adapted_copy(
     support: Batch,
     share_frozen: bool,
 ) -> nn.Module:
-    """A copy of the model at the adapted parameters ``named``; it may share the memory of frozen ones with it."""
+    """A copy of the model at the adapted parameters ``named``; it may share the memory of frozen ones with it.
+
+    Raises:
+        SettingsError: ``copy.deepcopy`` does not take the model, or the copy goes on calling it.
+    """
     frozen = [parameter for parameter in model.parameters() if share_frozen and not parameter.requires_grad]
-    adapted = copy.deepcopy(model, memo={id(parameter): _same_memory(parameter) for parameter in frozen})
+    try:
+        adapted = copy.deepcopy(model, memo={id(parameter): _same_memory(parameter) for parameter in frozen})
+    except RuntimeError as error:
+        raise SettingsError(
+            "adapt copies the model by copy.deepcopy, which can not copy this one, as where a module holds a tensor "
+            "with a graph: what was computed from parameters, such as the weight that the old "
+            "torch.nn.utils.weight_norm leaves (take torch.nn.utils.parametrizations.weight_norm) or a cached "
+            f"activation. PyTorch said: {error}"
+        ) from error
     adapted.zero_grad(set_to_none=True)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if name in named:
                 parameter.copy_(named[name])
-    source = as_minibatches(support)
-    norm.settle(adapted, loss, support if source is None else source[0])
+        source = as_minibatches(support)
+        batch = support if source is None else source[0]
+        _check_apart(model, adapted, loss, batch)
+    norm.settle(adapted, loss, batch)
     return adapted
 
 
@@ -180,7 +160,48 @@ def _same_memory(parameter: nn.Parameter) -> nn.Parameter:
     """A parameter of its own, which ``.to()`` and ``requires_grad_()`` may change, in the memory of a frozen one."""
     if type(parameter) is not nn.Parameter:  # as of a quantised base, which has more to it than numbers
         return parameter
-    return nn.Parameter(parameter.detach(), requires_grad=False)
+    own = nn.Parameter(parameter.detach(), requires_grad=False)
+    vars(own).update(vars(parameter))
+    return own
+
+
+def _check_apart(model: nn.Module, adapted: nn.Module, loss: LossFunction, batch: Batch) -> None:
+    """Raise a SettingsError for a copy that goes on calling the model.
+
+    ``deepcopy`` does not copy functions, nor what is in their closures, as that of a method which was compiled or
+    replaced. Where a module holds one, the copy's loss tells: it must not lead to the model's parameters.
+    """
+    if not any(_holds_closures(module) for module in model.modules()):
+        return
+    both = (model, adapted)
+    written = [Written.over(one) for one in both]
+    buffers = [(buffer, buffer.clone()) for one in both for buffer in one.buffers()]
+    try:
+        with torch.enable_grad(), forked(device_of(model)):
+            value = scalar_loss(loss, adapted, batch)
+    finally:
+        for one in written:
+            one.undo()
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    own = {parameter: name for name, parameter in model.named_parameters()}
+    reached = (getattr(node, "variable", None) for node in nodes_of([value.grad_fn]))
+    name = next((own[leaf] for leaf in reached if leaf in own and leaf.requires_grad), None)
+    if name is not None:
+        raise SettingsError(
+            f"adapt copies the model, but the copy goes on using {name} of the original: a module holds a function "
+            "that is bound to it, such as a forward method that was replaced, or a method that was compiled. Compile "
+            "modules, by torch.compile(module) or module.compile(), and replace methods by a subclass or a "
+            "types.MethodType that takes all from self; or use evaluate, which makes no copy"
+        )
+
+
+def _holds_closures(module: nn.Module) -> bool:
+    """Whether an attribute is, or may hold, a function with what it is bound to."""
+    plain = (nn.Module, Tensor, type, str, int, float, bool, type(None), torch.dtype, torch.device, torch.Size)
+    held = (one for name, one in vars(module).items() if name != "_compiled_call_impl")  # which copies are without
+    callables = (one for one in held if callable(one) and not isinstance(one, plain))
+    return any(not isinstance(one, FunctionType) or one.__closure__ or one.__kwdefaults__ for one in callables)
 
 
 def losses_of(problem: InnerProblem, phi: Params) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,7 @@ def choose_execution(
     norm: BatchNorm,
     selection: Selection,
     solver: Solver,
+    estimator: Estimator,
     chunk_size: int | None,
     microbatch: int | None,
     compile: bool,
@@ -63,16 +65,22 @@ def choose_execution(
             "float32 in place",
             UserWarning,
         )
+    why = ""
     if name == "auto":
-        alone = (
-            Need.LIVE_MODULE in solver.needs
-            or any(map(_compiled, model.modules()))
-            or is_sharded(model)
-            or any(map(_not_for_vmap, model.modules()))
-            or sum(parameter.numel() for parameter in adapted) > LARGE
-            or microbatch is not None
-        )
-        name = "in_place" if alone or narrow else "vectorized"
+        optimized = any(isinstance(module, torch._dynamo.OptimizedModule) for module in model.modules())
+        compiled = Need.DOUBLE_BACKWARD not in estimator.needs and any(map(_compiled, model.modules()))
+        reasons = {
+            f"for {type(solver).__name__}": Need.LIVE_MODULE in solver.needs,
+            "as the model is compiled": optimized or compiled,
+            "as the model is sharded": is_sharded(model),
+            "for a layer that vmap can not run": any(map(_not_for_vmap, model.modules())),
+            "for its size": sum(parameter.numel() for parameter in adapted) > LARGE,
+            "for microbatch": microbatch is not None,
+            "for float16": narrow,
+        }
+        found = [reason for reason, holds in reasons.items() if holds]
+        name = "in_place" if found else "vectorized"
+        why = f', which "auto" is here {found[0]}' if found else ""
     if name == "vectorized":
         if narrow:
             raise SettingsError(
@@ -90,13 +98,19 @@ def choose_execution(
         return Vectorized(model, losses, chunk_size, norm, Programs() if compile else None)
     if compile:
         raise SettingsError(
-            "compile belongs to the vectorized execution; in place the model is used as it is: give MetaLearner "
-            "torch.compile(model)"
+            f"compile belongs to the vectorized execution; in place{why}, the model is used as it is: leave compile "
+            "out, or give MetaLearner torch.compile(model)"
         )
     if microbatch is not None and norm.policy in ("transductive", "support"):
         raise SettingsError(
             f'batch_norm="{norm.policy}" normalises by a whole batch, of which microbatch={microbatch} shows a piece '
             'at a time; give batch_norm="frozen", leave microbatch out, or take GroupNorm or LayerNorm'
+        )
+    made_in_inference = next((name for name, leaf in parameters.items() if leaf.is_inference()), None)
+    if made_in_inference is not None:
+        raise SettingsError(
+            f"the parameter {made_in_inference} was made within torch.inference_mode(), and can not be stepped in "
+            "place; make the model outside of it"
         )
     return InPlace(model, losses, microbatch, norm)
 
@@ -113,12 +127,10 @@ def check_hooks(model: nn.Module, error: type[MetanudgeError]) -> None:
 
 
 def _compiled(module: nn.Module) -> bool:
-    """By torch.compile(module), by module.compile(), or with a forward method that is."""
-    return (
-        isinstance(module, torch._dynamo.OptimizedModule)
-        or getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-    )
+    """By module.compile(), or with a forward method that is; a stack runs these uncompiled."""
+    forward: Any = getattr(module, "forward", None)
+    compiled = hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False)
+    return compiled or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _hooked(module: nn.Module) -> bool:

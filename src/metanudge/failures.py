@@ -19,14 +19,14 @@ _NOT_THEIRS = tuple({f"{place.resolve()}/" for place in (_OURS, *_INSTALLED)})
 def told(error: Exception) -> str | None:
     """The error and the lines of the user's own files it came by; None where it is a mistake of this library.
 
-    It is one where it came by no file of the user's and has no note of what a loss was given, and where it arose in
-    this library's own code, whoever called it. An error that the library raised on purpose says all by itself: its
+    It is one where it came by no file of the user's, and where it arose in this library's own code, whoever called it;
+    but not where a note says what a loss was given. An error that the library raised on purpose says all by itself: its
     message alone is told, with those lines.
     """
     places = list(dict.fromkeys(place for one in _chain(error) for place in _places(one)))
     ours = isinstance(error, MetanudgeError | OSError)
     notes = getattr(error, "__notes__", [])
-    if not ours and (not (places or notes) or _arose_here(error)):
+    if not (ours or notes) and (not places or _arose_here(error)):
         return None
     said = str(error) if ours else f"{type(error).__name__}: {error}"
     return "\n".join([said, *notes, *(f"  {place}" for place in places)])

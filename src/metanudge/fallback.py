@@ -65,9 +65,18 @@ def _in_place(learner: MetaLearner) -> Execution | None:
     compiled = before.programs is not None
     try:
         found = choose_execution(
-            "in_place", learner.model, learner.losses, learner.norm, selection, learner.solver, None, None, compiled
+            "in_place",
+            learner.model,
+            learner.losses,
+            learner.norm,
+            selection,
+            learner.solver,
+            learner.estimator,
+            None,
+            None,
+            compiled,
         )
-        learner.check_needs(selection, found)
+        learner.check_can_run(selection, found)
     except SettingsError:
         return None
     return found

@@ -147,7 +147,16 @@ class MetaLearner:
         selection = select_parameters(model, self.adapt_only)
         self.norm = BatchNorm(batch_norm, model)
         self.execution: Execution = choose_execution(
-            execution, model, self.losses, self.norm, selection, self.solver, chunk_size, microbatch, compile
+            execution,
+            model,
+            self.losses,
+            self.norm,
+            selection,
+            self.solver,
+            self.estimator,
+            chunk_size,
+            microbatch,
+            compile,
         )
         self.automatic = execution == "auto"
         self._selection()
@@ -177,10 +186,10 @@ class MetaLearner:
         if self.execution.name == "vectorized":
             check_hooks(self.model, UnmappableError if self.automatic else SettingsError)
         selection = select_parameters(self.model, self.adapt_only)
-        self.check_needs(selection, self.execution)
+        self.check_can_run(selection, self.execution)
         return selection
 
-    def check_needs(self, selection: Selection, execution: Execution) -> None:
+    def check_can_run(self, selection: Selection, execution: Execution) -> None:
         """Refuse an estimator or a solver that needs what settings, or an execution, do not have."""
         missing = {
             Need.PROXIMAL_TERM: self.prox == 0,
@@ -302,14 +311,15 @@ class MetaLearner:
                 ``evaluate`` have seen.
             share_frozen: Whether frozen parameters (``requires_grad=False``) lie in the memory of the model's, so that
                 a large base is there once. False copies them: for what writes into them, such as merging LoRA adapters.
+                (Of a subclass of Parameter, as in a quantised base, the very object is shared.)
 
         Returns:
             A deep copy of the model with the adapted parameters φ(θ).
 
         Raises:
             TasksError: An empty support set, one on another device than the model, or a stack of them.
-            SettingsError: A model that can not be copied: sharded by FSDP2, or with a function in the place of a
-                forward method that stays bound to the original.
+            SettingsError: A model that can not be copied: sharded by FSDP2, one that ``copy.deepcopy`` does not take,
+                or whose copy would go on calling the original.
             LossError: A loss that is not a scalar or does not depend on the adapted parameters.
             NonFiniteError: The solve ended in non-finite parameters, or where the support loss is not finite.
 

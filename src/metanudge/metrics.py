@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +20,11 @@ from metanudge.types import Batch, LossFunction
 
 IGNORED = -100
 """The class index of what does not count, as everywhere in torch."""
+
+
+def counted(targets: Tensor) -> Tensor:
+    """Which class indices count; where there are no negative ones (uint8), all."""
+    return targets != IGNORED if targets.dtype.is_signed else torch.ones_like(targets, dtype=torch.bool)
 
 
 def called(metric: LossFunction | None) -> str:
@@ -78,7 +84,7 @@ def accuracy(model: nn.Module, batch: Batch) -> Tensor:
             f"{tuple(logits.shape)}; for one logit compare its sign with the targets in a metric of your own"
         )
     _same_shape("logits without their last axis", logits[..., 0], "class indices as targets", batch.targets)
-    counts: Tensor = batch.targets != IGNORED
+    counts = counted(batch.targets)
     hits: Tensor = (logits.argmax(-1) == batch.targets) & counts
     kind = accumulator(logits.dtype)  # bfloat16 has no room for tenths of a per cent
     share: Tensor = hits.to(kind).sum() / counts.to(kind).sum()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metanudge.errors import TasksError
-from metanudge.metrics import IGNORED
+from metanudge.metrics import counted
 from metanudge.tasks.seeding import stream
 from metanudge.types import Batch, Tasks
 
@@ -47,7 +47,7 @@ def permuted(tasks: Tasks | Sequence[Tasks], number: int, first: int) -> Iterato
 def _renamed(support: Tensor, query: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The labels of one task under another naming of the classes it has."""
     both = torch.cat([support, query])
-    named = both != IGNORED
+    named = counted(both)
     classes, places = torch.unique(both[named], return_inverse=True)
     both[named] = classes[torch.randperm(len(classes), generator=generator, device="cpu").to(classes.device)][places]
     return both[: len(support)], both[len(support) :]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import nn
 
 from metanudge.errors import SettingsError
+from metanudge.settings import check_function
 
 AdaptOnly = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
 """Names of parameters or modules, patterns (``"*.bias"``), or a predicate ``(name, parameter) -> bool``."""
@@ -84,6 +85,7 @@ def select_parameters(model: nn.Module, adapt_only: AdaptOnly | None) -> Selecti
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)  # a tied parameter answers to each of its names
     if callable(adapt_only) and not isinstance(adapt_only, type | nn.Module):
+        check_function("adapt_only", adapt_only, "(name, parameter) -> bool")
         chosen = {name for name, parameter in trainable.items() if adapt_only(name, parameter)}
         asked = "the predicate given as adapt_only"
     else:

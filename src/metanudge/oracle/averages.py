@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from metanudge.errors import LossError
-from metanudge.tree import or_one
 from metanudge.types import Batch, Role
 from metanudge.warned import warn
 
@@ -19,6 +18,9 @@ NEAR = 1e-3
 """Relative difference up to which two losses are the same."""
 FAR = 2e-2
 """And from which on they differ, in bfloat16 too; gradients as well, in float32."""
+
+LEAST = 1e-5
+"""Length of a gradient, times the loss, below which it may be round-off alone, as that of a bias that has no effect."""
 
 
 class Look(NamedTuple):
@@ -64,8 +66,8 @@ def settled(
     piece = tree_map(lambda *two: torch.cat(two) if two[0].ndim else two[0], *halves)
     (whole, slope), (first, left), (second, right) = map(look, (piece, *halves))
     size, mean = abs(whole), (first + second) / 2
-    longest = torch.stack([one.norm() for one in (slope, left, right)]).max()
-    off = float((slope - (left + right) / 2).norm() / or_one(longest))
+    longest = float(torch.stack([one.norm() for one in (slope, left, right)]).max())
+    off = float((slope - (left + right) / 2).norm()) / longest if longest > LEAST * abs(whole) else 0.0
     turned = off > max(FAR, 256 * round_off)
     if abs(whole - mean) < NEAR * size and not turned:
         return True

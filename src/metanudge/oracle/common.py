@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from metanudge.errors import LossError
 from metanudge.types import Batch, LossFunction
@@ -88,22 +89,24 @@ _INDEPENDENT = (
 )
 
 
-def require_second_derivative(gradients: Sequence[Tensor]) -> None:
-    """Raise a LossError where a backward pass may be taken once only, or where torch has a second derivative wrong.
+def require_second_derivative(gradients: Sequence[Tensor], leaves: Iterable[Tensor]) -> None:
+    """Raise a LossError where the ``gradients`` in ``leaves`` have no second derivative, or torch has a wrong one.
 
     A pass that is ``once_differentiable`` ends the graph of its gradients in a node that raises when it is reached. But
     ``torch.autograd.grad`` does not visit what does not lead to its inputs: it would leave the second derivative out
     and say nothing.
     """
-    names = {node.name() for node in nodes_of(gradient.grad_fn for gradient in gradients)}
-    if "torch::autograd::Error" in names:
+    nodes = list(nodes_of(gradient.grad_fn for gradient in gradients))
+    if any(node.name() == "torch::autograd::Error" for node in nodes):
         raise LossError(
             "the model or the loss holds a function that can be differentiated once only "
             "(torch.autograd.function.once_differentiable)"
         )
-    if "WeightNormInterfaceBackward0" in names and not _weight_norm_is_right(gradients[0].device.type):
+    normed = set(nodes_of(node for node in nodes if node.name() == "WeightNormInterfaceBackward0"))
+    adapted = {get_gradient_edge(leaf).node for leaf in leaves}
+    if normed & adapted and not _weight_norm_is_right(gradients[0].device.type):
         raise LossError(
-            "the model uses weight_norm, of which this version of torch computes a wrong second derivative here "
+            "an adapted layer uses weight_norm, of which this version of torch computes a wrong second derivative here "
             "(torch.autograd.gradgradcheck of torch._weight_norm fails)"
         )
 

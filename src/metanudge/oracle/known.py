@@ -26,12 +26,14 @@ class Known:
     Attributes:
         looks: How many more looks at a loss to take, to see whether it is a mean over the examples.
         strangers: By loss that was looked at, tensors outside the model that ask for a gradient and that it depends on.
+        backward: Losses that call ``.backward()`` themselves.
         writes: Whether forward passes write into buffers what differs between the tasks of a stack.
         differentiating: The last functions that took derivatives themselves, whose values need a graph.
     """
 
     looks: dict[Role, int] = field(default_factory=lambda: dict.fromkeys(Role, LOOKS))
     strangers: dict[Role, list[Tensor]] = field(default_factory=dict)
+    backward: set[Role] = field(default_factory=set)
     writes: bool = False
     differentiating: deque[LossFunction] = field(default_factory=lambda: deque(maxlen=4))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,6 @@ from metanudge import tree
 from metanudge.batching import examples, ordinary, pieces
 from metanudge.bundles import Bundles
 from metanudge.checks import check_device, leaves
-from metanudge.errors import LossError
 from metanudge.losses import HessianProduct, InnerGradients
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle.averages import Look, settled
@@ -29,8 +29,8 @@ from metanudge.together import operands, product
 from metanudge.tree import accumulator
 from metanudge.types import Batch, LossFunction, Params, Role, Tasks, Weights
 
-FEW = 4
-"""Leaves, the smallest, whose gradients tell whether a loss is a mean."""
+FEW, NUMBERS = 4, 2**16
+"""Leaves, the smallest, and numbers of each whose gradients tell whether a loss is a mean."""
 
 
 @dataclass(eq=False)
@@ -215,25 +215,36 @@ class LiveLosses(InnerGradients):
         return self.live.over_ranks(torch.stack(found).sum())
 
     def _loss(self, role: Role, batch: Batch, step: int, minibatch: int) -> Tensor:
-        """A loss with its graph; looked at, the first time."""
-        if role in self.known.strangers:
+        """A loss with its graph; looked at, the first time.
+
+        What the loss adds to ``.grad`` itself, by a ``.backward()`` of its own, as for adversarial examples, is put
+        aside: so are the gradients that are added up there meanwhile, which it may set to zero.
+        """
+        new = role not in self.known.strangers
+        if not (new or role in self.known.backward):
             loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
             require_graph(loss)
             return loss
-        before = self._gradients()
-        loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
-        require_graph(loss)
-        if self._gradients() != before:
-            raise LossError(
-                f"the {role.name.lower()} loss calls .backward() itself, which adds to the gradients that it is "
-                "differentiated by here; return the loss alone"
-            )
-        return self._looked_at(loss, role, batch, step, minibatch)
-
-    def _gradients(self) -> list[tuple[int, int] | None]:
-        """What tells whether anything was written to ``.grad``."""
-        found = (parameter.grad for parameter in self.live.parameters.values())
-        return [None if gradient is None else (id(gradient), gradient._version) for gradient in found]
+        before = {parameter: parameter.grad for parameter in self.live.parameters.values()}
+        written: list[nn.Parameter] = []
+        handles: list[Any] = [
+            one.register_post_accumulate_grad_hook(written.append)  # type: ignore[no-untyped-call]
+            for one in before
+            if one.requires_grad
+        ]
+        try:
+            for parameter in before:
+                parameter.grad = None
+            loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
+            require_graph(loss)
+            return self._looked_at(loss, role, batch, step, minibatch) if new else loss
+        finally:
+            for parameter, gradient in before.items():
+                parameter.grad = gradient
+            for handle in handles:
+                handle.remove()
+            if written:
+                self.known.backward.add(role)
 
     def _looked_at(self, loss: Tensor, role: Role, batch: Batch, step: int, minibatch: int) -> Tensor:
         """The loss, once it is known which tensors outside the model it depends on; evaluated again, if on any."""
@@ -274,7 +285,7 @@ class LiveLosses(InnerGradients):
                     return Look(float(self.live.over_ranks(loss.detach())), torch.zeros(1, device="cpu"))
                 with self.known.undisturbed(role):
                     loss.backward()  # type: ignore[no-untyped-call]
-            gradient = torch.cat([self._taken(key).flatten().to(torch.float32) for key in few])
+            gradient = torch.cat([self._taken(key).flatten()[:NUMBERS].to(torch.float32) for key in few])
             for parameter in self.live.parameters.values():
                 parameter.grad = None
             return Look(float(loss.detach()), gradient)

@@ -111,11 +111,14 @@ class LiveModule:
         return whole(parts) / size
 
     def check_parts(self, task: Tasks) -> None:
-        """Raise a TasksError where ranks of FSDP2 hold parts of different sizes of a task: it takes plain means."""
+        """Raise a TasksError where ranks of FSDP2 hold parts of different sizes of a task: it takes plain means.
+
+        Of minibatches, which are drawn later, nothing is seen.
+        """
         if not self.sharded:
             return
         ordinary = [[] if as_minibatches(batch) else leaves(batch) for batch in task]
-        sizes = [float(some[0].shape[0]) if some and some[0].ndim else 0.0 for some in ordinary]
+        sizes = [float(next((leaf.shape[0] for leaf in some if leaf.ndim), 0)) for some in ordinary]
         own = torch.tensor(sizes, dtype=torch.float64, device=next(iter(self.parameters.values())).device)
         mean, square = self.over_ranks(own), self.over_ranks(own.square())
         if bool((square - mean.square() > 1e-6).any()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ def noted(model: nn.Module, role: Role, batch: Batch) -> Iterator[None]:
     except MetanudgeError:  # which says all by itself
         raise
     except Exception as error:
-        error.add_note(_note(model, role, batch))
+        note = _note(model, role, batch)
+        if note not in getattr(error, "__notes__", ()):  # of an error that is raised again
+            error.add_note(note)
         raise
 
 
@@ -39,6 +41,8 @@ def _note(model: nn.Module, role: Role, batch: Batch) -> str:
 
 
 def _forms(tree: object) -> str:
+    if isinstance(tree, Mapping):  # whose names may be what is wrong
+        return "{" + ", ".join(f"{name}: {_forms(part)}" for name, part in tree.items()) + "}"
     return " and ".join(_form(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)) or "none"
 
 

@@ -90,7 +90,7 @@ class StackedLosses(InnerGradients):
         phi = self._leaves(phi)
         everything = phi | self._leaves(self._lanes(self.shared, 1))
         _, slope = replace(self, attached=True)._differentiate({Role.SUPPORT: 1.0}, phi, everything, step)
-        require_second_derivative([*slope.values()])
+        require_second_derivative([*slope.values()], phi.values())
 
         def product(vector: Params) -> Params:
             self.count(2)
@@ -204,7 +204,7 @@ class StackedLosses(InnerGradients):
             for gradient, leaf in zip(found, wanted.values(), strict=True)
         ]
         if self.attached and step == 0:  # later on the graph holds all steps
-            require_second_derivative(gradients)
+            require_second_derivative(gradients, wanted.values())
         return weighted.detach(), dict(zip(wanted, gradients, strict=True))
 
     def _look(self, losses: Mapping[Role, Tensor], packed: Params, step: int) -> None:
