@@ -144,7 +144,6 @@ def adapted_copy(
             "torch.nn.utils.weight_norm leaves (take torch.nn.utils.parametrizations.weight_norm) or a cached "
             f"activation. PyTorch said: {error}"
         ) from error
-    adapted.zero_grad(set_to_none=True)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if name in named:
@@ -152,6 +151,7 @@ def adapted_copy(
         source = as_minibatches(support)
         batch = support if source is None else source[0]
         _check_apart(model, adapted, loss, batch)
+    adapted.zero_grad(set_to_none=True)
     norm.settle(adapted, loss, batch)
     return adapted
 

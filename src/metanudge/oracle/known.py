@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -102,3 +102,24 @@ def strangers(
         new = {role: met(loss) for role, loss in again().items()}
         found = {role: [leaf for leaf in some if any(leaf is one for one in new[role])] for role, some in found.items()}
     return found
+
+
+@contextmanager
+def gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """A block in which ``.grad`` is empty, and after which it is as it was before; tells which were added to."""
+    before = {parameter: parameter.grad for parameter in parameters}
+    written: list[nn.Parameter] = []
+    handles: list[Any] = [
+        parameter.register_post_accumulate_grad_hook(written.append)  # type: ignore[no-untyped-call]
+        for parameter in before
+        if parameter.requires_grad
+    ]
+    try:
+        for parameter in before:
+            parameter.grad = None
+        yield written
+    finally:
+        for parameter, gradient in before.items():
+            parameter.grad = gradient
+        for handle in handles:
+            handle.remove()

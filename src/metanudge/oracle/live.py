@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from metanudge.minibatches import as_minibatches
 from metanudge.oracle.averages import Look, settled
 from metanudge.oracle.batch_norm import BatchNorm
 from metanudge.oracle.common import Tally, require_gradient, require_graph, round_off, scalar_loss, times
-from metanudge.oracle.known import Known, strangers
+from metanudge.oracle.known import Known, gradients_aside, strangers
 from metanudge.oracle.module import LiveModule
 from metanudge.oracle.notes import noted
 from metanudge.random_state import RandomState
@@ -217,34 +216,21 @@ class LiveLosses(InnerGradients):
     def _loss(self, role: Role, batch: Batch, step: int, minibatch: int) -> Tensor:
         """A loss with its graph; looked at, the first time.
 
-        What the loss adds to ``.grad`` itself, by a ``.backward()`` of its own, as for adversarial examples, is put
-        aside: so are the gradients that are added up there meanwhile, which it may set to zero.
+        What it adds to ``.grad`` itself, by a ``.backward()`` of its own, as for adversarial examples, is thrown away.
         """
         new = role not in self.known.strangers
         if not (new or role in self.known.backward):
             loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
             require_graph(loss)
             return loss
-        before = {parameter: parameter.grad for parameter in self.live.parameters.values()}
-        written: list[nn.Parameter] = []
-        handles: list[Any] = [
-            one.register_post_accumulate_grad_hook(written.append)  # type: ignore[no-untyped-call]
-            for one in before
-            if one.requires_grad
-        ]
-        try:
-            for parameter in before:
-                parameter.grad = None
+        with gradients_aside(self.live.parameters.values()) as written:
             loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
             require_graph(loss)
-            return self._looked_at(loss, role, batch, step, minibatch) if new else loss
-        finally:
-            for parameter, gradient in before.items():
-                parameter.grad = gradient
-            for handle in handles:
-                handle.remove()
-            if written:
-                self.known.backward.add(role)
+            if new:
+                loss = self._looked_at(loss, role, batch, step, minibatch)
+        if written:
+            self.known.backward.add(role)
+        return loss
 
     def _looked_at(self, loss: Tensor, role: Role, batch: Batch, step: int, minibatch: int) -> Tensor:
         """The loss, once it is known which tensors outside the model it depends on; evaluated again, if on any."""
