@@ -314,6 +314,7 @@ def test_a_misspelt_option_is_told_with_the_nearest(here: Path, capsys: pytest.C
         ("[validation]\ntasks = 2", "[validation]\ntasks = -2", "[validation] tasks must be"),
         ("inputs = 1", "inputs = 3", "with the query set of one task"),
         ("[evaluation]", '[evaluation]\nmetric = "accuracy"', "at least two classes"),
+        ("[evaluation]", "[evaluation]\npermutations = 4", "label permutations need class indices"),
     ],
 )
 def test_nothing_is_written_before_all_settings_are_looked_at(

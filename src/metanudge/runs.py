@@ -104,7 +104,8 @@ def _check(config: Config, ranks: Ranks) -> None:
     if len(fixed):
         larger_is_better(config.validation.better, config.metric)
     learner.model.eval()
-    learner.evaluate([moved(one[0], device_of(config)) for one in (tasks, fixed) if length(one) != 0], config.metric)
+    drawn = [moved(one[0], device_of(config)) for one in (tasks, fixed) if length(one) != 0]
+    learner.evaluate(drawn, config.metric, permutations=min(config.testing.permutations or 1, 2))
 
 
 def _parts(config: Config, seed: int, ranks: Ranks) -> tuple[MetaLearner, torch.optim.Optimizer, LRScheduler | None]:
