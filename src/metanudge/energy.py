@@ -181,6 +181,11 @@ class Energy:
         """Euclidean norm, ``[*L]``."""
         return self.losses.inner(a, a).sqrt()
 
+    def distance(self, a: Params, b: Params) -> Tensor:
+        """||a - b||, ``[*L]``, part by part: no copy of the difference is made."""
+        ways = (one - other for one, other in self.losses.operands(a, b))
+        return self.losses.added([self.losses.share(way, way) for way in ways]).sqrt()
+
 
 @dataclass(frozen=True)
 class InnerProblem:

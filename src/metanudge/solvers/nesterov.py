@@ -79,7 +79,7 @@ class Nesterov:
     minibatches a secant is noise, and would raise L without end. The automatic β is 0 there, as momentum adds noise up.
 
     Cost: one gradient of the energy a step, and ``power_iterations + 1`` support gradients for L.
-    Memory: phi and seven copies.
+    Memory: phi and six copies.
 
     Args:
         steps: Number of steps K >= 1 (at most, with ``tol``).
@@ -187,11 +187,13 @@ class Nesterov:
         lr = self._lr(energy, constant)
         ahead = tree.axpy(-lr, gradient, y)
         with torch.no_grad():
-            uphill = energy.losses.inner(gradient, tree.subtract(ahead, x)) > 0
+            parts = energy.losses.operands(gradient, ahead, x)  # part by part: no copy of the difference is made
+            uphill = energy.losses.added([energy.losses.share(one, to - before) for one, to, before in parts]) > 0
             active = torch.ones_like(uphill) if active is None else active
             if self.tol is not None:
                 active = active & (energy.relative_residual(pull, energy.push(y)) > self.tol)
             decision = self._decision(active, uphill & active, lr, self._momentum(energy, lr, index))
+        del gradient
         told = None if constant is None or last is None else (constant, tree.detach(pull))
         return *self._move(x, y, ahead, decision), told, decision
 
@@ -201,8 +203,8 @@ class Nesterov:
 
     def _move(self, x: Params, y: Params, ahead: Params, decision: Decision) -> tuple[Params, Params]:
         """To ``ahead``, and beyond it by the momentum; lanes that have stopped stay."""
-        keep = (~decision.restart).to(next(iter(x.values())).dtype)
-        beyond = tree.axpy(decision.momentum * keep, tree.subtract(ahead, x), ahead)
+        momentum = decision.momentum * (~decision.restart).to(next(iter(x.values())).dtype)
+        beyond = tree.compute(lambda a, b: a.addcmul(tree.over(momentum, a), a - b), ahead, x)
         if self.tol is not None:
             return tree.select(decision.active, ahead, x), tree.select(decision.active, beyond, y)
         return ahead, beyond
@@ -250,9 +252,7 @@ class Nesterov:
 def _raised(energy: Energy, plan: Curvature, last: Secant, y: Params, pull: Params) -> Tensor:
     """L, raised to the slope of ∇f̂ between the last point and this one."""
     with torch.no_grad():
-        y, pull = tree.detach(y), tree.detach(pull)
-        way, change = tree.subtract(y, last.y), tree.subtract(pull, last.pull)
-        length = energy.norm(way)
-        slope = energy.norm(change) / tree.or_one(length)
+        length = energy.distance(tree.detach(y), last.y)
+        slope = energy.distance(tree.detach(pull), last.pull) / tree.or_one(length)
         told = (length > SHORTEST * plan.length) & (slope > last.constant)
         return torch.where(told, slope, last.constant)
