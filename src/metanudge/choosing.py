@@ -88,7 +88,7 @@ def choose_execution(
                 "the parameters; give execution='in_place', which sums in float32, or bfloat16 or float32 parameters, "
                 "which estimators that differentiate twice need in any case"
             )
-        if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm for module in model.modules()):
+        if any(isinstance(one, nn.Embedding | nn.EmbeddingBag) and one.max_norm is not None for one in model.modules()):
             raise SettingsError(
                 "an embedding with max_norm writes to its weights in a forward pass, which tasks of a stack share; "
                 "give execution='in_place' or 'auto', or leave out max_norm"
