@@ -42,7 +42,7 @@ class FOBMAML:
 
     The nudge. With "full", ν multiplies the query loss (the paper's form); with "linear" only its gradient at φ(0):
     one query gradient in all, no truncation error where the support loss is quadratic, and no query loss to bend the
-    inner problem; trainings with it end lower (docs/results.md).
+    inner problem; which of them is ahead at equal cost depends on the problem (docs/results.md).
 
     ν by default, per task. Let s = λ l / ||∇f(φ(0))||, the nudge that would displace φ by its own length l, that of the
     parameters which the query gradient touches (``Energy.length``), so that d = ν / s is the relative displacement (of
