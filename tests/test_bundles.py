@@ -69,6 +69,57 @@ def test_a_bundle_is_filled_in_order() -> None:
     assert [name for key in laid for name in laid.names(key)] == [str(place) for place in range(20)]
 
 
+def test_parameters_are_known_to_hold_what_was_written_to_them() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(200, 100))
+    laid = Bundles.of(dict(model.named_parameters()))
+    values = laid.copied(lambda kind: kind)
+    other = {key: leaf + 1 for key, leaf in values.items()}
+    assert laid.holds(values)
+    assert not laid.holds(other)
+    assert not laid.holds({key: leaf.clone() for key, leaf in values.items()})  # equal, which nobody knows
+    laid.load(other)
+    assert laid.holds(other)
+    assert laid.holds(dict(other))
+    assert not laid.holds(values)
+    key, *_ = other
+    assert not laid.holds({key: other[key]})
+    other[key].add_(1)
+    assert not laid.holds(other)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_step_is_no_longer_what_was_written(fused: bool) -> None:
+    """Not even by fused optimizers, whose writing autograd does not count."""
+    model = nn.Linear(3, 2)
+    laid = Bundles.of(dict(model.named_parameters()))
+    values = laid.copied(lambda kind: kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=fused)
+    laid.give({key: leaf.clone() for key, leaf in values.items()})
+    optimizer.step()
+    assert not laid.holds(values)
+    copies = laid.copied(lambda kind: kind)
+    assert laid.holds(copies)
+    assert all(not copy.any() for copy in copies.values())
+    with torch.no_grad():
+        model.weight.add_(1)
+    assert not laid.holds(copies)
+
+
+def test_what_the_module_holds_is_not_written_to_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the lean form, the initialisation for two nudged solves, and at the end; not what solves end in."""
+    written, load = [], Bundles.load
+
+    def counted(self: Bundles, leaves: dict[str, Tensor]) -> None:
+        written.append(leaves)
+        load(self, leaves)
+
+    monkeypatch.setattr(Bundles, "load", counted)
+    lean = mn.FOBMAML(nudge="full", start="initialization", nu=0.1, certify=False)
+    in_place(lean, mn.TorchOptimizer(lambda parameters: torch.optim.SGD(parameters, lr=0.1), steps=3))
+    tasks = mixed_tasks().support.inputs.shape[0]
+    assert len(written) == 3 * tasks  # two nudged solves, and where the next task begins or the end
+
+
 def test_what_is_read_is_where_the_module_stands() -> None:
     model = nn.Linear(3, 2)
     laid = Bundles.of(dict(model.named_parameters()))

@@ -17,7 +17,7 @@ from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError, TasksError
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle import BatchNorm
-from metanudge.oracle.common import device_of, nodes_of, scalar_loss
+from metanudge.oracle.common import device_of, leaves_of, scalar_loss
 from metanudge.oracle.written import Written
 from metanudge.random_state import forked
 from metanudge.sharding import is_sharded
@@ -184,9 +184,8 @@ def _check_apart(model: nn.Module, adapted: nn.Module, loss: LossFunction, batch
             one.undo()
         for buffer, before in buffers:
             buffer.copy_(before)
-    own = {parameter: name for name, parameter in model.named_parameters()}
-    reached = (getattr(node, "variable", None) for node in nodes_of([value.grad_fn]))
-    name = next((own[leaf] for leaf in reached if leaf in own and leaf.requires_grad), None)
+    own: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    name = next((own[leaf] for leaf in leaves_of(value) if leaf in own), None)
     if name is not None:
         raise SettingsError(
             f"adapt copies the model, but the copy goes on using {name} of the original: a module holds a function "

@@ -6,6 +6,7 @@ an operation takes longer than doing it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -24,7 +25,8 @@ class Bundles(Mapping[str, Tensor]):
 
     A leaf is a *bundle*, ``[P]``, of plain, contiguous parameters of one dtype: a copy, made when it is read and not
     kept. Or it is a parameter, under its own name, that is large, sharded, or the only one of its kind. What is read is
-    a new tensor each time.
+    a new tensor each time. What was copied out of the parameters, or into them, is known to be what they hold until
+    something writes to either: what autograd counts, or an optimizer, which is given a gradient before.
 
     Args:
         named: Parameters of the module, in its order.
@@ -42,6 +44,8 @@ class Bundles(Mapping[str, Tensor]):
         self._held = {key: [named[name] for name in some] for key, some in names.items()}
         bundled = sum(leaf.numel() for some in self._held.values() if len(some) > 1 for leaf in some)
         self.light = 4 * bundled <= sum(leaf.numel() for leaf in self.parameters)
+        self._same: dict[str, tuple[weakref.ref[Tensor], int]] = {}
+        self._written: list[int] = []
 
     @classmethod
     def of(cls, named: Mapping[str, nn.Parameter]) -> Bundles:
@@ -66,7 +70,9 @@ class Bundles(Mapping[str, Tensor]):
     def anew(self, leaves: Mapping[str, Tensor]) -> Bundles:
         """Parameters of their own at ``leaves``, of the same names and shapes."""
         found = self.by_name(leaves)
-        return Bundles({name: nn.Parameter(found[name].detach().clone()) for name in self.named}, self._names)
+        own = Bundles({name: nn.Parameter(found[name].detach().clone()) for name in self.named}, self._names)
+        own._remember(leaves)
+        return own
 
     def __getitem__(self, key: str) -> Tensor:
         """A leaf; of a parameter that is alone, in its own memory."""
@@ -121,7 +127,9 @@ class Bundles(Mapping[str, Tensor]):
         kinds = {key: to(leaf.dtype) for key, leaf in found.items()}
         own = {key: torch.empty_like(leaf, dtype=kinds[key]) for key, leaf in found.items() if self.alone(key)}
         copy_into([(leaf, found[key]) for key, leaf in own.items()])
-        return {key: own[key] if key in own else leaf.to(kinds[key]) for key, leaf in found.items()}
+        copies = {key: own[key] if key in own else leaf.to(kinds[key]) for key, leaf in found.items()}
+        self._remember(copies)
+        return copies
 
     def load(self, leaves: Mapping[str, Tensor]) -> None:
         """Write leaves into the module."""
@@ -129,9 +137,25 @@ class Bundles(Mapping[str, Tensor]):
             pair for key, leaf in leaves.items() for pair in zip(self._held[key], self.parts(key, leaf), strict=True)
         ]
         copy_into(pairs)
+        self._remember(leaves)
+
+    def holds(self, leaves: Mapping[str, Tensor]) -> bool:
+        """Whether the parameters are known to be ``leaves``, these very tensors."""
+        return (
+            leaves.keys() == self._same.keys()
+            and all(
+                leaf() is leaves[key] and leaves[key]._version == version for key, (leaf, version) in self._same.items()
+            )
+            and self._written == [parameter._version for parameter in self.parameters]
+        )
+
+    def _remember(self, leaves: Mapping[str, Tensor]) -> None:
+        self._same = {key: (weakref.ref(leaf), leaf._version) for key, leaf in leaves.items()}
+        self._written = [parameter._version for parameter in self.parameters]
 
     def give(self, gradient: dict[str, Tensor]) -> None:
-        """Put ``gradient`` into ``.grad``; it is emptied."""
+        """Put ``gradient`` into ``.grad``, for an optimizer, of which fused ones do not count as writing; emptied."""
+        self._same = {}
         for key, parameters in self._held.items():
             leaf = gradient.pop(key).to(parameters[0].dtype)
             for parameter, part in zip(parameters, self.parts(key, leaf), strict=True):

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from metanudge import tree
 from metanudge.batching import single, split
 from metanudge.energy import InnerProblem
-from metanudge.oracle import BatchNorm, Call, LiveLosses, LiveModule, Programs, StackedLosses, Tally
+from metanudge.oracle import (
+    BatchNorm,
+    Call,
+    LiveForward,
+    LiveLosses,
+    LiveModule,
+    Programs,
+    StackedForward,
+    StackedLosses,
+    Tally,
+)
 from metanudge.oracle.common import device_of, round_off, same_modes
 from metanudge.oracle.compiled import Bound, plain_attributes
 from metanudge.oracle.known import Known
@@ -145,20 +155,10 @@ class Vectorized:
             first = 0
             for stack in use.stacks:
                 for chunk, number in split(stack, self.chunk_size):
-                    losses = StackedLosses(
-                        call,
-                        self.losses,
-                        packing,
-                        shared,
-                        chunk,
-                        number,
-                        first,
-                        random,
-                        tally,
-                        self.norm,
-                        self.known,
-                        compiled=None if bind is None else bind(chunk),
+                    forward = StackedForward(
+                        call, self.losses, packing, chunk, number, first, random, self.norm, self.known
                     )
+                    losses = StackedLosses(forward, shared, tally, compiled=None if bind is None else bind(chunk))
                     yield InnerProblem(losses, theta, use.prox, number, round_off=spacing, radius=use.radius)
                     first += number
 
@@ -224,18 +224,8 @@ class InPlace:
         def problems() -> Iterator[InnerProblem]:
             for index, task in enumerate(task for stack in use.stacks for task in single(stack)):
                 live.check_parts(task)
-                losses = LiveLosses(
-                    live,
-                    self.losses,
-                    selection.shared,
-                    task,
-                    self.microbatch,
-                    index,
-                    random,
-                    tally,
-                    self.norm,
-                    self.known,
-                )
+                forward = LiveForward(live, self.losses, task, index, random, self.norm, self.known)
+                losses = LiveLosses(forward, selection.shared, self.microbatch, tally)
                 yield InnerProblem(losses, theta, use.prox, round_off=spacing, radius=use.radius)
 
         def rows(params: Params) -> Tensor:

@@ -9,16 +9,20 @@ from metanudge.oracle.call import Call
 from metanudge.oracle.common import Tally, device_of
 from metanudge.oracle.compiled import Programs
 from metanudge.oracle.live import LiveLosses
+from metanudge.oracle.live_forward import LiveForward
 from metanudge.oracle.module import LiveModule
 from metanudge.oracle.stacked import StackedLosses
+from metanudge.oracle.stacked_forward import StackedForward
 
 __all__ = [
     "BatchNorm",
     "Call",
+    "LiveForward",
     "LiveLosses",
     "LiveModule",
     "Policy",
     "Programs",
+    "StackedForward",
     "StackedLosses",
     "Tally",
     "device_of",

@@ -138,6 +138,12 @@ def nodes_of(ends: Iterable[Any]) -> Iterator[Any]:
         ahead += new
 
 
+def leaves_of(value: Tensor) -> Iterator[Tensor]:
+    """The tensors that ask for a gradient and that ``value`` depends on."""
+    variables = (getattr(node, "variable", None) for node in nodes_of([value.grad_fn]))
+    return (variable for variable in variables if variable is not None)
+
+
 def times(weight: float | Tensor, loss: Tensor) -> Tensor:
     """Their product, for which no kernel is launched where there is nothing to be done."""
     return loss if isinstance(weight, float) and weight == 1.0 else weight * loss

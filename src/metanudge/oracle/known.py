@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from metanudge.errors import LossError
-from metanudge.oracle.common import nodes_of
+from metanudge.oracle.common import leaves_of
 from metanudge.types import LossFunction, Role
 from metanudge.warned import warn
 
@@ -64,18 +64,6 @@ class Known:
                 UserWarning,
             )
 
-    @contextmanager
-    def undisturbed(self, role: Role) -> Iterator[None]:
-        """A block whose ``.backward()`` leaves nothing in ``.grad`` of strangers."""
-        before = [(leaf, leaf.grad) for leaf in self.strangers.get(role, ())]
-        try:
-            for leaf, _ in before:
-                leaf.grad = None
-            yield
-        finally:
-            for leaf, gradient in before:
-                leaf.grad = gradient
-
     def __reduce__(self) -> tuple[type[Known], tuple[()]]:
         """For copies."""
         return Known, ()
@@ -94,8 +82,7 @@ def strangers(
     known = set(map(id, own))
 
     def met(loss: Tensor) -> list[Tensor]:
-        leaves = (getattr(node, "variable", None) for node in nodes_of([loss.grad_fn]))
-        return [leaf for leaf in leaves if isinstance(leaf, kind) and id(leaf) not in known]
+        return [leaf for leaf in leaves_of(loss) if isinstance(leaf, kind) and id(leaf) not in known]
 
     found = {role: met(loss) for role, loss in losses.items()}
     if any(found.values()):
@@ -105,21 +92,29 @@ def strangers(
 
 
 @contextmanager
-def gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """A block in which ``.grad`` is empty, and after which it is as it was before; tells which were added to."""
-    before = {parameter: parameter.grad for parameter in parameters}
-    written: list[nn.Parameter] = []
+def gradients_aside(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """A block in which ``.grad`` is empty at first, and after which it is as it was before."""
+    before = [(leaf, leaf.grad) for leaf in leaves]
+    try:
+        for leaf, _ in before:
+            leaf.grad = None
+        yield
+    finally:
+        for leaf, gradient in before:
+            leaf.grad = gradient
+
+
+@contextmanager
+def added_to(parameters: Iterable[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """A block, and those of ``parameters`` to whose ``.grad`` something was added in it."""
+    written: list[Tensor] = []
     handles: list[Any] = [
         parameter.register_post_accumulate_grad_hook(written.append)  # type: ignore[no-untyped-call]
-        for parameter in before
+        for parameter in parameters
         if parameter.requires_grad
     ]
     try:
-        for parameter in before:
-            parameter.grad = None
         yield written
     finally:
-        for parameter, gradient in before.items():
-            parameter.grad = gradient
         for handle in handles:
             handle.remove()

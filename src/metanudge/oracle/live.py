@@ -11,22 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from metanudge import tree
-from metanudge.batching import examples, ordinary, pieces
+from metanudge.batching import examples, pieces
 from metanudge.bundles import Bundles
-from metanudge.checks import check_device, leaves
 from metanudge.losses import HessianProduct, InnerGradients
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle.averages import Look, settled
-from metanudge.oracle.batch_norm import BatchNorm
-from metanudge.oracle.common import Tally, require_gradient, require_graph, round_off, scalar_loss, times
-from metanudge.oracle.known import Known, gradients_aside, strangers
+from metanudge.oracle.common import Tally, require_gradient, round_off, times
+from metanudge.oracle.known import gradients_aside
+from metanudge.oracle.live_forward import Draw, LiveForward
 from metanudge.oracle.module import LiveModule
-from metanudge.oracle.notes import noted
-from metanudge.random_state import RandomState
 from metanudge.sharding import whole
 from metanudge.together import operands, product
 from metanudge.tree import accumulator
-from metanudge.types import Batch, LossFunction, Params, Role, Tasks, Weights
+from metanudge.types import Batch, LossFunction, Params, Role, Weights
 
 FEW, NUMBERS = 4, 2**16
 """Leaves, the smallest, and numbers of each whose gradients tell whether a loss is a mean."""
@@ -37,38 +34,26 @@ class LiveLosses(InnerGradients):
     """One task on the live module; ``.backward()`` only. No lane axes.
 
     Attributes:
-        live: The module, lent out.
-        losses: The user's support and query loss.
+        forward: Evaluates the losses.
         shared_names: Trainable parameters that are not adapted.
-        task: The task, without a task axis.
         microbatch: Most examples in a forward pass; None for all.
-        index: Its index in the whole step, for the random state.
-        random: Seeds.
         tally: Counter.
-        norm: What BatchNorm layers normalise by.
-        known: What was seen of the losses before.
         passed: f̂(θ), once it was seen, by a gradient there as a rule, so that no forward pass more is spent on it.
-        held: Where a solve begins, which the module is known to hold until something is evaluated; else None.
         apart: Leaves whose gradients are not added up in ``.grad``: of light bundles, by one operation each, and those
             of less than float32, in float32. (Adding up in ``.grad`` takes no room.)
     """
 
-    live: LiveModule
-    losses: Mapping[Role, LossFunction]
+    forward: LiveForward
     shared_names: tuple[str, ...]
-    task: Tasks
     microbatch: int | None
-    index: int
-    random: RandomState
     tally: Tally
-    norm: BatchNorm
-    known: Known
+    live: LiveModule = field(init=False)
     shared: Params = field(init=False)
     passed: Tensor | None = field(init=False, default=None)
-    held: Params | None = field(init=False, default=None)
     apart: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.live = self.forward.live
         self.shared = {name: self.live.parameters[name].detach() for name in self.shared_names}
         bundles = self.live.bundles
         narrow = {key for key in (*bundles, *self.shared) if accumulator(kind := self.live.held(key)[0].dtype) != kind}
@@ -77,10 +62,11 @@ class LiveLosses(InnerGradients):
 
     @property
     def sampled(self) -> bool:  # noqa: D102
-        return as_minibatches(self.task.support) is not None
+        return as_minibatches(self.forward.task.support) is not None
 
     def gradient(self, weights: Weights, phi: Mapping[str, Tensor], step: int) -> Params:  # noqa: D102
-        return self._differentiate(weights, phi, tuple(phi), step, minibatch=step)[1]
+        drawn = {Draw(role, step, minibatch=step): weight for role, weight in weights.items()}
+        return self._differentiate(drawn, phi, tuple(phi))[1]
 
     def value_and_gradient(self, role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:  # noqa: D102
         return self._value_and(tuple(phi), role, phi, step)
@@ -89,14 +75,17 @@ class LiveLosses(InnerGradients):
         return self._value_and((*phi, *self.shared_names), role, phi, step)
 
     def value(self, function: LossFunction, role: Role, phi: Params) -> Tensor:  # noqa: D102
-        return self._value(function, role, phi, None)
+        self.live.load(phi)
+        return self.forward.value(function, role, None)
 
     def loss(self, role: Role, phi: Params) -> Tensor:  # noqa: D102
-        if role is not Role.SUPPORT or not self._is_theta(phi):
-            return self._value(self.losses[role], role, phi, self.microbatch)
-        if self.passed is None:
-            self.passed = self._value(self.losses[role], role, phi, self.microbatch)
-        return self.passed
+        if role is Role.SUPPORT and self.passed is not None and self._is_theta(phi):
+            return self.passed
+        self.live.load(phi)
+        loss = self.forward.value(self.forward.losses[role], role, self.microbatch)
+        if role is Role.SUPPORT and self._is_theta(phi):
+            self.passed = loss
+        return loss
 
     def hessian_product(self, phi: Params, step: int) -> HessianProduct:  # noqa: D102
         raise NotImplementedError("the live module is never differentiated twice")
@@ -141,8 +130,7 @@ class LiveLosses(InnerGradients):
         return totals
 
     def steppable(self, start: Params) -> Bundles:  # noqa: D102
-        self._load(start)
-        self.held = start
+        self.live.load(start)
         return self.live.bundles
 
     def anew(self, start: Params) -> Bundles:  # noqa: D102
@@ -157,108 +145,53 @@ class LiveLosses(InnerGradients):
 
     def _value_and(self, wanted: tuple[str, ...], role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:
         """A loss, and its gradient in what is ``wanted``."""
-        losses, gradient = self._differentiate({role: 1.0}, phi, wanted, step)
-        return self.live.over_ranks(losses[role]), gradient
+        draw = Draw(role, step)
+        losses, gradient = self._differentiate({draw: 1.0}, phi, wanted)
+        return self.live.over_ranks(losses[draw]), gradient
 
     def _differentiate(
-        self, weights: Weights, phi: Mapping[str, Tensor], wanted: tuple[str, ...], step: int, minibatch: int = 0
-    ) -> tuple[dict[Role, Tensor], Params]:
+        self, weights: Mapping[Draw, float | Tensor], phi: Mapping[str, Tensor], wanted: tuple[str, ...]
+    ) -> tuple[dict[Draw, Tensor], Params]:
         """One ``.backward()`` a piece of a loss, so that its activations alone are alive; ``.grad`` adds them up."""
-        self._load(phi)
+        self.live.load(phi)
         parameters = [parameter for key in wanted for parameter in self.live.held(key)]
         alone = [self.live.held(key)[0] for key in wanted if self.live.bundles.alone(key)]
         self.live.watch(parameters)
-        losses: dict[Role, Tensor] = {}
+        losses: dict[Draw, Tensor] = {}
         sums: Params = {}
-        for role in weights:
-            self._check_mean(role, wanted, step, minibatch)
-        for role, weight in weights.items():
-            for batch, share in self._pieces(role, step, minibatch, self.microbatch):
+        for draw in weights:
+            self._check_mean(draw, wanted)
+        for draw, weight in weights.items():
+            for batch, share in pieces(self.forward.batch(draw), self.microbatch):
                 with torch.enable_grad():
-                    loss = self._loss(role, batch, step, minibatch)
+                    loss = self.forward.loss(draw, batch)
                     if losses:
                         _part(parameters)
-                    with self.known.undisturbed(role):
+                    with gradients_aside(self.forward.known.strangers[draw.role]):
                         times(weight, times(share, loss)).backward()  # type: ignore[no-untyped-call]
                 value = share * loss.detach()  # a copy: the next evaluation may use the loss's memory again
                 del loss  # and with it its graph, before the next one is built
-                losses[role] = losses[role] + value if role in losses else value
+                losses[draw] = losses[draw] + value if draw in losses else value
                 self._add_up(wanted, sums)
         require_gradient(chain(sums.values(), (parameter.grad for parameter in parameters)))
         _part(alone)  # bundles are copies
         self.tally.gradients += len(losses)
-        first = step == minibatch == 0 and Role.SUPPORT in losses and self.passed is None
-        if first and (self._is_theta(phi) or self.live.untouched()):  # the latter compares all of them
-            self.passed = self.live.over_ranks(losses[Role.SUPPORT])
+        begun = losses.get(Draw(Role.SUPPORT))
+        if self.passed is None and begun is not None and self.live.untouched():
+            self.passed = self.live.over_ranks(begun)
         return losses, {key: sums[key] if key in sums else self._taken(key) for key in wanted}
 
-    def _value(self, function: LossFunction, role: Role, phi: Params, microbatch: int | None) -> Tensor:
-        self._load(phi)
-
-        def parts(graph: bool) -> list[Tensor]:
-            with torch.set_grad_enabled(graph):
-                return [
-                    share * self._evaluate(function, role, batch, 0, 0).detach()
-                    for batch, share in self._pieces(role, 0, 0, microbatch)
-                ]
-
-        differentiates = any(one is function for one in self.known.differentiating)
-        try:
-            found = parts(differentiates)
-        except RuntimeError as error:
-            if differentiates or "does not require grad" not in str(error):
-                raise
-            self.live.load({})  # what a forward pass without a backward pass leaves
-            found = parts(True)
-            self.known.differentiating.append(function)
-        return self.live.over_ranks(torch.stack(found).sum())
-
-    def _loss(self, role: Role, batch: Batch, step: int, minibatch: int) -> Tensor:
-        """A loss with its graph; looked at, the first time.
-
-        What it adds to ``.grad`` itself, by a ``.backward()`` of its own, as for adversarial examples, is thrown away.
-        """
-        new = role not in self.known.strangers
-        if not (new or role in self.known.backward):
-            loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
-            require_graph(loss)
-            return loss
-        with gradients_aside(self.live.parameters.values()) as written:
-            loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
-            require_graph(loss)
-            if new:
-                loss = self._looked_at(loss, role, batch, step, minibatch)
-        if written:
-            self.known.backward.add(role)
-        return loss
-
-    def _looked_at(self, loss: Tensor, role: Role, batch: Batch, step: int, minibatch: int) -> Tensor:
-        """The loss, once it is known which tensors outside the model it depends on; evaluated again, if on any."""
-        if self.live.sharded:  # FSDP2 puts others in the place of the model's own
-            self.known.meet(role, [])
-            return loss
-        own = [*self.live.parameters.values(), *leaves(batch)]
-        own += [leaf for part in self.task if as_minibatches(part) is None for leaf in leaves(part)]
-
-        def again() -> dict[Role, Tensor]:
-            nonlocal loss
-            self._batch(role, step, minibatch)  # and so the same random state
-            loss = self._evaluate(self.losses[role], role, batch, step, minibatch)
-            return {role: loss}
-
-        self.known.meet(role, strangers({role: loss}, own, again)[role])
-        return loss
-
-    def _check_mean(self, role: Role, wanted: tuple[str, ...], step: int, minibatch: int) -> None:
+    def _check_mean(self, draw: Draw, wanted: tuple[str, ...]) -> None:
         """Refuse a loss that adds its examples up where pieces are averaged, and warn of one that is no mean.
 
         Raises:
             LossError: It is a sum.
         """
-        left = self.known.looks[role]
+        role, random = draw.role, self.forward.random
+        left = self.forward.known.looks[role]
         if self.microbatch is None or self.microbatch < 2 or not left:
             return
-        batch = self._batch(role, step, minibatch)
+        batch = self.forward.batch(draw)
         if examples(batch) <= self.microbatch:
             return
 
@@ -266,58 +199,24 @@ class LiveLosses(InnerGradients):
 
         def look(one: Batch) -> Look:
             with torch.enable_grad():
-                loss = self._loss(role, one, step, minibatch)
+                loss = self.forward.loss(draw, one)
                 if self.live.sharded:  # of gradients a rank sees parts, and ranks that share examples have to agree
                     return Look(float(self.live.over_ranks(loss.detach())), torch.zeros(1, device="cpu"))
-                with self.known.undisturbed(role):
+                with gradients_aside(self.forward.known.strangers[role]):
                     loss.backward()  # type: ignore[no-untyped-call]
             gradient = torch.cat([self._taken(key).flatten()[:NUMBERS].to(torch.float32) for key in few])
             for parameter in self.live.parameters.values():
                 parameter.grad = None
             return Look(float(loss.detach()), gradient)
 
-        before = self.random.state()
+        before = random.state()
         unit = round_off([self.live.held(key)[0] for key in few])
-        done = settled(role, look, batch, self.microbatch, unit, lambda: self.random.state() != before)
-        self.known.looks[role] = 0 if done else left - 1
-        self.live.load({})  # what a forward pass without a backward pass leaves
-
-    def _load(self, phi: Mapping[str, Tensor]) -> None:
-        known, self.held = self.held is phi, None
-        self.live.load({} if known else phi)  # what was made of the parameters before is out of date all the same
+        done = settled(role, look, batch, self.microbatch, unit, lambda: random.state() != before)
+        self.forward.known.looks[role] = 0 if done else left - 1
+        self.live.renew()  # what a forward pass without a backward pass leaves
 
     def _is_theta(self, phi: Mapping[str, Tensor]) -> bool:
         return phi is not self.live.bundles and all(phi[key] is leaf for key, leaf in self.live.values.items())
-
-    def _pieces(self, role: Role, step: int, minibatch: int, microbatch: int | None) -> Iterator[tuple[Batch, float]]:
-        """The batch of an evaluation in pieces, and its random state."""
-        yield from pieces(self._batch(role, step, minibatch), microbatch)
-
-    def _batch(self, role: Role, step: int, minibatch: int) -> Batch:
-        """The batch of an evaluation, and its random state."""
-        self.random.enter(self.index, role, step)
-        batch, source = self.task[role.value], as_minibatches(self.task[role.value])
-        if source is not None:
-            batch = ordinary(source[minibatch])  # whatever it draws, it draws for every solve
-            check_device(leaves(batch), self.random.device)
-            self.random.enter(self.index, role, step)
-        return batch
-
-    def _evaluate(self, function: LossFunction, role: Role, batch: Batch, step: int, minibatch: int) -> Tensor:
-        """A loss or metric of a batch, and of the support set before it where BatchNorm layers look at that."""
-
-        def at(read: Role, function: LossFunction) -> Tensor:
-            self.live.reset_buffers(copies=read is not role)
-            if read is role:
-                return called(batch, read, function)
-            with self.random.aside():
-                return called(self._batch(read, step, minibatch), read, function)
-
-        def called(given: Batch, read: Role, function: LossFunction) -> Tensor:
-            with noted(self.live.model, read, given):
-                return scalar_loss(function, self.live.model, given)
-
-        return self.norm.evaluate(role, function, self.losses[Role.SUPPORT], at)
 
     def _add_up(self, wanted: tuple[str, ...], sums: Params) -> None:
         """Add up the gradients of leaves ``apart``; to those left in ``.grad`` the next ``.backward()`` adds."""

@@ -68,19 +68,24 @@ class LiveModule:
         )
 
     def load(self, params: Mapping[str, Tensor]) -> None:
-        """Write ``params`` into the module, which may be where it stands already.
+        """Write ``params`` into the module, unless it is known to hold them; what it stands at may be given itself."""
+        self.renew()
+        if params is not self.bundles and not self.bundles.holds(params):
+            self.bundles.load(params)
 
-        What was made of the parameters before is out of date: what FSDP2 gathered for a forward pass without a backward
-        pass, and the casts that autocast keeps.
+    def renew(self) -> None:
+        """Let go what was made of the parameters before.
+
+        That is what FSDP2 gathered for a forward pass without a backward pass, and the casts that autocast keeps.
         """
         for module in self.sharded:
             module.reshard()
-        if params is not self.bundles:
-            self.bundles.load(params)
         torch.clear_autocast_cache()
 
     def untouched(self) -> bool:
-        """Whether the adapted parameters are what they were; of sharded ones, where a rank sees a part, no."""
+        """Whether the adapted parameters are what they were; sharded ones, of which a rank sees a part, as is known."""
+        if self.bundles.holds(self.values):
+            return True
         if is_sharded(self.model):
             return False
         pairs = [(self.bundles[key], value) for key, value in self.values.items()]
@@ -138,7 +143,8 @@ class LiveModule:
 
     def give_back(self) -> None:
         """Put everything back."""
-        self.load(self.values)
+        self.renew()
+        self.bundles.load(self.values)  # whatever they are known to hold
         self.reset_buffers()
         for name, parameter in self.parameters.items():
             parameter.grad = self.gradients[name]

@@ -22,14 +22,12 @@ class State(NamedTuple):
     Attributes:
         optimizer: Made for this solve.
         phi: The live parameters it steps, as leaves.
-        start: What they hold at the first step, unless one was written to since; at θ itself less is to be computed.
-        written: How often each had been written to then. (Fused optimizers do not count.)
+        start: Where they stand at the first step; at θ itself less is to be computed.
     """
 
     optimizer: torch.optim.Optimizer
     phi: Bundles
     start: Params
-    written: list[int]
 
 
 @dataclass(frozen=True)
@@ -100,11 +98,11 @@ class TorchOptimizer:
             raise SettingsError(
                 "the factory of TorchOptimizer must put the parameters it is given, and no others, into its optimizer"
             )
-        return State(optimizer, phi, start, _versions(phi))
+        return State(optimizer, phi, start)
 
     def step(self, energy: Energy, plan: None, state: State, index: int, decision: None) -> tuple[State, None]:
         """One step of the optimizer."""
-        at_start = index == 0 and _versions(state.phi) == state.written
+        at_start = state.phi.holds(state.start)
         gradient = energy.gradient(state.start if at_start else state.phi, index)
         state.phi.give(gradient)
         state.optimizer.step()
@@ -123,8 +121,3 @@ class TorchOptimizer:
     def finished(self, state: State) -> bool:
         """All steps are always taken."""
         return False
-
-
-def _versions(phi: Bundles) -> list[int]:
-    """How often each has been written to."""
-    return [parameter._version for parameter in phi.parameters]

@@ -99,7 +99,7 @@ def course(inner: Inner, make: Make, marks: tuple[int, ...]) -> Course:
             state = solver.init(energy, start, plan)
             for index in range(solver.steps):
                 state, _ = solver.step(energy, plan, state, index, None)
-                yield tally.gradients / losses.number, solver.point(state)
+                yield tally.gradients / losses.forward.number, solver.point(state)
 
         def measured(phi: Params) -> tuple[Tensor, Tensor]:
             pull, push = outside.forces(phi, 0)

@@ -25,11 +25,11 @@ def gauss_newton_products(losses: StackedLosses) -> Products:
 
     By reverse mode twice; counted as 2 gradients, as every product in the library.
     """
-    model = losses.call.model
+    model = losses.forward.call.model
 
     def one(packed: Params, vector: Params, inputs: PyTree) -> Params:
         def predict(packed: Params) -> Tensor:
-            prediction: Tensor = functional_call(model, losses.packing.unpack(packed), (inputs,))
+            prediction: Tensor = functional_call(model, losses.forward.packing.unpack(packed), (inputs,))
             return prediction
 
         prediction, pull = vjp(predict, packed)[:2]
@@ -44,7 +44,7 @@ def gauss_newton_products(losses: StackedLosses) -> Products:
             losses.count(2 * next(iter(vector.values())).shape[1])
             over_nodes = vmap(one, in_dims=(0, 0, None))
             here = tree.tree_map(lambda a, b: a.expand_as(b), phi, vector)
-            found: Params = vmap(over_nodes)(here, vector, losses.tasks.support.inputs)
+            found: Params = vmap(over_nodes)(here, vector, losses.forward.tasks.support.inputs)
             return found
 
         return times
