@@ -460,6 +460,17 @@ def episodes(ways: int, number: int) -> list[mn.Tasks]:
     return [mn.Tasks(batch(torch.arange(ways)), batch(query)) for _ in range(number)]
 
 
+def test_classes_that_mean_something_are_not_permuted(tmp_path: Path) -> None:
+    """Of tasks of one's own: sick and healthy are not names that any model may exchange."""
+    own = OWN.replace("return mn.tasks.few_shot(", "episodes = mn.tasks.few_shot(") + "    return episodes.take(9)\n"
+    (tmp_path / "own.py").write_text(own)
+    config = written(tmp_path, CLASSES, TASKS=f"{tmp_path}/own.py:tasks")
+    out = str(tmp_path / "out")
+    assert main(["train", config, "--quiet", "--out", out]) == 0
+    assert main(["evaluate", out]) == 0
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["permutations"] == 1
+
+
 @pytest.mark.parametrize("form", ["stack", "list", "loader"])
 def test_permutations_average_over_names(form: str) -> None:
     """A classifier that always says 0 is right on whatever class got that name: with prob. 1/3 the one of six."""

@@ -680,6 +680,49 @@ def test_a_learner_keeps_its_model() -> None:
     assert learner.model is model
 
 
+@pytest.mark.parametrize(
+    "name", ["loss", "query_loss", "batch_norm", "chunk_size", "microbatch", "compile", "execution"]
+)
+def test_settings_that_would_be_set_in_vain_are_refused(name: str) -> None:
+    """An attribute of that name would change nothing; prox, solver and the like are read at every step."""
+    learner = learner_of(PROBLEMS["ridge"]())
+    before = dict(vars(learner))
+    with pytest.raises(mn.SettingsError, match=f"keeps the {name} that it was made with"):
+        setattr(learner, name, "in_place")
+    assert vars(learner) == before
+
+
+@pytest.mark.parametrize("inner", EXECUTIONS)
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_laid_out_as_their_parameters(fused: bool, inner: str) -> None:
+    """Fused optimizers walk through memory, whatever axes mean there."""
+    moved = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 2)).double()
+        model.to(memory_format=layout)
+        turned = torch.randn(2, 16, dtype=torch.float64).mT.contiguous().mT  # as a transposed one
+        model[2].weight = torch.nn.Parameter(turned if layout is torch.channels_last else turned.contiguous())
+        images, classes = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64), torch.randint(2, (2, 5))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=fused)
+        learner = mn.MetaLearner(model, mn.metrics.cross_entropy, execution=inner)
+        for _ in range(3):
+            optimizer.zero_grad()
+            learner.backward(mn.Tasks(*(mn.Batch(images, classes) for _ in range(2))))
+            assert all(leaf.grad.stride() == leaf.stride() for leaf in model.parameters())
+            optimizer.step()
+        moved.append(torch.cat([leaf.detach().flatten() for leaf in model.parameters()]))
+    torch.testing.assert_close(*moved, rtol=1e-6, atol=1e-8)
+
+
+def test_a_scale_far_from_one_is_told_of() -> None:
+    made = PROBLEMS["ridge"]()
+    wide = torch.utils._pytree.tree_map(lambda leaf: 1000 * leaf, made.tasks)
+    learner = mn.MetaLearner(made.make(), made.loss, solver=mn.Nesterov(2))
+    with pytest.warns(mn.UnsolvedWarning, match="bring inputs and targets to a scale of about one"):
+        learner.backward(wide)
+
+
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
 @pytest.mark.parametrize("name", ["0.weight", "2.bias"])

@@ -27,6 +27,9 @@ MOST = 10.0
 GUESSED = 128
 """Most steps that are named without having been tried."""
 
+WIDE = 30.0
+"""Magnitude of inputs and targets above which their scale is told of."""
+
 FAIR = 0.2
 """Relative residual that more steps have to come below to be advised."""
 
@@ -75,6 +78,16 @@ def unsolved(residual: float, bound: float, solver: Any, prox: float, tried: Nee
         return said + (_step_size(solver, prox) if own else _closer(prox))
     here = f"raise steps from {solver.steps} to {tried.steps}, which left {_percent(tried.residual)} here"
     return f"{said}: {here}; or {_step_size(solver, prox) if own else _closer(prox)}"
+
+
+def scale(largest: float) -> str:
+    """Of numbers that no step size or prox was meant for."""
+    if largest <= WIDE:
+        return ""
+    return (
+        ". But first bring inputs and targets to a scale of about one, as by their mean and deviation over all "
+        f"training tasks: they reach {largest:.2g}, where neither steps nor prox do what they do elsewhere"
+    )
 
 
 def far(radius: float) -> str:
@@ -222,8 +235,9 @@ def no_score(places: Sequence[int], total: int, metric: str) -> str:
     """Which tasks have no finite score."""
     return (
         f"the {metric} of {len(places)} of {total} tasks ({_named(places)}) is not finite after "
-        "adaptation, and so is the mean: look for NaN in their data, or leave them out (Evaluation.values has a row a "
-        "task)"
+        "adaptation, and so is the mean: look for NaN in their data, see whether the metric is defined for them "
+        "(a mean over no example, an area under a curve of one class), or leave them out (Evaluation.values has a row "
+        "a task)"
     )
 
 

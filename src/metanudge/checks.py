@@ -129,6 +129,13 @@ def check_device(tensors: list[Tensor], device: torch.device) -> None:
             )
 
 
+def largest(stacks: list[Tasks]) -> float:
+    """The largest magnitude of a finite number in inputs and targets that are no whole numbers; 0 without any."""
+    batches = [batch for stack in stacks for batch in stack if not as_minibatches(batch)]
+    numbers = [leaf.detach().abs() for batch in batches for leaf in leaves(batch) if leaf.is_floating_point()]
+    return max((float(leaf.where(leaf.isfinite(), 0).max()) for leaf in numbers if leaf.numel()), default=0.0)
+
+
 def not_finite(stacks: list[Tasks], places: list[int]) -> dict[int, str]:
     """Of the tasks whose own tensors hold NaN or infinite numbers: place, and which tensors."""
     found: dict[int, list[str]] = {}

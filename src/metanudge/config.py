@@ -111,8 +111,8 @@ class Testing:
         tasks: How many test tasks.
         metric: One of ``METRICS``, or FILE.py:FUNCTION, of validation and test; None for accuracy where the loss is
             cross entropy, and otherwise for the query loss.
-        permutations: Permutations of the class labels a task's score is the mean over; None for 4 where targets are
-            class labels and 1 otherwise.
+        permutations: Permutations of the class labels a task's score is the mean over; None for 4 where they
+            are arbitrary, as those of ``mn.tasks.few_shot``, and 1 otherwise.
     """
 
     tasks: int = 600

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metanudge import advice
 from metanudge.accumulation import FiniteMean, Numbers
 from metanudge.bundles import copy_into
-from metanudge.checks import not_finite
+from metanudge.checks import largest, not_finite
 from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, UnsolvedWarning
 from metanudge.estimators import Estimator
 from metanudge.probe import Probe, needed
@@ -145,6 +145,7 @@ def verdict(
             sharpens = parts.sharpness_radius == 0 and Need.QUERY_LOSS_AS_IT_IS not in estimator.needs
             if sharpens and not noise and residual > advice.ROUGH > 2 * told.first:
                 said += advice.sharpened(told.first)
+            said += advice.scale(largest(given.stacks))
             _tell_once(told, UnsolvedWarning, said)
         elif 2 * numbers.amplified_tasks > mean.kept:
             lr = advice.fixed_lr(solver)
@@ -220,10 +221,11 @@ def add_to_grad(model: nn.Module, mean: FiniteMean, named: Named) -> float:
             new: list[tuple[Tensor, Tensor]] = []
             for name, part in named(one).items():
                 parameter = parameters[name]
-                if parameter.grad is None and name in one and part.dtype == parameter.dtype:
+                fits = part.dtype == parameter.dtype and part.stride() == parameter.stride()
+                if parameter.grad is None and name in one and fits:
                     parameter.grad = part
-                elif parameter.grad is None:  # which has memory of its own
-                    parameter.grad = torch.empty_like(part, dtype=parameter.dtype)
+                elif parameter.grad is None:  # of its own, laid out as fused optimizers take for granted
+                    parameter.grad = torch.empty_like(parameter)
                     new.append((parameter.grad, part))
                 elif parameter.grad.is_sparse:
                     parameter.grad = part.to(parameter.dtype) + parameter.grad

@@ -42,7 +42,11 @@ def draw(
     found = family(split=split)
     finite = length(found)
     first = 0 if finite is not None else FIRST[split] + (seed * PER_SEED if split == "train" else 0)
-    return Episodes(partial(_shifted, found, first, dtype), number if finite is None else min(finite, number or finite))
+    return Episodes(
+        partial(_shifted, found, first, dtype),
+        number if finite is None else min(finite, number or finite),
+        arbitrary_labels=getattr(found, "arbitrary_labels", False),
+    )
 
 
 def _shifted(found: Dataset[Tasks], first: int, dtype: torch.dtype, index: int) -> Tasks:

@@ -42,6 +42,9 @@ from metanudge.warned import warn
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # which some builds of torch lack
 
+FOR_GOOD = {"model", "loss", "query_loss", "batch_norm", "chunk_size", "microbatch", "compile", "process_group"}
+"""Arguments of a learner that can not be set later."""
+
 
 class MetaLearner:
     r"""Learns an initialisation from which a few examples suffice.
@@ -137,7 +140,7 @@ class MetaLearner:
         if sharpness_radius >= 1:
             warn(advice.far(sharpness_radius), UserWarning)
         settings.check_flag(compile=compile)
-        self._model = model
+        self.model = model
         self.losses = {Role.SUPPORT: loss, Role.QUERY: loss if query_loss is None else query_loss}
         self.prox, self.sharpness_radius, self.compile = float(prox), float(sharpness_radius), compile
         self.solver: Solver = Nesterov(steps=16) if solver is None else solver
@@ -164,14 +167,15 @@ class MetaLearner:
         self._told, self._checked = Told(), False
         self._seen: set[Shapes] = set()
 
-    @property
-    def model(self) -> nn.Module:
-        """The model, for good."""
-        return self._model
-
-    @model.setter
-    def model(self, model: nn.Module) -> None:
-        raise SettingsError("a learner keeps the model that it was made with; make a new MetaLearner of the other one")
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse what would be set in vain: prox, solver, estimator and the like can be, others are for good."""
+        made = "_told" in vars(self)
+        if (made and name in FOR_GOOD) or (name == "execution" and isinstance(value, str)):
+            raise SettingsError(
+                f"a learner keeps the {name} that it was made with; make a new MetaLearner with the other one. "
+                "What may be set is prox, solver, estimator, adapt_only and sharpness_radius"
+            )
+        super().__setattr__(name, value)
 
     def _check_settings(self) -> None:
         """Refuse what can not be settings: attributes may have been set since the learner was made."""

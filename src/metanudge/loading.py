@@ -80,7 +80,7 @@ def _module(place: str) -> Any:
         return importlib.import_module(place)
     path = Path(place)
     if not path.is_file():
-        raise SettingsError(f"there is no file {place}")
+        raise SettingsError(f"there is no file {place}, seen from the current folder, {Path.cwd()}")
     return _of_file(path.resolve(), path.stat().st_mtime_ns)
 
 

@@ -86,7 +86,8 @@ def evaluate(
         )
     tasks = first(tasks_of(config, "test"), number or config.testing.tasks)
     asked_permutations = permutations is not None
-    permutations = permutations or config.testing.permutations or (LABEL_PERMUTATIONS if _labelled(tasks[0]) else 1)
+    arbitrary = getattr(tasks.dataset, "arbitrary_labels", False) and _labelled(tasks[0])
+    permutations = permutations or config.testing.permutations or (LABEL_PERMUTATIONS if arbitrary else 1)
     found: dict[int, Evaluation] = {}
     for seed, folder in folders.items():
         with console.status(f"seed {seed}: adapting to {len(tasks)} tasks"):

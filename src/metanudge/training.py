@@ -86,9 +86,9 @@ def fit(
     """Meta-train: ``optimizer.zero_grad()``, ``backward`` and ``optimizer.step()``, ``steps`` times.
 
     Step k takes tasks k * tasks_per_step, ... of an endless set; a finite one is gone through in epochs, each in an
-    order that depends on (seed, epoch) alone. So the same call in the same folder, killed anywhere, goes on from its
-    last checkpoint, one every ``every`` steps, and gives bit for bit what it would have given (on a CPU, with as many
-    threads); killed before the first one, it begins anew.
+    order that depends on (seed, epoch) alone, and without the last few tasks, which would not fill a step. So the same
+    call in the same folder, killed anywhere, goes on from its last checkpoint, one every ``every`` steps, and gives bit
+    for bit what it would have given (on a CPU, with as many threads); killed before the first one, it begins anew.
 
     In ``out`` it leaves ``log.csv`` and ``log.jsonl``, ``last.pt`` (all that resuming needs, every ``every`` steps;
     written whole or not at all, read without running code), and with validation ``best``, a folder for

@@ -23,6 +23,8 @@ class Episodes(Dataset[Tasks]):
     Args:
         draw: From an index to a single task, without a task axis; picklable, if workers are spawned.
         number: How many tasks there are; None for no end.
+        arbitrary_labels: Whether it numbers the classes of a task at random, as ``few_shot`` does, so that
+            ``metanudge evaluate`` scores it under several permutations of them.
 
     Raises:
         SettingsError: A number below 1.
@@ -38,11 +40,14 @@ class Episodes(Dataset[Tasks]):
         3
     """
 
-    def __init__(self, draw: Callable[[int], Tasks], number: int | None = None) -> None:
+    def __init__(
+        self, draw: Callable[[int], Tasks], number: int | None = None, *, arbitrary_labels: bool = False
+    ) -> None:
         if number is not None:
             check_steps(number, "number")
         self.draw = draw
         self.number = number
+        self.arbitrary_labels = arbitrary_labels
 
     def __getitem__(self, index: int) -> Tasks:
         """Task ``index``, without a task axis."""

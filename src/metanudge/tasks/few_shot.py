@@ -82,7 +82,7 @@ def few_shot(
             f"{smallest} has {len(members[smallest])}; draw fewer, or leave it out with classes="
         )
     drawn = (least_ways, most_ways), _range("shots", shots)
-    return Episodes(_FewShot(dataset, tuple(members.values()), *drawn, queries, seed), number)
+    return Episodes(_FewShot(dataset, tuple(members.values()), *drawn, queries, seed), number, arbitrary_labels=True)
 
 
 @dataclass(frozen=True)
