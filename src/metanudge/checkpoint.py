@@ -23,7 +23,7 @@ from metanudge.types import Role
 from metanudge.warned import warn
 
 LAST, BEST = "last.pt", "best"
-ROUNDED = ("execution", "compile", "chunk_size", "microbatch", "processes")
+ROUNDED = ("execution", "compile", "cuda_graphs", "chunk_size", "microbatch", "processes")
 """Settings that change a step by round-off alone, and with dropout in train mode by other draws: a training that ran
 out of memory may go on with others."""
 FEW = 1000
@@ -152,6 +152,7 @@ def settings_of(learner: MetaLearner, optimizer: torch.optim.Optimizer) -> dict[
         "query_loss": qualified_name(learner.losses[Role.QUERY]),
         "execution": execution.name,
         "compile": learner.compile,
+        "cuda_graphs": learner.cuda_graphs,
         "optimizer": type(optimizer).__name__,
     }
     for size in ("chunk_size", "microbatch"):

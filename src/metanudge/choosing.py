@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from metanudge.errors import MetanudgeError, SettingsError
 from metanudge.estimators import Estimator
 from metanudge.execution import Execution, InPlace, Vectorized
-from metanudge.oracle import BatchNorm, Programs
+from metanudge.oracle import BatchNorm, CudaGraphs, Programs, device_of
 from metanudge.selection import Selection
 from metanudge.sharding import is_sharded
 from metanudge.solvers.loop import Solver
@@ -31,17 +31,24 @@ LARGE = 10_000_000
 """Adapted parameters above which "auto" takes the live module: a stack holds that many a task and node."""
 
 
+class Running(NamedTuple):
+    """How a learner is asked to run: arguments of ``MetaLearner``."""
+
+    execution: str
+    chunk_size: int | None = None
+    microbatch: int | None = None
+    compile: bool = False
+    cuda_graphs: bool = False
+
+
 def choose_execution(
-    name: str,
+    how: Running,
     model: nn.Module,
     losses: Mapping[Role, LossFunction],
     norm: BatchNorm,
     selection: Selection,
     solver: Solver,
     estimator: Estimator,
-    chunk_size: int | None,
-    microbatch: int | None,
-    compile: bool,
 ) -> Execution:
     """Make the execution asked for; "auto" is documented at ``MetaLearner``.
 
@@ -51,6 +58,7 @@ def choose_execution(
     Warns:
         UserWarning: A torch optimizer is to step parameters in bfloat16 or float16.
     """
+    name, chunk_size, microbatch, compile, cuda_graphs = how
     if name not in ("auto", "vectorized", "in_place"):
         raise SettingsError(f'execution must be "auto", "vectorized" or "in_place", got {name!r}')
     parameters = dict(model.named_parameters())
@@ -76,6 +84,7 @@ def choose_execution(
             "for a layer that vmap can not run": any(map(_not_for_vmap, model.modules())),
             "for its size": sum(parameter.numel() for parameter in adapted) > LARGE,
             "for microbatch": microbatch is not None,
+            "for cuda_graphs": cuda_graphs,
             "for float16": narrow,
         }
         found = [reason for reason, holds in reasons.items() if holds]
@@ -95,6 +104,11 @@ def choose_execution(
             )
         if microbatch is not None:
             raise SettingsError("microbatch belongs to the in-place execution; in a stack, chunk_size limits the tasks")
+        if cuda_graphs:
+            raise SettingsError(
+                "cuda_graphs belongs to the in-place execution, whose passes wait for Python; for a stack there is "
+                "compile=True"
+            )
         return Vectorized(model, losses, chunk_size, norm, Programs() if compile else None)
     if compile:
         raise SettingsError(
@@ -106,13 +120,32 @@ def choose_execution(
             f'batch_norm="{norm.policy}" normalises by a whole batch, of which microbatch={microbatch} shows a piece '
             'at a time; give batch_norm="frozen", leave microbatch out, or take GroupNorm or LayerNorm'
         )
+    if cuda_graphs:
+        _check_recordable(model, norm)
     made_in_inference = next((name for name, leaf in parameters.items() if leaf.is_inference()), None)
     if made_in_inference is not None:
         raise SettingsError(
             f"the parameter {made_in_inference} was made within torch.inference_mode(), and can not be stepped in "
             "place; make the model outside of it"
         )
-    return InPlace(model, losses, microbatch, norm)
+    return InPlace(model, losses, microbatch, norm, CudaGraphs() if cuda_graphs else None)
+
+
+def _check_recordable(model: nn.Module, norm: BatchNorm) -> None:
+    """Raise a SettingsError where no CUDA graph of a pass can be recorded."""
+    kind = device_of(model).type
+    if kind != CudaGraphs.kind:
+        raise SettingsError(
+            f"cuda_graphs=True records what a CUDA GPU does, and the model is on the device {kind!r}; move it first, "
+            "model.to('cuda'), or leave cuda_graphs out"
+        )
+    if is_sharded(model):
+        raise SettingsError("cuda_graphs=True can not record what FSDP2 does between ranks; leave it out")
+    if norm.policy == "support":
+        raise SettingsError(
+            'batch_norm="support" evaluates both sets in one pass, between which random generators are seeded, and '
+            'cuda_graphs=True can not record that; give "transductive" or "frozen", or leave cuda_graphs out'
+        )
 
 
 def check_hooks(model: nn.Module, error: type[MetanudgeError]) -> None:

@@ -61,6 +61,7 @@ class Learner:
         microbatch: As of ``MetaLearner``.
         batch_norm: As of ``MetaLearner``.
         compile: As of ``MetaLearner``.
+        cuda_graphs: As of ``MetaLearner``.
         warm_start: Whether inner solves begin at a task's last solution; give the tasks a number.
     """
 
@@ -74,6 +75,7 @@ class Learner:
     microbatch: int | None = None
     batch_norm: Policy | None = None
     compile: bool = False
+    cuda_graphs: bool = False
     warm_start: bool = False
 
 

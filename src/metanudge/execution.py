@@ -21,6 +21,8 @@ from metanudge.oracle import (
     LiveLosses,
     LiveModule,
     Programs,
+    Recorder,
+    Recordings,
     StackedForward,
     StackedLosses,
     Tally,
@@ -194,6 +196,7 @@ class InPlace:
         losses: The user's support and query loss.
         microbatch: Most examples in a forward pass; None for all.
         norm: What BatchNorm layers normalise by.
+        record: Records forward and backward passes; None to run each.
         known: What was seen of the losses.
     """
 
@@ -205,6 +208,7 @@ class InPlace:
     losses: Mapping[Role, LossFunction]
     microbatch: int | None = None
     norm: BatchNorm = NONE
+    record: Recorder | None = None
     known: Known = field(default_factory=Known)
 
     @contextmanager
@@ -220,11 +224,13 @@ class InPlace:
         selection, tally = use.selection, use.tally
         theta, bundles = live.values, live.bundles
         spacing = round_off([live.parameters[name] for name in selection.adapted])
+        records = self.record is not None and self.record.kind == random.device.type
+        recordings = Recordings(self.record, random) if self.record is not None and records else None
 
         def problems() -> Iterator[InnerProblem]:
             for index, task in enumerate(task for stack in use.stacks for task in single(stack)):
                 live.check_parts(task)
-                forward = LiveForward(live, self.losses, task, index, random, self.norm, self.known)
+                forward = LiveForward(live, self.losses, task, index, random, self.norm, self.known, recordings)
                 losses = LiveLosses(forward, selection.shared, self.microbatch, tally)
                 yield InnerProblem(losses, theta, use.prox, round_off=spacing, radius=use.radius)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 import torch
 
 from metanudge import advice
-from metanudge.choosing import choose_execution
+from metanudge.choosing import Running, choose_execution
 from metanudge.errors import SettingsError, UnmappableError
 from metanudge.execution import Execution, Vectorized
 from metanudge.selection import select_parameters
@@ -62,19 +62,15 @@ def _in_place(learner: MetaLearner) -> Execution | None:
     if not learner.automatic or not isinstance(before, Vectorized) or learner.ranks.size > 1:
         return None
     selection = select_parameters(learner.model, learner.adapt_only)
-    compiled = before.programs is not None
     try:
         found = choose_execution(
-            "in_place",
+            Running("in_place", compile=before.programs is not None),
             learner.model,
             learner.losses,
             learner.norm,
             selection,
             learner.solver,
             learner.estimator,
-            None,
-            None,
-            compiled,
         )
         learner.check_can_run(selection, found)
     except SettingsError:

@@ -16,7 +16,7 @@ from metanudge import advice, settings
 from metanudge.accumulation import FiniteMean, summarize
 from metanudge.adaptation import Shapes, adapted_copy, alone, check_copyable, curves, looked_at, losses_of
 from metanudge.batching import as_stacks
-from metanudge.choosing import check_hooks, check_needs, choose_execution
+from metanudge.choosing import Running, check_hooks, check_needs, choose_execution
 from metanudge.deposit import Given, Told, add_to_grad, check_adapted, in_order, verdict
 from metanudge.energy import InnerProblem
 from metanudge.errors import NonFiniteWarning, SettingsError, TasksError, UnmappableError
@@ -42,7 +42,17 @@ from metanudge.warned import warn
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # which some builds of torch lack
 
-FOR_GOOD = {"model", "loss", "query_loss", "batch_norm", "chunk_size", "microbatch", "compile", "process_group"}
+FOR_GOOD = {
+    "model",
+    "loss",
+    "query_loss",
+    "batch_norm",
+    "chunk_size",
+    "microbatch",
+    "compile",
+    "cuda_graphs",
+    "process_group",
+}
 """Arguments of a learner that can not be set later."""
 
 
@@ -65,8 +75,8 @@ class MetaLearner:
         execution: "vectorized" (all tasks at once under vmap), "in_place" (the live module, ``.backward()`` only), or
             "auto": in place when the solver is a torch optimizer, the model is compiled or sharded or has recurrent
             layers, backward hooks on modules, or embeddings with ``sparse=True`` or ``max_norm``, more than ten million
-            parameters or some in float16 are adapted, or ``microbatch`` is given; otherwise vectorised, until vmap
-            turns out not to run the model or a loss, and in place, with a warning, from then on.
+            parameters or some in float16 are adapted, or ``microbatch`` or ``cuda_graphs`` is given; otherwise
+            vectorised, until vmap turns out not to run the model or a loss, and in place, with a warning, from then on.
         adapt_only: Parameters the inner problem adapts: names of parameters or modules (``"head"``), patterns
             (``"*.bias"``), or a predicate ``(name, parameter) -> bool``; None for all. Other trainable parameters are
             shared by all tasks and get their own meta-gradient (from FOMAML a part); frozen ones cost nothing.
@@ -89,6 +99,12 @@ class MetaLearner:
             that differentiate twice, nor for models that draw random numbers or write to their inputs.
             What Python decides in the loss is frozen at the first step; parameters, buffers, numbers that modules hold
             and tensors changed in place are not.
+        cuda_graphs: Record the forward and backward passes of the in-place execution as CUDA graphs, which a GPU
+            repeats without waiting for Python: for models whose passes are many short kernels, between which the GPU is
+            idle. In every call a form of batch (loss, shapes) is run once, recorded the second time it comes, and
+            repeated from then on. What Python does in the loss, it does these two times alone; numbers that it takes
+            out of tensors, and random numbers of the CPU, are refused. Memory: the activations of one pass are kept
+            between calls, and during one a gradient for every form and loss. Not with FSDP2 or batch_norm="support".
         process_group: Processes that share the tasks of a meta-step, with the same model on each
             (``torch.distributed.group.WORLD``, after ``init_process_group``): ``backward`` is given this rank's tasks,
             one or more, leaves the mean over those of all ranks in ``.grad`` of each, and reports on all. All ranks
@@ -131,6 +147,7 @@ class MetaLearner:
         warm_start: WarmStart | None = None,
         batch_norm: Policy | None = None,
         compile: bool = False,
+        cuda_graphs: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
         settings.check_model(model)
@@ -139,10 +156,11 @@ class MetaLearner:
         settings.check_sizes(chunk_size=chunk_size, microbatch=microbatch)
         if sharpness_radius >= 1:
             warn(advice.far(sharpness_radius), UserWarning)
-        settings.check_flag(compile=compile)
+        settings.check_flag(compile=compile, cuda_graphs=cuda_graphs)
         self.model = model
         self.losses = {Role.SUPPORT: loss, Role.QUERY: loss if query_loss is None else query_loss}
         self.prox, self.sharpness_radius, self.compile = float(prox), float(sharpness_radius), compile
+        self.cuda_graphs = cuda_graphs
         self.solver: Solver = Nesterov(steps=16) if solver is None else solver
         self.estimator: Estimator = FOBMAML() if estimator is None else estimator
         self.warm_start, self.adapt_only = warm_start, listed(adapt_only)
@@ -150,16 +168,13 @@ class MetaLearner:
         selection = select_parameters(model, self.adapt_only)
         self.norm = BatchNorm(batch_norm, model)
         self.execution: Execution = choose_execution(
-            execution,
+            Running(execution, chunk_size, microbatch, compile, cuda_graphs),
             model,
             self.losses,
             self.norm,
             selection,
             self.solver,
             self.estimator,
-            chunk_size,
-            microbatch,
-            compile,
         )
         self.automatic = execution == "auto"
         self._selection()
@@ -213,6 +228,7 @@ class MetaLearner:
             batch_norm=self.norm.policy,
             warm_start=self.warm_start,
             compile=self.compile or None,
+            cuda_graphs=self.cuda_graphs or None,
             processes=self.ranks.size if self.ranks.size > 1 else None,
         )
         return (

@@ -96,7 +96,7 @@ def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **
         model: Of the same architecture; its parameters and buffers are overwritten.
         loss: Of the learner; functions are not written down.
         **settings: Of ``MetaLearner``, instead of those written down: ``solver``, ``query_loss``, ...; any of
-            ``execution``, ``compile`` and sizes is instead of all of them.
+            ``execution``, ``compile``, ``cuda_graphs`` and sizes is instead of all of them.
 
     Raises:
         SettingsError: Nothing there, weights of another architecture, or what could not be written down (a query loss,
@@ -121,7 +121,12 @@ def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **
             "sharpness_radius": record.get("sharpness_radius", 0.0),  # older versions had none
             "batch_norm": record.get("batch_norm"),
         }
-        if not settings.keys() & {"execution", "compile", *SIZES}:  # which fit together, or are given anew
+        if not settings.keys() & {
+            "execution",
+            "compile",
+            "cuda_graphs",
+            *SIZES,
+        }:  # which fit together, or are given anew
             given |= {name: record[name] for name in ("execution", *SIZES) if name in record}
         for name, make in READ.items():
             if name not in left_out:

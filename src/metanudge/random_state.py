@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -39,9 +40,14 @@ class RandomState:
             found.append(torch.cuda.default_generators[self.device.index].get_state())
         return [*(bytes(one.numpy()) for one in found), *self.others()]
 
+    def elsewhere(self) -> list[bytes]:
+        """Of those that are not the device's own."""
+        found = [] if self.device.type == "cpu" else [bytes(torch.default_generator.get_state().numpy())]
+        return [*found, *self.others()]
+
     def others(self) -> list[bytes]:
         """Of Python's and numpy's alone."""
-        return [repr(state).encode() for state in (random.getstate(), np.random.get_state(legacy=False))]
+        return [pickle.dumps(state) for state in (random.getstate(), np.random.get_state(legacy=False))]
 
     def aside(self) -> AbstractContextManager[None]:
         """A context whose draws leave the state as it was."""

@@ -168,6 +168,7 @@ def learner_of(config: Config, group: Any = None) -> MetaLearner:
         microbatch=settings.microbatch,
         batch_norm=settings.batch_norm,
         compile=settings.compile,
+        cuda_graphs=settings.cuda_graphs,
         warm_start=WarmStart() if settings.warm_start else None,
         process_group=group,
     )

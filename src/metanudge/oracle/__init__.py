@@ -11,17 +11,21 @@ from metanudge.oracle.compiled import Programs
 from metanudge.oracle.live import LiveLosses
 from metanudge.oracle.live_forward import LiveForward
 from metanudge.oracle.module import LiveModule
+from metanudge.oracle.recorded import CudaGraphs, Recorder, Recordings
 from metanudge.oracle.stacked import StackedLosses
 from metanudge.oracle.stacked_forward import StackedForward
 
 __all__ = [
     "BatchNorm",
     "Call",
+    "CudaGraphs",
     "LiveForward",
     "LiveLosses",
     "LiveModule",
     "Policy",
     "Programs",
+    "Recorder",
+    "Recordings",
     "StackedForward",
     "StackedLosses",
     "Tally",

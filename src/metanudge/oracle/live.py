@@ -40,7 +40,7 @@ class LiveLosses(InnerGradients):
         tally: Counter.
         passed: f̂(θ), once it was seen, by a gradient there as a rule, so that no forward pass more is spent on it.
         apart: Leaves whose gradients are not added up in ``.grad``: of light bundles, by one operation each, and those
-            of less than float32, in float32. (Adding up in ``.grad`` takes no room.)
+            of less than float32, in float32; and all where passes are recorded. (Adding up in ``.grad`` takes no room.)
     """
 
     forward: LiveForward
@@ -56,6 +56,9 @@ class LiveLosses(InnerGradients):
         self.live = self.forward.live
         self.shared = {name: self.live.parameters[name].detach() for name in self.shared_names}
         bundles = self.live.bundles
+        if self.forward.recordings is not None:
+            self.apart = {*bundles, *self.shared}
+            return
         narrow = {key for key in (*bundles, *self.shared) if accumulator(kind := self.live.held(key)[0].dtype) != kind}
         light = {key for key in bundles if bundles.light and not bundles.alone(key)}
         self.apart = narrow | light
@@ -163,14 +166,13 @@ class LiveLosses(InnerGradients):
             self._check_mean(draw, wanted)
         for draw, weight in weights.items():
             for batch, share in pieces(self.forward.batch(draw), self.microbatch):
-                with torch.enable_grad():
-                    loss = self.forward.loss(draw, batch)
+                recording = self.forward.recorded(draw, batch, parameters)
+                if recording is not None:
+                    value = share * recording.repeat(batch, weight * share)
+                else:
                     if losses:
                         _part(parameters)
-                    with gradients_aside(self.forward.known.strangers[draw.role]):
-                        times(weight, times(share, loss)).backward()  # type: ignore[no-untyped-call]
-                value = share * loss.detach()  # a copy: the next evaluation may use the loss's memory again
-                del loss  # and with it its graph, before the next one is built
+                    value = self._backward(draw, batch, weight, share)
                 losses[draw] = losses[draw] + value if draw in losses else value
                 self._add_up(wanted, sums)
         require_gradient(chain(sums.values(), (parameter.grad for parameter in parameters)))
@@ -180,6 +182,14 @@ class LiveLosses(InnerGradients):
         if self.passed is None and begun is not None and self.live.untouched():
             self.passed = self.live.over_ranks(begun)
         return losses, {key: sums[key] if key in sums else self._taken(key) for key in wanted}
+
+    def _backward(self, draw: Draw, batch: Batch, weight: float | Tensor, share: float) -> Tensor:
+        """A piece's share in a loss; the gradient of that, weighted, is added to ``.grad``."""
+        with torch.enable_grad():
+            loss = self.forward.loss(draw, batch)
+            with gradients_aside(self.forward.known.strangers[draw.role]):
+                times(weight, times(share, loss)).backward()  # type: ignore[no-untyped-call]
+        return share * loss.detach()  # a copy: the next evaluation may use the loss's memory again
 
     def _check_mean(self, draw: Draw, wanted: tuple[str, ...]) -> None:
         """Refuse a loss that adds its examples up where pieces are averaged, and warn of one that is no mean.
@@ -220,11 +230,13 @@ class LiveLosses(InnerGradients):
 
     def _add_up(self, wanted: tuple[str, ...], sums: Params) -> None:
         """Add up the gradients of leaves ``apart``; to those left in ``.grad`` the next ``.backward()`` adds."""
-        for key in wanted:
-            if key in self.apart and any(parameter.grad is not None for parameter in self.live.held(key)):
-                leaf = self._taken(key)
-                leaf = leaf.to(accumulator(leaf.dtype))
-                sums[key] = sums[key].add_(leaf) if key in sums else leaf
+        found = {
+            key: self._taken(key)
+            for key in wanted
+            if key in self.apart and any(parameter.grad is not None for parameter in self.live.held(key))
+        }
+        for names, part in tree.emptied(found):
+            tree.accumulate(sums, names, part)
 
     def _taken(self, key: str) -> Tensor:
         """The gradient ``.backward()`` left; the module forgets it, so that the next one can not write into it."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metanudge.batching import ordinary, pieces
 from metanudge.checks import check_device, leaves
@@ -17,6 +18,7 @@ from metanudge.oracle.common import require_graph, scalar_loss
 from metanudge.oracle.known import Known, added_to, gradients_aside, strangers
 from metanudge.oracle.module import LiveModule
 from metanudge.oracle.notes import noted
+from metanudge.oracle.recorded import Recording, Recordings
 from metanudge.random_state import RandomState
 from metanudge.types import Batch, LossFunction, Role, Tasks
 
@@ -47,6 +49,7 @@ class LiveForward:
         random: Seeds.
         norm: What BatchNorm layers normalise by.
         known: What was seen of the losses before.
+        recordings: Of passes, where they are recorded.
     """
 
     live: LiveModule
@@ -56,6 +59,7 @@ class LiveForward:
     random: RandomState
     norm: BatchNorm
     known: Known
+    recordings: Recordings | None = None
 
     def batch(self, draw: Draw) -> Batch:
         """The examples of an evaluation, and its random state."""
@@ -98,6 +102,16 @@ class LiveForward:
         if written:
             self.known.backward.add(role)
         return loss
+
+    def recorded(self, draw: Draw, batch: Batch, parameters: Sequence[nn.Parameter]) -> Recording | None:
+        """The recorded pass of a loss and its gradient, if there is one; it is as when this evaluates it.
+
+        A loss is looked at before; one that calls ``.backward()`` itself is never recorded.
+        """
+        role, strangers = draw.role, self.known.strangers
+        if self.recordings is None or role in self.known.backward or role not in strangers:
+            return None
+        return self.recordings.of(self.losses[role], parameters, batch, partial(self._graph, draw), strangers[role])
 
     def _parts(self, function: LossFunction, role: Role, microbatch: int | None, *, graph: bool) -> list[Tensor]:
         draw = Draw(role)

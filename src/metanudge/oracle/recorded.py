@@ -1,0 +1,255 @@
+"""Forward and backward passes recorded as CUDA graphs: a GPU repeats them at once, where it would wait for Python."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from metanudge.bundles import copy_into
+from metanudge.checks import leaves
+from metanudge.errors import LossError
+from metanudge.oracle.known import gradients_aside
+from metanudge.random_state import RandomState
+from metanudge.types import Batch, LossFunction
+
+T = TypeVar("T")
+
+MOST = 8
+"""Forms of batches that are recorded; each keeps a gradient. Further ones, as of tasks that are all ragged, are not."""
+
+
+class Found(NamedTuple):
+    """What a pass leaves, in memory that every repetition writes to anew.
+
+    Attributes:
+        loss: Its value.
+        gradients: By parameter; None where the loss does not depend on it.
+    """
+
+    loss: Tensor
+    gradients: list[Tensor | None]
+
+
+class Recorder(Protocol):
+    """Where passes can be recorded.
+
+    Attributes:
+        kind: Of the device that can.
+    """
+
+    kind: ClassVar[str]
+
+    def __call__(self, work: Callable[[], Found], device: torch.device) -> tuple[Found, Callable[[], None]]:
+        """What ``work`` gives, once what is returned beside it has been called: that does it, as often as it is called.
+
+        Raises:
+            LossError: It can not be recorded.
+        """
+        ...
+
+
+class Place(NamedTuple):
+    """Where graphs are recorded.
+
+    Attributes:
+        device: Of all of them.
+        stream: Aside from the current one.
+        keeps: A graph that does nothing, and as long as it is there, so is the memory that graphs share.
+    """
+
+    device: torch.device
+    stream: torch.cuda.Stream
+    keeps: torch.cuda.CUDAGraph
+
+
+@dataclass(eq=False)
+class CudaGraphs:
+    """Records work as CUDA graphs. They share their memory, as one runs after the other, and keep it for later ones."""
+
+    kind: ClassVar[str] = "cuda"
+
+    place: Place | None = None
+
+    def __call__(self, work: Callable[[], Found], device: torch.device) -> tuple[Found, Callable[[], None]]:
+        """Record; nothing is computed yet."""
+        with torch.cuda.device(device):
+            if self.place is None or self.place.device != device:
+                self.place = Place(device, torch.cuda.Stream(), torch.cuda.CUDAGraph())  # type: ignore[no-untyped-call]
+                self._record(self.place.keeps, _nothing, None)
+            try:
+                graph = torch.cuda.CUDAGraph()
+                return self._record(graph, work, self.place.keeps.pool()), graph.replay
+            except BaseException as error:
+                stream, self.place = self.place.stream, None
+                _mend(stream)
+                if isinstance(error, RuntimeError) and re.search("captur", str(error)):
+                    raise LossError(f"{_UNRECORDABLE} PyTorch said: {error}") from error
+                raise
+
+    def _record(self, graph: torch.cuda.CUDAGraph, work: Callable[[], T], pool: Any) -> T:
+        assert self.place is not None
+        aside, current = self.place.stream, torch.cuda.current_stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # loaders may pin memory meanwhile
+            try:
+                found = work()
+            except BaseException:
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        current.wait_stream(aside)
+        return found
+
+    def __reduce__(self) -> tuple[type[CudaGraphs], tuple[()]]:
+        """For copies, which begin without memory."""
+        return CudaGraphs, ()
+
+
+def _nothing() -> Tensor:
+    return torch.zeros((), device="cuda")
+
+
+def _mend(stream: torch.cuda.Stream) -> None:
+    """After a recording that failed: random generators take themselves for recorded until one ends well."""
+    graph = torch.cuda.CUDAGraph()
+    with suppress(RuntimeError), torch.cuda.stream(stream):
+        graph.capture_begin()
+        _nothing()
+        graph.capture_end()
+
+
+_UNRECORDABLE = (
+    "with cuda_graphs=True neither the model nor the loss may do what a GPU can not repeat by itself: take a number "
+    "out of a tensor (.item(), float(), if or while on its value), make tensors out of Python's numbers or of the "
+    "CPU's tensors, or keep random states (activation checkpointing: preserve_rng_state=False); leave cuda_graphs out."
+)
+_DRAWN = (
+    "with cuda_graphs=True neither the model nor the loss may draw from the generators of Python, numpy or torch on "
+    "the CPU: the GPU would repeat one draw; draw with device='cuda', or leave cuda_graphs out"
+)
+
+
+class Recording(NamedTuple):
+    """A pass that was recorded.
+
+    Attributes:
+        given: The tensors of the batch that it reads.
+        factor: By which its gradient is multiplied.
+        found: What it leaves.
+        parameters: Of its gradients.
+        again: Does it.
+    """
+
+    given: list[Tensor]
+    factor: Tensor
+    found: Found
+    parameters: Sequence[nn.Parameter]
+    again: Callable[[], None]
+
+    def repeat(self, batch: Batch, factor: float | Tensor) -> Tensor:
+        """The loss of a batch; its gradient times a factor is put into ``.grad``, in memory of its own."""
+        copy_into(list(zip(self.given, leaves(batch), strict=True)))
+        if isinstance(factor, Tensor):
+            self.factor.copy_(factor)
+        else:
+            self.factor.fill_(factor)
+        self.again()
+        pairs = [(p, g) for p, g in zip(self.parameters, self.found.gradients, strict=True) if g is not None]
+        own = [torch.empty_like(gradient) for _, gradient in pairs]
+        copy_into([(copy, gradient) for copy, (_, gradient) in zip(own, pairs, strict=True)])
+        for parameter in self.parameters:
+            parameter.grad = None
+        for copy, (parameter, _) in zip(own, pairs, strict=True):
+            parameter.grad = copy
+        return self.found.loss.clone()
+
+
+@dataclass(eq=False)
+class Recordings:
+    """The recorded passes of one lent module, by the loss and the form of what it was given.
+
+    A form is recorded when it comes for the second time: at the first, libraries set themselves up. They live for one
+    call of the learner's: between two of them, what a loss reads may be another tensor, or gone.
+
+    Attributes:
+        record: Records.
+        random: Seeds.
+    """
+
+    record: Recorder
+    random: RandomState
+    _met: dict[Hashable, Recording | None] = field(default_factory=dict)
+
+    def of(
+        self,
+        function: LossFunction,
+        parameters: Sequence[nn.Parameter],
+        batch: Batch,
+        loss: Callable[[Batch], Tensor],
+        strangers: Sequence[Tensor],
+    ) -> Recording | None:
+        """The recorded pass for such a batch; None where there is none yet, or none to be.
+
+        Args:
+            function: The user's; the same one for support and query sets of a form is recorded once.
+            parameters: What it is differentiated by.
+            batch: The examples.
+            loss: It, evaluated on a batch, with its graph.
+            strangers: Further tensors that it depends on.
+
+        Raises:
+            LossError: It can not be recorded.
+        """
+        given, structure = tree_flatten(batch)
+        if any(leaf.device != self.random.device for leaf in given):
+            return None
+        forms = [(leaf.shape, leaf.stride(), leaf.dtype) for leaf in given]
+        key = (id(function), str(structure), *forms, *map(id, parameters))
+        if key not in self._met:
+            if len(self._met) < MOST:
+                self._met[key] = None
+            return None
+        found = self._met[key]
+        if found is None:
+            found = self._met[key] = self._recorded(parameters, batch, loss, strangers)
+        return found
+
+    def _recorded(
+        self,
+        parameters: Sequence[nn.Parameter],
+        batch: Batch,
+        loss: Callable[[Batch], Tensor],
+        strangers: Sequence[Tensor],
+    ) -> Recording:
+        own: Batch = tree_map(lambda leaf: leaf.detach().clone(), batch)
+        factor = torch.ones((), dtype=torch.float64, device=self.random.device)  # exact, whatever the loss comes in
+
+        def work() -> Found:
+            torch.clear_autocast_cache()  # what is cast before is not cast again when this is repeated
+            with torch.enable_grad():
+                value = loss(own)
+                with gradients_aside(strangers):
+                    (factor * value).backward()  # type: ignore[no-untyped-call]
+            torch.clear_autocast_cache()
+            gradients = [parameter.grad for parameter in parameters]
+            for parameter in parameters:
+                parameter.grad = None
+            return Found(value.detach(), gradients)
+
+        for parameter in parameters:
+            parameter.grad = None
+        with self.random.aside():
+            before = self.random.elsewhere()
+            found, again = self.record(work, self.random.device)
+            if self.random.elsewhere() != before:
+                raise LossError(_DRAWN)
+        return Recording(leaves(own), factor, found, parameters, again)

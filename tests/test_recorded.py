@@ -1,0 +1,208 @@
+"""Recorded passes, by a recorder that a CPU has: what a CUDA graph keeps and repeats, it keeps and repeats too."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metanudge as mn
+from metanudge.oracle.recorded import MOST, CudaGraphs, Found
+from metanudge.types import Role
+from problems import DTYPE, PROBLEMS, flat_gradient
+
+LEAN = mn.FOBMAML(nudge="full", start="initialization")
+SGD = mn.TorchOptimizer(lambda p: torch.optim.SGD(p, lr=0.1), 3)
+
+
+@dataclass
+class OnTheCpu:
+    """Runs the work again and writes what it gives over what it gave, which was wiped: nobody reads it too early."""
+
+    kind: ClassVar[str] = "cpu"
+
+    recorded: int = 0
+    repeated: int = field(default=0)
+
+    def __call__(self, work: Callable[[], Found], device: torch.device) -> tuple[Found, Callable[[], None]]:
+        assert device.type == "cpu"
+        self.recorded += 1
+        found = work()
+        kept = [found.loss, *(gradient for gradient in found.gradients if gradient is not None)]
+        for tensor in kept:
+            tensor.fill_(float("nan"))
+
+        def again() -> None:
+            self.repeated += 1
+            new = work()
+            for old, tensor in zip(kept, [new.loss, *(g for g in new.gradients if g is not None)], strict=True):
+                old.copy_(tensor)
+
+        return found, again
+
+
+def recording(learner: mn.MetaLearner) -> OnTheCpu:
+    """Let a learner in place record its passes."""
+    recorder = OnTheCpu()
+    learner.execution = replace(learner.execution, record=recorder)
+    return recorder
+
+
+def both(
+    make: Callable[[], nn.Module], loss: object, tasks: object, **settings: object
+) -> tuple[mn.MetaStep, OnTheCpu]:
+    """The same steps without recordings and with them: equal to the last bit. What is told is of the second."""
+    found = []
+    for records in (False, True):
+        model = make()
+        learner = mn.MetaLearner(model, loss, **{"solver": SGD, "execution": "in_place", **settings})
+        torch.manual_seed(3)
+        learner.backward(tasks)  # which looks at the losses
+        recorder = recording(learner) if records else None
+        step = learner.backward(tasks)
+        found.append((flat_gradient(model), step, torch.random.get_rng_state()))
+    (plain, said, state), (recorded, said_too, state_too) = found
+    assert torch.equal(plain, recorded)
+    assert repr(said) == repr(said_too)  # NaN is not NaN
+    assert torch.equal(state, state_too)
+    return said_too, recorder
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [LEAN, mn.FOBMAML(), mn.FOBMAML(nudge="full"), mn.FOMAML(), mn.Reptile()],
+    ids=lambda estimator: repr(estimator)[:30],
+)
+@pytest.mark.parametrize("name", ["mlp", "logistic"])
+def test_recorded_passes_are_what_they_record(name: str, estimator: object) -> None:
+    made = PROBLEMS[name]()
+    step, recorder = both(made.make, made.loss, made.tasks, estimator=estimator, prox=made.prox)
+    sizes = {len(batch.inputs[0]) for batch in made.tasks}
+    assert recorder.recorded == len(sizes)  # one loss for both sets
+    assert recorder.repeated == step.gradient_evaluations - len(sizes)  # each form once as it is
+
+
+class Noisy(nn.Module):
+    """Dropout, BatchNorm with running statistics, and a parameter that nothing depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.norm, self.two = nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+        self.idle = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(F.dropout(self.norm(self.one(x)).relu(), 0.3, self.training))
+
+
+def noisy() -> nn.Module:
+    return Noisy().to(DTYPE)
+
+
+def squared(model: nn.Module, batch: mn.Batch) -> Tensor:
+    return (model(batch.inputs) - batch.targets).square().mean()
+
+
+def data(*sizes: int, seed: int = 1) -> list[mn.Tasks]:
+    torch.manual_seed(seed)
+    batches = [mn.Batch(torch.randn(n, 3, dtype=DTYPE), torch.randn(n, 2, dtype=DTYPE)) for n in sizes]
+    return [mn.Tasks(batch, batch) for batch in batches]
+
+
+@pytest.mark.parametrize("policy", ["transductive", "frozen"])
+@pytest.mark.parametrize("settings", [{}, {"microbatch": 3}, {"adapt_only": ["two"]}], ids=str)
+def test_dropout_buffers_pieces_and_shared_parameters(policy: str, settings: dict) -> None:
+    if policy == "transductive" and "microbatch" in settings:
+        pytest.skip("refused")
+    _, recorder = both(noisy, squared, data(6, 6), estimator=LEAN, batch_norm=policy, **settings)
+    assert recorder.repeated > 10
+
+
+def test_every_form_is_recorded_once_and_a_few_at_most() -> None:
+    _, recorder = both(noisy, squared, data(4, 5, 4, 6), estimator=LEAN, batch_norm="frozen")
+    assert recorder.recorded == 3  # sizes of both sets
+    _, recorder = both(noisy, squared, data(*range(2, 12)), estimator=LEAN, batch_norm="frozen")
+    assert recorder.recorded == MOST
+
+
+def test_adapt_and_evaluate_repeat_too() -> None:
+    found = []
+    for records in (False, True):
+        learner = mn.MetaLearner(noisy().eval(), squared, solver=SGD, execution="in_place", batch_norm="frozen")
+        recorder = recording(learner) if records else None
+        task = data(4)[0]
+        learner.backward([task])
+        adapted = learner.adapt(task.support)
+        found.append((torch.cat([leaf.flatten() for leaf in adapted.parameters()]), learner.evaluate([task]).mean))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert recorder.recorded >= 3  # each call records its own
+
+
+def test_a_loss_that_takes_a_backward_pass_itself_is_run_each_time() -> None:
+    def adversarial(model: nn.Module, batch: mn.Batch) -> Tensor:
+        x = batch.inputs.clone().requires_grad_()
+        squared(model, mn.Batch(x, batch.targets)).backward()
+        return squared(model, mn.Batch(batch.inputs + 0.1 * x.grad.sign(), batch.targets))
+
+    _, recorder = both(noisy, adversarial, data(6), estimator=LEAN, batch_norm="frozen")
+    assert recorder.recorded == 0
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_random_numbers_of_the_host_are_refused(draw: Callable[[], float]) -> None:
+    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
+        return squared(model, batch) * (1 + draw())
+
+    model = noisy()
+    before = copy.deepcopy(model.state_dict())
+    learner = mn.MetaLearner(model, loss, solver=SGD, execution="in_place", batch_norm="frozen", estimator=LEAN)
+    recording(learner)
+    with pytest.raises(mn.LossError, match=r"cuda_graphs=True neither .* may draw from the generators"):
+        learner.backward(data(6))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradients_are_in_memory_of_their_own() -> None:
+    """One that is kept, as ∇f(φ₀) is, does not change when its pass is repeated."""
+    kept = []
+
+    class Keeps(mn.FOMAML):
+        def __call__(self, problem: object, solver: object) -> object:
+            theta = problem.losses.spread(problem.theta)
+            kept.extend(problem.losses.gradient({Role.SUPPORT: 1.0}, theta, 0) for _ in range(4))
+            return super().__call__(problem, solver)
+
+    model = nn.Linear(3, 2).to(DTYPE)
+    learner = mn.MetaLearner(model, squared, solver=SGD, execution="in_place", estimator=Keeps())
+    recording(learner)
+    learner.backward(data(6))
+    assert all(torch.equal(one, kept[0][name]) for found in kept for name, one in found.items())
+
+
+def test_copies_of_a_learner_record_anew() -> None:
+    graphs = CudaGraphs()
+    assert copy.deepcopy(graphs) is not graphs
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"cuda_graphs": 1}, "cuda_graphs must be True or False"),
+        ({"cuda_graphs": True}, "the model is on the device 'cpu'; move it first"),
+        ({"cuda_graphs": True, "execution": "vectorized"}, "cuda_graphs belongs to the in-place execution"),
+        ({"cuda_graphs": True, "compile": True}, "compile belongs to the vectorized execution"),
+    ],
+)
+def test_settings_that_can_not_be_are_refused(settings: dict, words: str) -> None:
+    with pytest.raises(mn.SettingsError, match=words):
+        mn.MetaLearner(nn.Linear(3, 2), squared, **settings)
