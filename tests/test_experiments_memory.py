@@ -18,8 +18,8 @@ from rich.console import Console
 
 import metanudge as mn
 from metanudge.experiments.memory import EXPERIMENT, channels, gpu, lora, places, steps, transformer
-from metanudge.experiments.memory.candidates import CANDIDATES, SECOND_ORDER, Inner
-from metanudge.experiments.memory.claims import memory_claim, time_claim
+from metanudge.experiments.memory.candidates import CANDIDATES, ON_A_GPU, SECOND_ORDER, Inner
+from metanudge.experiments.memory.claims import graphs_claims, memory_claim, time_claim
 from metanudge.experiments.memory.measuring import Job, Measuring, live, resident_peak, seconds
 from metanudge.experiments.memory.processes import RETURNING, end_with_parent, forked, nursery, tell
 from metanudge.experiments.runner import reproduce
@@ -116,7 +116,7 @@ def test_gradients_are_counted_and_timed():
     assert seconds(Job("plain", "x", small, 3), FAST).gradients == 1
 
 
-@pytest.mark.parametrize("name", CANDIDATES)
+@pytest.mark.parametrize("name", sorted(set(CANDIDATES) - ON_A_GPU))
 def test_candidates_take_the_same_steps(name):
     """Of the same inner problem, wherever they run: the losses they report are those after the same solve."""
     inner = small()
@@ -173,7 +173,7 @@ def test_studies(name, monkeypatch):
         pytest.importorskip("peft")
     monkeypatch.setattr("metanudge.experiments.memory.measuring.nursery", this_process)
     monkeypatch.setattr("metanudge.experiments.memory.measuring.forked", lambda function, allocator, job: function(job))
-    chosen = CANDIDATES if name == "steps" else {key: CANDIDATES[key] for key in ("plain", "fobmaml", "maml")}
+    chosen = set(CANDIDATES) - ON_A_GPU if name == "steps" else {"plain", "fobmaml", "maml"}
     if name != "steps":
         monkeypatch.setattr(f"metanudge.experiments.memory.{name}.EVERYWHERE", tuple(chosen))
     shares: list[float] = []
@@ -186,7 +186,7 @@ def test_studies(name, monkeypatch):
     quantities |= {"seconds", "seconds_over_loop", "gradients"}
     assert quantities == set(study.metrics)
     for quantity in quantities:
-        assert set(study.metrics[quantity]) == set(chosen)
+        assert set(study.metrics[quantity]) == chosen
     if name == "steps":
         assert set(study.metrics["live_bytes"]["maml"]) == {"1"}  # its limit
         assert set(study.metrics["live_bytes"]["fomaml"]) == {"1", "4"}
@@ -229,6 +229,8 @@ def test_a_study_of_a_gpu(monkeypatch):
         return prepare(inner, steps)
 
     monkeypatch.setitem(CANDIDATES, "maml", CANDIDATES["maml"]._replace(prepare=full))
+    graphs = CANDIDATES["fobmaml_graphs"]._replace(prepare=CANDIDATES["fobmaml"].prepare)
+    monkeypatch.setitem(CANDIDATES, "fobmaml_graphs", graphs)
     settings = {"steps": (1, 4), "limits": {}, "compared": 4, "width": 4, "depth": 2, "examples": 16}
     study = on_gpu(monkeypatch, "steps", **settings)
     assert study.name == "steps_gpu"
@@ -240,6 +242,19 @@ def test_a_study_of_a_gpu(monkeypatch):
     assert [claim.holds for claim in study.claims[:2]] == [True, True]
     assert study.claims[1].measured == f"more than the {2**30 / 7:.1f} times that there is room for"
     assert "allocated +0.000 MiB" in study.claims[0].measured
+    assert "With CUDA graphs" in study.claims[3].statement
+
+
+def test_the_claim_of_cuda_graphs_is_of_every_place():
+    places = {"8": "eight", "9": "nine"}
+    assert not graphs_claims({"seconds_over_loop": {"fobmaml": {"8": 1.0}}}, places)
+    for ratios, lost, holds in (({"8": 0.5, "9": 1.1}, {}, True), ({"8": 0.5, "9": 1.11}, {}, False)):
+        found = {"seconds_over_loop": {"fobmaml_graphs": ratios}, "out_of_memory": lost}
+        assert [claim.holds for claim in graphs_claims(found, places)] == [holds]
+    found = {"seconds_over_loop": {"fobmaml_graphs": {"8": 0.5}}, "out_of_memory": {"fobmaml_graphs": {"9": MIB}}}
+    (claim,) = graphs_claims(found, places)
+    assert not claim.holds
+    assert claim.measured == "times 0.500 at eight; no room at nine"
 
 
 def test_where_nothing_has_room_no_claim_holds():

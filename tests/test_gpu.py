@@ -483,4 +483,4 @@ def test_a_study_of_memory(name: str, tmp_path: Path) -> None:
     assert study.name == name
     assert "out_of_memory" not in study.metrics
     for quantity in ("peak_bytes", "parameter_bytes", "seconds", "seconds_over_loop", "gradients"):
-        assert {"plain", "fobmaml", "maml"} <= set(study.metrics[quantity])
+        assert {"plain", "fobmaml", "fobmaml_graphs", "maml"} <= set(study.metrics[quantity])

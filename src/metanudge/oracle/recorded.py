@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 MOST = 8
 """Forms of batches that are recorded; each keeps a gradient. Further ones, as of tasks that are all ragged, are not."""
+BEHIND = 0.1
+"""Part of its time by which a device has to be behind Python not to be held up by it."""
 
 
 class Found(NamedTuple):
@@ -42,9 +45,12 @@ class Recorder(Protocol):
 
     Attributes:
         kind: Of the device that can.
+        pays: By form, whether it does: whether the device was found waiting for Python.
     """
 
     kind: ClassVar[str]
+
+    pays: dict[Hashable, bool]
 
     def __call__(self, work: Callable[[], Found], device: torch.device) -> tuple[Found, Callable[[], None]]:
         """What ``work`` gives, once what is returned beside it has been called: that does it, as often as it is called.
@@ -52,6 +58,10 @@ class Recorder(Protocol):
         Raises:
             LossError: It can not be recorded.
         """
+        ...
+
+    def wait(self, device: torch.device) -> float:
+        """Until the device has done what it was given; the seconds that it took."""
         ...
 
 
@@ -75,6 +85,7 @@ class CudaGraphs:
 
     kind: ClassVar[str] = "cuda"
 
+    pays: dict[Hashable, bool] = field(default_factory=dict)
     place: Place | None = None
 
     def __call__(self, work: Callable[[], Found], device: torch.device) -> tuple[Found, Callable[[], None]]:
@@ -92,6 +103,12 @@ class CudaGraphs:
                 if isinstance(error, RuntimeError) and re.search("captur", str(error)):
                     raise LossError(f"{_UNRECORDABLE} PyTorch said: {error}") from error
                 raise
+
+    def wait(self, device: torch.device) -> float:
+        """Until the device has done what it was given; the seconds that it took."""
+        asked = time.perf_counter()
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - asked
 
     def _record(self, graph: torch.cuda.CUDAGraph, work: Callable[[], T], pool: Any) -> T:
         assert self.place is not None
@@ -177,8 +194,9 @@ class Recording(NamedTuple):
 class Recordings:
     """The recorded passes of one lent module, by the loss and the form of what it was given.
 
-    A form is recorded when it comes for the second time: at the first, libraries set themselves up. They live for one
-    call of the learner's: between two of them, what a loss reads may be another tensor, or gone.
+    The first time that a form comes it is run as it is, as many come once only, and timed until it comes again, unless
+    it was before: where the device is still busy then, it does not wait for Python, and recording would gain nothing.
+    Recordings live for one call of the learner's: between two, what a loss reads may become another tensor, or go.
 
     Attributes:
         record: Records.
@@ -187,7 +205,8 @@ class Recordings:
 
     record: Recorder
     random: RandomState
-    _met: dict[Hashable, Recording | None] = field(default_factory=dict)
+    _begun: dict[Hashable, float] = field(default_factory=dict)
+    _made: dict[Hashable, Recording] = field(default_factory=dict)
 
     def of(
         self,
@@ -214,14 +233,21 @@ class Recordings:
             return None
         forms = [(leaf.shape, leaf.stride(), leaf.dtype) for leaf in given]
         key = (id(function), str(structure), *forms, *map(id, parameters))
-        if key not in self._met:
-            if len(self._met) < MOST:
-                self._met[key] = None
-            return None
-        found = self._met[key]
-        if found is None:
-            found = self._met[key] = self._recorded(parameters, batch, loss, strangers)
-        return found
+        if key not in self._made:
+            if len(self._made) == MOST or not self._pays(key):
+                return None
+            self._made[key] = self._recorded(parameters, batch, loss, strangers)
+        return self._made[key]
+
+    def _pays(self, key: Hashable) -> bool:
+        """Whether it comes again, and the device waits for Python."""
+        pays, first = self.record.pays, key not in self._begun
+        waited = 0.0 if key in pays else self.record.wait(self.random.device)
+        now = time.perf_counter()
+        begun = self._begun.setdefault(key, now)
+        if first:
+            return False
+        return pays.setdefault(key, waited < BEHIND * (now - begun))
 
     def _recorded(
         self,

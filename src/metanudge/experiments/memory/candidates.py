@@ -88,10 +88,18 @@ def meta_gradient(
     execution: Literal["in_place", "vectorized"],
     inner: Inner,
     steps: int,
+    *,
+    cuda_graphs: bool = False,
 ) -> Act:
     """One meta-gradient through ``steps`` inner steps."""
     learner = mn.MetaLearner(
-        inner.model, inner.loss, prox=PROX, solver=solver(steps), estimator=make(), execution=execution
+        inner.model,
+        inner.loss,
+        prox=PROX,
+        solver=solver(steps),
+        estimator=make(),
+        execution=execution,
+        cuda_graphs=cuda_graphs,
     )
 
     def act() -> int:
@@ -135,6 +143,12 @@ def _vectorised(label: str, colour: str, make: Callable[[], Estimator], solver: 
 CANDIDATES = {
     "plain": Candidate("one training step", "#999999", "Ordinary", training_step),
     "fobmaml": _in_place("FO-B-MAML", COLOURS["fobmaml_symmetric"], _lean, sgd),
+    "fobmaml_graphs": Candidate(
+        "FO-B-MAML, CUDA graphs",
+        "#88bbee",
+        "In place",
+        partial(meta_gradient, _lean, sgd, "in_place", cuda_graphs=True),
+    ),
     "fobmaml_default": _in_place("FO-B-MAML, default nudge", COLOURS["fobmaml_forward"], mn.FOBMAML, sgd),
     "fobmaml_vectorised": _vectorised(
         "FO-B-MAML, all defaults, vectorised", COLOURS["fobmaml_fourth_order"], mn.FOBMAML, mn.Nesterov
@@ -148,14 +162,11 @@ CANDIDATES = {
 }
 """By the key of the metrics. On the same proximal problem, and all but one by the same steps of gradient descent."""
 
-EXECUTIONS = "; ".join(
-    f"{execution}: {', '.join(found.label for found in CANDIDATES.values() if found.execution == execution)}"
-    for execution in ("In place", "Vectorised")
-)
-"""For captions."""
-
 EVERYWHERE = tuple(name for name in CANDIDATES if name != "fobmaml_vectorised")
 """Those of every study; that one, whose stacks are no way to run a large model, is in the study of steps alone."""
+
+ON_A_GPU = frozenset({"fobmaml_graphs"})
+"""Those that need one."""
 
 SECOND_ORDER = frozenset({"imaml", "maml_checkpointed", "maml"})
 """These differentiate twice, which fused attention kernels do not allow."""

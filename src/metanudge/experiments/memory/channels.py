@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import metanudge as mn
 from metanudge.experiments.memory.candidates import EVERYWHERE, Inner
-from metanudge.experiments.memory.claims import memory_claim, time_claim
+from metanudge.experiments.memory.claims import graphs_claims, memory_claim, time_claim
 from metanudge.experiments.memory.measuring import BRIEF, QUICK, Job, Measuring
-from metanudge.experiments.memory.places import Device, check, finished, measure
+from metanudge.experiments.memory.places import Device, check, finished, measure, those_of
 from metanudge.experiments.study import Advance, Study
 
 
@@ -106,11 +106,12 @@ def run(settings: ChannelsSettings, advance: Advance) -> Study:
     """Measure every estimator at every width."""
     jobs = [
         Job(name, str(channels), partial(network, settings, channels), settings.inner_steps)
-        for name in EVERYWHERE
+        for name in those_of(settings.device, EVERYWHERE)
         for channels in settings.channels
     ]
     metrics = measure(settings.device, jobs, settings.measuring, advance)
     widest = str(settings.channels[-1])
     claims = [judge(metrics, widest, f"{widest} channels") for judge in (memory_claim, time_claim)]
+    claims += graphs_claims(metrics, {str(channels): f"{channels} channels" for channels in settings.channels})
     panels = {"channels": {str(channels): channels for channels in settings.channels}}
     return finished(settings.device, "channels", "Against channels", SUMMARY, claims, metrics, panels)

@@ -49,7 +49,9 @@ def _lines(
     axis: Axes, table: Mapping[str, Mapping[str, float]], places: Mapping[str, float], unit: float, style: str
 ) -> None:
     for name, candidate in CANDIDATES.items():
-        row = {places[x]: value / unit for x, value in table.get(name, {}).items() if x in places}
+        if name not in table:
+            continue
+        row = {places[x]: value / unit for x, value in table[name].items() if x in places}
         axis.plot(
             list(row),
             list(row.values()),

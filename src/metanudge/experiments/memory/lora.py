@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import metanudge as mn
 from metanudge.errors import SettingsError
 from metanudge.experiments.memory.candidates import EVERYWHERE, SECOND_ORDER, Inner
-from metanudge.experiments.memory.claims import memory_claim, time_claim
+from metanudge.experiments.memory.claims import graphs_claims, memory_claim, time_claim
 from metanudge.experiments.memory.measuring import BRIEF, QUICK, Job, Measuring
-from metanudge.experiments.memory.places import Device, check, finished, measure
+from metanudge.experiments.memory.places import Device, check, finished, measure, those_of
 from metanudge.experiments.study import Advance, Claim, Study
 
 PACKAGES = ("transformers", "peft")
@@ -122,7 +122,7 @@ def run(settings: LoraSettings, advance: Advance) -> Study:
     """Measure every estimator on every base."""
     jobs = [
         Job(name, str(width), partial(adapters, settings, name in SECOND_ORDER, width), settings.inner_steps)
-        for name in EVERYWHERE
+        for name in those_of(settings.device, EVERYWHERE)
         for width in settings.widths
     ]
     preload = ("transformers.models.llama.modeling_llama", "peft")
@@ -130,5 +130,6 @@ def run(settings: LoraSettings, advance: Advance) -> Study:
     widest = str(settings.widths[-1])
     place = f"width {widest}"
     claims: list[Claim] = [judge(metrics, widest, place) for judge in (memory_claim, time_claim)]
+    claims += graphs_claims(metrics, {str(width): f"width {width}" for width in settings.widths})
     panels = {"width of the frozen base": {str(width): width for width in settings.widths}}
     return finished(settings.device, "lora", "LoRA on a frozen transformer", SUMMARY, claims, metrics, panels)

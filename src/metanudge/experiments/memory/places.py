@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
-from metanudge.experiments.memory.candidates import CANDIDATES, EXECUTIONS
+from metanudge.experiments.memory.candidates import CANDIDATES, ON_A_GPU
 from metanudge.experiments.memory.figures import draw
 from metanudge.experiments.memory.gpu import GPU, check_gpu, measure_on_gpu
 from metanudge.experiments.memory.measuring import Job, Measuring, measure_on_cpu
@@ -20,6 +20,11 @@ def check(device: Device) -> None:
     """Raise a SettingsError where there is none."""
     if device == GPU:
         check_gpu()
+
+
+def those_of(device: Device, names: Iterable[str]) -> tuple[str, ...]:
+    """The candidates that can be measured there."""
+    return tuple(name for name in names if device == GPU or name not in ON_A_GPU)
 
 
 def measure(
@@ -61,8 +66,17 @@ def finished(
             "of what is allocated on the GPU beyond the idle state",
         )
         summary = f"{summary}\n\n{_told(metrics)}"
-    caption = f"Peak {beyond}, and time, of one meta-gradient, against {' and '.join(panels)}. {EXECUTIONS}"
+    caption = f"Peak {beyond}, and time, of one meta-gradient, against {' and '.join(panels)}. {_executions(metrics)}"
     return Study(name, title, summary, claims, metrics, {name: (draw(metrics, panels, note), caption)})
+
+
+def _executions(metrics: Mapping[str, Any]) -> str:
+    """How each candidate runs."""
+    measured = [candidate for name, candidate in CANDIDATES.items() if name in metrics["seconds"]]
+    return "; ".join(
+        f"{execution}: {', '.join(found.label for found in measured if found.execution == execution)}"
+        for execution in ("In place", "Vectorised")
+    )
 
 
 def _told(metrics: Mapping[str, Any]) -> str:
@@ -70,7 +84,7 @@ def _told(metrics: Mapping[str, Any]) -> str:
     said = (
         f"On one {torch.cuda.get_device_name()}, torch {torch.__version__}. Memory is what torch.cuda has allocated at "
         "its peak beyond what it had before (the model, the data, and what a first estimate of one step left behind). "
-        "Time is that of the wall, until the GPU has done."
+        "Time is that of the wall, until the GPU has done; with CUDA graphs it includes the first pass, and recording."
     )
     lost = [
         f"{CANDIDATES[name].label} at {', '.join(places)}" for name, places in metrics.get("out_of_memory", {}).items()

@@ -11,9 +11,9 @@ from torch import nn
 
 import metanudge as mn
 from metanudge.experiments.memory.candidates import CANDIDATES, Inner
-from metanudge.experiments.memory.claims import lacking, peaks, time_claim
+from metanudge.experiments.memory.claims import graphs_claims, lacking, peaks, time_claim
 from metanudge.experiments.memory.measuring import BRIEF, QUICK, Job, Measuring
-from metanudge.experiments.memory.places import Device, check, finished, measure
+from metanudge.experiments.memory.places import Device, check, finished, measure, those_of
 from metanudge.experiments.study import Advance, Claim, Study
 
 SUMMARY = (
@@ -107,7 +107,7 @@ def run(settings: StepsSettings, advance: Advance) -> Study:
     make = partial(network, settings.width, settings.depth, settings.examples, settings.seed)
     jobs = [
         Job(name, str(steps), make, steps)
-        for name in CANDIDATES
+        for name in those_of(settings.device, CANDIDATES)
         for steps in settings.steps
         if steps <= settings.limits.get(name, steps)
     ]
@@ -142,6 +142,7 @@ def claims(metrics: dict[str, Any], settings: StepsSettings) -> list[Claim]:
         flat_claim(metrics, first, last),
         maml_claim(metrics, compared),
         time_claim(metrics, compared, f"{compared} inner steps"),
+        *graphs_claims(metrics, {str(steps): f"{steps} steps" for steps in settings.steps}),
     ]
 
 

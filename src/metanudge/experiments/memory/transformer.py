@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metanudge as mn
 from metanudge.experiments.memory.candidates import EVERYWHERE, SECOND_ORDER, Inner
-from metanudge.experiments.memory.claims import memory_claim, time_claim
+from metanudge.experiments.memory.claims import graphs_claims, memory_claim, time_claim
 from metanudge.experiments.memory.measuring import BRIEF, QUICK, Job, Measuring
-from metanudge.experiments.memory.places import Device, check, finished, measure
+from metanudge.experiments.memory.places import Device, check, finished, measure, those_of
 from metanudge.experiments.study import Advance, Study
 
 
@@ -134,7 +134,7 @@ def run(settings: TransformerSettings, advance: Advance) -> Study:
     shapes |= {f"length_{length}": (settings.depths[0], length) for length in settings.lengths}
     jobs = [
         Job(name, x, partial(network, settings, name in SECOND_ORDER, *shape), settings.inner_steps)
-        for name in EVERYWHERE
+        for name in those_of(settings.device, EVERYWHERE)
         for x, shape in shapes.items()
     ]
     metrics = measure(settings.device, jobs, settings.measuring, advance)
@@ -144,6 +144,8 @@ def run(settings: TransformerSettings, advance: Advance) -> Study:
         for x, place in ((f"depth_{deepest}", f"{deepest} layers"), (f"length_{longest}", f"{longest} tokens"))
         for judge in (memory_claim, time_claim)
     ]
+    words = {f"depth_{depth}": f"{depth} layers" for depth in settings.depths}
+    claims += graphs_claims(metrics, words | {f"length_{length}": f"{length} tokens" for length in settings.lengths})
     panels = {
         f"layers ({settings.lengths[0]} tokens)": {f"depth_{depth}": depth for depth in settings.depths},
         f"tokens ({settings.depths[0]} layers)": {f"length_{length}": length for length in settings.lengths},
