@@ -681,7 +681,7 @@ def test_a_learner_keeps_its_model() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["loss", "query_loss", "batch_norm", "chunk_size", "microbatch", "compile", "execution"]
+    "name", ["loss", "query_loss", "batch_norm", "chunk_size", "microbatch", "compile", "cuda_graphs", "execution"]
 )
 def test_settings_that_would_be_set_in_vain_are_refused(name: str) -> None:
     """An attribute of that name would change nothing; prox, solver and the like are read at every step."""

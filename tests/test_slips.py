@@ -128,6 +128,20 @@ def test_adapt_refuses_a_stack(seen: str) -> None:
     assert isinstance(learner.adapt(mn.Batch(X[0], Y[0])), nn.Linear)
 
 
+@pytest.mark.parametrize("use", ["backward", "evaluate"])
+def test_a_list_of_stacks_is_refused_once_their_tasks_are_known(use: str) -> None:
+    """A linear layer would take each as one task of more examples."""
+    learner = mn.MetaLearner(nn.Linear(3, 1), mn.metrics.squared_error, solver=SOLVER)
+    learner.backward(both(X))
+    learner.model.zero_grad()
+    with pytest.raises(
+        mn.TasksError, match=r"looks like a stack of 2.*\(2, 5, 3\) and \(2, 5, 1\).*stack\.unstack\(\)"
+    ):
+        getattr(learner, use)([both(X), both(X)])
+    assert learner.model.weight.grad is None
+    getattr(learner, use)([*both(X).unstack(), *both(X).unstack()])
+
+
 def test_adapt_takes_a_task_of_sequences() -> None:
     """Five sequences of seven where five vectors were seen: no stack of tasks that were seen has this shape."""
     learner = mn.MetaLearner(nn.Linear(3, 1), mn.metrics.squared_error, solver=SOLVER)

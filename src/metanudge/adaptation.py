@@ -41,8 +41,13 @@ def looked_at(model: nn.Module, stacks: Iterable[Tasks], seen: set[Shapes]) -> s
 
     A regression's examples without a task axis are a stack of tasks, each an example without an axis of its own, which
     many models take without a word.
+
+    Raises:
+        TasksError: Tasks of new shapes look like stacks of those seen.
     """
     stacks = list(stacks)
+    for shapes in shapes_of(stacks):
+        _refuse_stack(shapes, seen, "every task of a list, or of a stack, is one task", CUT)
     layer = next((one for one in model.modules() if isinstance(one, nn.Linear | nn.modules.conv._ConvNd)), None)
     for stack in stacks:
         if layer is None or as_minibatches(stack.support) is not None or shapes_of([stack]) <= seen:
@@ -94,30 +99,30 @@ def alone(support: Batch, device: torch.device, seen: set[Shapes]) -> list[Tasks
             f"adapt expects mn.Batch(inputs, targets) of one task, got {type(support).__name__}"
             + (f"; {ONE}" if isinstance(support, Tasks) else wrapped(support))
         )
-    _refuse_stack(support, seen)
+    _refuse_stack(tuple(tuple(leaf.shape) for leaf in leaves(support)), seen, "adapt takes one task", ONE)
     stack = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, support)
     one = Tasks(stack, stack)
     check_stack(one, device)
     return [ordinary(one)]
 
 
+CUT = "give stacks one by one, or their tasks: stack.unstack()"
 ONE = "give the support set of one task, task.support; out of a stack, tasks.unstack()[i].support"
 
 
-def _refuse_stack(support: Batch, seen: set[Shapes]) -> None:
+def _refuse_stack(shapes: Shapes, seen: set[Shapes], wanted: str, cure: str) -> None:
     """Many models take a stack of tasks without a word, as one task of more examples.
 
     As many would take a task of sequences where single vectors were seen, so all sizes have to fit, the number of
     examples as well: a task refused wrongly has no way in.
     """
-    shapes = tuple(tuple(leaf.shape) for leaf in leaves(support))
     known = {tuple(map(len, one)) for one in seen}
     stacked = all(shapes) and len({shape[0] for shape in shapes}) == 1
     if stacked and tuple(map(len, shapes)) not in known and tuple(shape[1:] for shape in shapes) in seen:
         told = " and ".join(map(str, shapes))
         raise TasksError(
-            f"adapt takes one task, but this looks like a stack of {shapes[0][0]}: its tensors have the shapes {told}, "
-            f"those of a task this learner has seen with an axis more; {ONE}"
+            f"{wanted}, but this looks like a stack of {shapes[0][0]}: its tensors have the shapes {told}, "
+            f"those of a task this learner has seen with an axis more; {cure}"
         )
 
 

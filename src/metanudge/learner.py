@@ -188,7 +188,7 @@ class MetaLearner:
         if (made and name in FOR_GOOD) or (name == "execution" and isinstance(value, str)):
             raise SettingsError(
                 f"a learner keeps the {name} that it was made with; make a new MetaLearner with the other one. "
-                "What may be set is prox, solver, estimator, adapt_only and sharpness_radius"
+                "What may be set is prox, solver, estimator, adapt_only, sharpness_radius and warm_start"
             )
         super().__setattr__(name, value)
 
