@@ -145,7 +145,7 @@ CANDIDATES = {
     "fobmaml": _in_place("FO-B-MAML", COLOURS["fobmaml_symmetric"], _lean, sgd),
     "fobmaml_graphs": Candidate(
         "FO-B-MAML, CUDA graphs",
-        "#88bbee",
+        "#e69f00",
         "In place",
         partial(meta_gradient, _lean, sgd, "in_place", cuda_graphs=True),
     ),
