@@ -131,6 +131,62 @@ def test_dropout_buffers_pieces_and_shared_parameters(policy: str, settings: dic
     assert recorder.repeated > 10
 
 
+def summed(model: nn.Module, batch: mn.Batch) -> Tensor:
+    return (model(batch.inputs) * model.idle[:2] - batch.targets).abs().sum()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"query_loss": summed},  # of another size, and of a parameter more
+        {"query_loss": summed, "adapt_only": ["one", "two"]},
+        {"estimator": mn.FOBMAML(), "sharpness_radius": 0.2},
+        {"estimator": mn.FOBMAML(scheme="fourth_order"), "solver": mn.Nesterov(5)},
+        {"estimator": mn.FOBMAML(scheme="forward", nudge="full"), "solver": mn.Adam(4, lr=0.01)},
+        {"estimator": mn.HFMAML(), "solver": mn.GradientDescent(3, lr=0.05)},
+        {"loss": lambda model, batch: squared(model, batch).float()},
+    ],
+    ids=lambda settings: ", ".join(settings),
+)
+def test_losses_solvers_and_estimators(settings: dict) -> None:
+    given = {"loss": squared, "estimator": LEAN, "batch_norm": "transductive", **settings}
+    _, recorder = both(noisy, given.pop("loss"), data(6, 6, 4), **given)
+    assert recorder.repeated > 10
+
+
+def test_minibatches() -> None:
+    task = data(12)[0]
+
+    def drawn(_: int) -> mn.Batch:
+        chosen = torch.randint(12, (5,))
+        return mn.Batch(*(leaf[chosen] for leaf in task.support))
+
+    _, recorder = both(
+        noisy, squared, [task._replace(support=mn.Minibatches(drawn))], estimator=LEAN, batch_norm="frozen"
+    )
+    assert recorder.repeated > 5
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_what_is_raised_while_recording_leaves_everything_as_it_was(error: type[BaseException]) -> None:
+    model, calls = noisy(), []
+
+    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
+        calls.append(None)
+        if recorder.recorded:
+            raise error("stop")
+        return squared(model, batch)
+
+    before = copy.deepcopy(model.state_dict())
+    learner = mn.MetaLearner(model, loss, solver=SGD, estimator=LEAN, execution="in_place", batch_norm="transductive")
+    recorder = recording(learner)
+    with pytest.raises(error, match="stop"):
+        learner.backward(data(6))
+    assert recorder.recorded == 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
 def test_every_form_is_recorded_once_and_a_few_at_most() -> None:
     _, recorder = both(noisy, squared, data(4, 5, 4, 6), estimator=LEAN, batch_norm="frozen")
     assert recorder.recorded == 3  # sizes of both sets
