@@ -224,8 +224,8 @@ class InPlace:
         selection, tally = use.selection, use.tally
         theta, bundles = live.values, live.bundles
         spacing = round_off([live.parameters[name] for name in selection.adapted])
-        records = self.record is not None and self.record.kind == random.device.type
-        recordings = Recordings(self.record, random) if self.record is not None and records else None
+        record = self.record
+        recordings = Recordings(record, random) if record is not None and record.kind == random.device.type else None
 
         def problems() -> Iterator[InnerProblem]:
             for index, task in enumerate(task for stack in use.stacks for task in single(stack)):

@@ -42,19 +42,6 @@ from metanudge.warned import warn
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # which some builds of torch lack
 
-FOR_GOOD = {
-    "model",
-    "loss",
-    "query_loss",
-    "batch_norm",
-    "chunk_size",
-    "microbatch",
-    "compile",
-    "cuda_graphs",
-    "process_group",
-}
-"""Arguments of a learner that can not be set later."""
-
 
 class MetaLearner:
     r"""Learns an initialisation from which a few examples suffice.
@@ -184,12 +171,8 @@ class MetaLearner:
 
     def __setattr__(self, name: str, value: object) -> None:
         """Refuse what would be set in vain: prox, solver, estimator and the like can be, others are for good."""
-        made = "_told" in vars(self)
-        if (made and name in FOR_GOOD) or (name == "execution" and isinstance(value, str)):
-            raise SettingsError(
-                f"a learner keeps the {name} that it was made with; make a new MetaLearner with the other one. "
-                "What may be set is prox, solver, estimator, adapt_only, sharpness_radius and warm_start"
-            )
+        if "_told" in vars(self):  # once it is made
+            settings.check_may_be_set(name, value)
         super().__setattr__(name, value)
 
     def _check_settings(self) -> None:

@@ -69,6 +69,29 @@ def check_sizes(**settings: int | None) -> None:
             raise SettingsError(f"{name} must be a whole number of at least 1 or None, got {number!r}")
 
 
+FOR_GOOD = {
+    "model",
+    "loss",
+    "query_loss",
+    "batch_norm",
+    "chunk_size",
+    "microbatch",
+    "compile",
+    "cuda_graphs",
+    "process_group",
+}
+"""Arguments of a learner that can not be set later."""
+
+
+def check_may_be_set(name: str, value: object) -> None:
+    """Raise a SettingsError for what a learner that is made would not look at again."""
+    if name in FOR_GOOD or (name == "execution" and isinstance(value, str)):
+        raise SettingsError(
+            f"a learner keeps the {name} that it was made with; make a new MetaLearner with the other one. "
+            "What may be set is prox, solver, estimator, adapt_only, sharpness_radius and warm_start"
+        )
+
+
 def check_flag(**settings: bool) -> None:
     """Raise a SettingsError unless every setting is True or False."""
     for name, value in settings.items():
