@@ -187,6 +187,36 @@ def test_what_is_raised_while_recording_leaves_everything_as_it_was(error: type[
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("settings", [{}, {"microbatch": 4}, {"estimator": mn.FOBMAML(), "microbatch": 4}], ids=str)
+def test_passes_that_are_not_recorded_give_every_parameter_a_gradient_of_its_own(settings: dict) -> None:
+    """To views that are added autograd gives one gradient, in one memory."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ParameterDict({name: 0.1 * torch.randn(6400, dtype=DTYPE) for name in ("one", "two")})
+
+    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
+        weight = model["one"].view(80, 80) + model["two"].view(80, 80)
+        return (batch.inputs @ weight[:3, :2] - batch.targets).square().mean()
+
+    sizes = (6,) if "microbatch" in settings else range(3, 14)  # more than are recorded
+    both(make, loss, data(*sizes), **{"estimator": LEAN, **settings})
+
+
+class Rebinding(torch.optim.SGD):
+    """Gives parameters other memory."""
+
+    def step(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data = parameter.data - 0.1 * parameter.grad
+
+
+def test_nothing_is_recorded_of_parameters_that_move() -> None:
+    solver = mn.TorchOptimizer(lambda p: Rebinding(p, lr=0.1), 3)
+    _, recorder = both(noisy, squared, data(6, 6), estimator=LEAN, batch_norm="frozen", solver=solver)
+    assert recorder.repeated == 0
+
+
 def test_every_form_is_recorded_once_and_a_few_at_most() -> None:
     _, recorder = both(noisy, squared, data(4, 5, 4, 6), estimator=LEAN, batch_norm="frozen")
     assert recorder.recorded == 3  # sizes of both sets

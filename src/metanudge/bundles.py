@@ -26,7 +26,8 @@ class Bundles(Mapping[str, Tensor]):
     A leaf is a *bundle*, ``[P]``, of plain, contiguous parameters of one dtype: a copy, made when it is read and not
     kept. Or it is a parameter, under its own name, that is large, sharded, or the only one of its kind. What is read is
     a new tensor each time. What was copied out of the parameters, or into them, is known to be what they hold until
-    something writes to either: what autograd counts, or an optimizer, which is given a gradient before.
+    something may write to either: what autograd counts, a forward pass, or an optimizer, which is given a gradient
+    before.
 
     Args:
         named: Parameters of the module, in its order.
@@ -153,9 +154,13 @@ class Bundles(Mapping[str, Tensor]):
         self._same = {key: (weakref.ref(leaf), leaf._version) for key, leaf in leaves.items()}
         self._written = [parameter._version for parameter in self.parameters]
 
+    def forget(self) -> None:
+        """What the parameters hold: something may write to them that autograd does not count."""
+        self._same = {}
+
     def give(self, gradient: dict[str, Tensor]) -> None:
         """Put ``gradient`` into ``.grad``, for an optimizer, of which fused ones do not count as writing; emptied."""
-        self._same = {}
+        self.forget()
         for key, parameters in self._held.items():
             leaf = gradient.pop(key).to(parameters[0].dtype)
             for parameter, part in zip(parameters, self.parts(key, leaf), strict=True):

@@ -121,7 +121,7 @@ def choose_execution(
             'at a time; give batch_norm="frozen", leave microbatch out, or take GroupNorm or LayerNorm'
         )
     if cuda_graphs:
-        _check_recordable(model, norm)
+        check_recordable(model, norm)
     made_in_inference = next((name for name, leaf in parameters.items() if leaf.is_inference()), None)
     if made_in_inference is not None:
         raise SettingsError(
@@ -131,7 +131,7 @@ def choose_execution(
     return InPlace(model, losses, microbatch, norm, CudaGraphs() if cuda_graphs else None)
 
 
-def _check_recordable(model: nn.Module, norm: BatchNorm) -> None:
+def check_recordable(model: nn.Module, norm: BatchNorm) -> None:
     """Raise a SettingsError where no CUDA graph of a pass can be recorded."""
     kind = device_of(model).type
     if kind != CudaGraphs.kind:

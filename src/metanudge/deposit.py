@@ -218,18 +218,20 @@ def add_to_grad(model: nn.Module, mean: FiniteMean, named: Named) -> float:
         for one in mean.spend():
             norms = torch._foreach_norm(list(one.values()), dtype=torch.float64)
             squares.append(torch.stack([whole(norm) for norm in norms]).square().sum())
-            new: list[tuple[Tensor, Tensor]] = []
+            new: list[tuple[nn.Parameter, Tensor]] = []
             for name, part in named(one).items():
                 parameter = parameters[name]
                 fits = part.dtype == parameter.dtype and part.stride() == parameter.stride()
                 if parameter.grad is None and name in one and fits:
                     parameter.grad = part
-                elif parameter.grad is None:  # of its own, laid out as fused optimizers take for granted
-                    parameter.grad = torch.empty_like(parameter)
-                    new.append((parameter.grad, part))
+                elif parameter.grad is None:
+                    new.append((parameter, part))
                 elif parameter.grad.is_sparse:
                     parameter.grad = part.to(parameter.dtype) + parameter.grad
                 else:
                     parameter.grad.add_(part)
-            copy_into(new)
+            own = [torch.empty_like(parameter) for parameter, _ in new]  # laid out as fused optimizers take for granted
+            copy_into([(gradient, part) for gradient, (_, part) in zip(own, new, strict=True)])
+            for gradient, (parameter, _) in zip(own, new, strict=True):
+                parameter.grad = gradient
     return float(torch.stack(squares).sum().sqrt())

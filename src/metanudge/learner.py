@@ -16,7 +16,7 @@ from metanudge import advice, settings
 from metanudge.accumulation import FiniteMean, summarize
 from metanudge.adaptation import Shapes, adapted_copy, alone, check_copyable, curves, looked_at, losses_of
 from metanudge.batching import as_stacks
-from metanudge.choosing import Running, check_hooks, check_needs, choose_execution
+from metanudge.choosing import Running, check_hooks, check_needs, check_recordable, choose_execution
 from metanudge.deposit import Given, Told, add_to_grad, check_adapted, in_order, verdict
 from metanudge.energy import InnerProblem
 from metanudge.errors import NonFiniteWarning, SettingsError, TasksError, UnmappableError
@@ -89,9 +89,10 @@ class MetaLearner:
         cuda_graphs: Record the forward and backward passes of the in-place execution as CUDA graphs, which a GPU
             repeats without waiting for Python: for models whose passes are many short kernels, between which the GPU is
             idle. In every call a form of batch (loss, shapes) is run once, recorded the second time it comes, and
-            repeated from then on. What Python does in the loss, it does these two times alone; numbers that it takes
-            out of tensors, and random numbers of the CPU, are refused. Memory: the activations of one pass are kept
-            between calls, and during one a gradient for every form and loss. Not with FSDP2 or batch_norm="support".
+            repeated from then on. What Python does in the loss, it does these two times alone: a generator of the
+            loss's own on the CPU would repeat one draw. Numbers that it takes out of tensors, and draws from the
+            default generators of the CPU, are refused. Memory: the activations of one pass are kept between calls, and
+            during one a gradient for every form and loss. Not with FSDP2 or batch_norm="support".
         process_group: Processes that share the tasks of a meta-step, with the same model on each
             (``torch.distributed.group.WORLD``, after ``init_process_group``): ``backward`` is given this rank's tasks,
             one or more, leaves the mean over those of all ranks in ``.grad`` of each, and reports on all. All ranks
@@ -185,6 +186,8 @@ class MetaLearner:
     def _selection(self) -> Selection:
         """Select parameters of the model as it is now, and refuse what can not work with them."""
         self._check_settings()
+        if self.cuda_graphs:  # the model may have been moved
+            check_recordable(self.model, self.norm)
         if self.execution.name == "vectorized":
             check_hooks(self.model, UnmappableError if self.automatic else SettingsError)
         selection = select_parameters(self.model, self.adapt_only)

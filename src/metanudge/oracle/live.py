@@ -157,6 +157,7 @@ class LiveLosses(InnerGradients):
     ) -> tuple[dict[Draw, Tensor], Params]:
         """One ``.backward()`` a piece of a loss, so that its activations alone are alive; ``.grad`` adds them up."""
         self.live.load(phi)
+        at_theta = self.live.bundles.holds(self.live.values)
         parameters = [parameter for key in wanted for parameter in self.live.held(key)]
         alone = [self.live.held(key)[0] for key in wanted if self.live.bundles.alone(key)]
         self.live.watch(parameters)
@@ -169,6 +170,7 @@ class LiveLosses(InnerGradients):
                 recording = self.forward.recorded(draw, batch, parameters)
                 if recording is not None:
                     value = share * recording.repeat(batch, weight * share)
+                    self.live.bundles.forget()
                 else:
                     if losses:
                         _part(parameters)
@@ -179,7 +181,7 @@ class LiveLosses(InnerGradients):
         _part(alone)  # bundles are copies
         self.tally.gradients += len(losses)
         begun = losses.get(Draw(Role.SUPPORT))
-        if self.passed is None and begun is not None and self.live.untouched():
+        if self.passed is None and begun is not None and (at_theta or self.live.untouched()):
             self.passed = self.live.over_ranks(begun)
         return losses, {key: sums[key] if key in sums else self._taken(key) for key in wanted}
 
@@ -230,6 +232,7 @@ class LiveLosses(InnerGradients):
 
     def _add_up(self, wanted: tuple[str, ...], sums: Params) -> None:
         """Add up the gradients of leaves ``apart``; to those left in ``.grad`` the next ``.backward()`` adds."""
+        _part([self.live.held(key)[0] for key in wanted if key in self.apart and self.live.bundles.alone(key)])
         found = {
             key: self._taken(key)
             for key in wanted

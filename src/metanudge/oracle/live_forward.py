@@ -111,6 +111,7 @@ class LiveForward:
         role, strangers = draw.role, self.known.strangers
         if self.recordings is None or role in self.known.backward or role not in strangers:
             return None
+        self.recordings.at(self.live.places())
         return self.recordings.of(self.losses[role], parameters, batch, partial(self._graph, draw), strangers[role])
 
     def _parts(self, function: LossFunction, role: Role, microbatch: int | None, *, graph: bool) -> list[Tensor]:
@@ -155,7 +156,10 @@ class LiveForward:
                 return called(self.batch(draw._replace(role=read)), read, function)
 
         def called(given: Batch, read: Role, function: LossFunction) -> Tensor:
-            with noted(self.live.model, read, given):
-                return scalar_loss(function, self.live.model, given)
+            try:
+                with noted(self.live.model, read, given):
+                    return scalar_loss(function, self.live.model, given)
+            finally:
+                self.live.bundles.forget()  # it may have written to parameters by .data, which nothing counts
 
         return self.norm.evaluate(draw.role, function, self.losses[Role.SUPPORT], at)

@@ -91,6 +91,11 @@ class LiveModule:
         pairs = [(self.bundles[key], value) for key, value in self.values.items()]
         return bool(torch.stack([(now == before.to(now.dtype)).all() for now, before in pairs]).all())
 
+    def places(self) -> list[int]:
+        """Where parameters and buffers lie."""
+        held = [*self.parameters.values(), *(buffer for _, _, buffer, _ in self.buffers if buffer is not None)]
+        return [tensor.data_ptr() for tensor in held]
+
     def held(self, key: str) -> list[nn.Parameter]:
         """The parameters of a leaf; any other key, of a parameter that is not adapted, is its name."""
         return self.bundles.held(key) if key in self.bundles else [self.parameters[key]]

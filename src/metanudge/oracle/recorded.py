@@ -92,14 +92,16 @@ class CudaGraphs:
         """Record; nothing is computed yet."""
         with torch.cuda.device(device):
             if self.place is None or self.place.device != device:
-                self.place = Place(device, torch.cuda.Stream(), torch.cuda.CUDAGraph())  # type: ignore[no-untyped-call]
-                self._record(self.place.keeps, _nothing, None)
+                aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                keeps = torch.cuda.CUDAGraph()
+                _record(keeps, _nothing, aside, None)
+                self.place = Place(device, aside, keeps)
+            place, graph = self.place, torch.cuda.CUDAGraph()
             try:
-                graph = torch.cuda.CUDAGraph()
-                return self._record(graph, work, self.place.keeps.pool()), graph.replay
+                return _record(graph, work, place.stream, place.keeps.pool()), graph.replay
             except BaseException as error:
-                stream, self.place = self.place.stream, None
-                _mend(stream)
+                self.place = None
+                _mend(place.stream)
                 if isinstance(error, RuntimeError) and re.search("captur", str(error)):
                     raise LossError(f"{_UNRECORDABLE} PyTorch said: {error}") from error
                 raise
@@ -110,25 +112,25 @@ class CudaGraphs:
         torch.cuda.synchronize(device)
         return time.perf_counter() - asked
 
-    def _record(self, graph: torch.cuda.CUDAGraph, work: Callable[[], T], pool: Any) -> T:
-        assert self.place is not None
-        aside, current = self.place.stream, torch.cuda.current_stream()
-        aside.wait_stream(current)
-        with torch.cuda.stream(aside):
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # loaders may pin memory meanwhile
-            try:
-                found = work()
-            except BaseException:
-                with suppress(RuntimeError):
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        current.wait_stream(aside)
-        return found
-
     def __reduce__(self) -> tuple[type[CudaGraphs], tuple[()]]:
         """For copies, which begin without memory."""
         return CudaGraphs, ()
+
+
+def _record(graph: torch.cuda.CUDAGraph, work: Callable[[], T], aside: torch.cuda.Stream, pool: Any) -> T:
+    current = torch.cuda.current_stream()
+    aside.wait_stream(current)
+    with torch.cuda.stream(aside):
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # loaders may pin memory meanwhile
+        try:
+            found = work()
+        except BaseException:
+            with suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    current.wait_stream(aside)
+    return found
 
 
 def _nothing() -> Tensor:
@@ -146,8 +148,9 @@ def _mend(stream: torch.cuda.Stream) -> None:
 
 _UNRECORDABLE = (
     "with cuda_graphs=True neither the model nor the loss may do what a GPU can not repeat by itself: take a number "
-    "out of a tensor (.item(), float(), if or while on its value), make tensors out of Python's numbers or of the "
-    "CPU's tensors, or keep random states (activation checkpointing: preserve_rng_state=False); leave cuda_graphs out."
+    "out of a tensor (.item(), float(), if or while on its value), index by a mask (multiply by it instead), make "
+    "tensors out of Python's numbers or of the CPU's tensors, or keep random states (activation checkpointing: "
+    "preserve_rng_state=False); leave cuda_graphs out."
 )
 _DRAWN = (
     "with cuda_graphs=True neither the model nor the loss may draw from the generators of Python, numpy or torch on "
@@ -207,6 +210,13 @@ class Recordings:
     random: RandomState
     _begun: dict[Hashable, float] = field(default_factory=dict)
     _made: dict[Hashable, Recording] = field(default_factory=dict)
+    _places: list[int] = field(default_factory=list)
+    _moves: bool = False
+
+    def at(self, places: list[int]) -> None:
+        """Where what passes read lies now; once it has moved, as a parameter that is rebound, nothing is recorded."""
+        self._moves = self._moves or places != (self._places or places)
+        self._places = places
 
     def of(
         self,
@@ -229,7 +239,7 @@ class Recordings:
             LossError: It can not be recorded.
         """
         given, structure = tree_flatten(batch)
-        if any(leaf.device != self.random.device for leaf in given):
+        if self._moves or any(leaf.device != self.random.device or leaf.requires_grad for leaf in given):
             return None
         forms = [(leaf.shape, leaf.stride(), leaf.dtype) for leaf in given]
         key = (id(function), str(structure), *forms, *map(id, parameters))
