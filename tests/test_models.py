@@ -718,7 +718,7 @@ def test_random_states_are_kept_of_named_devices(monkeypatch: pytest.MonkeyPatch
         mn.check(learner, vectors(), progress=enough)  # has tried float64 and kinks
     measured(learner, single_tasks(vectors()))
     optimizer = torch.optim.SGD(learner.model.parameters(), lr=0.01)
-    mn.smoothness(learner, [vectors()], optimizer, steps=2)
+    mn.smoothness(learner, single_tasks(vectors()), optimizer, steps=2)
     mn.fit(learner, optimizer, single_tasks(vectors()), steps=1, tasks_per_step=2, validation=vectors())
     assert len(forks) > 10
     assert not any(forks)
