@@ -167,6 +167,20 @@ def test_minibatches() -> None:
     assert recorder.repeated > 5
 
 
+def test_sparse_batches_are_not_recorded() -> None:
+    task = data(6)[0]
+
+    def sparse(_: int) -> mn.Batch:
+        return mn.Batch(task.support.inputs.to_sparse(), task.support.targets)
+
+    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
+        inputs = batch.inputs.to_dense() if batch.inputs.is_sparse else batch.inputs
+        return squared(model, mn.Batch(inputs, batch.targets))
+
+    _, recorder = both(noisy, loss, [task._replace(support=mn.Minibatches(sparse))], batch_norm="frozen")
+    assert recorder.recorded == 0  # the query set comes once
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_what_is_raised_while_recording_leaves_everything_as_it_was(error: type[BaseException]) -> None:
     model, calls = noisy(), []

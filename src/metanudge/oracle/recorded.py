@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from metanudge.bundles import copy_into
+from metanudge.bundles import copy_into, plain
 from metanudge.checks import leaves
 from metanudge.errors import LossError
 from metanudge.oracle.known import gradients_aside
@@ -141,7 +141,7 @@ def _mend(stream: torch.cuda.Stream) -> None:
     """After a recording that failed: random generators take themselves for recorded until one ends well."""
     graph = torch.cuda.CUDAGraph()
     with suppress(RuntimeError), torch.cuda.stream(stream):
-        graph.capture_begin()
+        graph.capture_begin(capture_error_mode="thread_local")
         _nothing()
         graph.capture_end()
 
@@ -240,6 +240,8 @@ class Recordings:
         """
         given, structure = tree_flatten(batch)
         if self._moves or any(leaf.device != self.random.device or leaf.requires_grad for leaf in given):
+            return None
+        if not all(map(plain, given)):  # a sparse one has other memory with every batch
             return None
         forms = [(leaf.shape, leaf.stride(), leaf.dtype) for leaf in given]
         key = (id(function), str(structure), *forms, *map(id, parameters))
