@@ -6,16 +6,18 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import metanudge as mn
-from metanudge.oracle.recorded import MOST, CudaGraphs, Found
+from metanudge.oracle.cuda_graphs import CudaGraphs
+from metanudge.oracle.recorded import MOST, Found
 from metanudge.types import Role
 from problems import DTYPE, PROBLEMS, flat_gradient
 
@@ -23,30 +25,53 @@ LEAN = mn.FOBMAML(nudge="full", start="initialization")
 SGD = mn.TorchOptimizer(lambda p: torch.optim.SGD(p, lr=0.1), 3)
 
 
+class Tape(TorchDispatchMode):
+    """Operations in the order they come, with the tensors they read and write: what a CUDA graph keeps of Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Callable, tuple, dict, list]] = []
+
+    def __torch_dispatch__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        found = function(*args, **kwargs)
+        self.operations.append((function, args, kwargs, tree_leaves(found)))
+        return found
+
+    def repeat(self) -> None:
+        """All of them, on the same tensors and into the same memory; Python does nothing of its own."""
+        for function, args, kwargs, left in self.operations:
+            for old, new in zip(left, tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # neither a view nor in place
+                    old.copy_(new)
+
+
 @dataclass
 class OnTheCpu:
-    """Runs the work again and writes what it gives over what it gave, which was wiped: nobody reads it too early."""
-
-    kind: ClassVar[str] = "cpu"
+    """Keeps the operations of the work and repeats them alone; what it gives is wiped: nobody reads it too early."""
 
     pays: dict = field(default_factory=dict)
     recorded: int = 0
     repeated: int = 0
     busy: float = 0.0
+    room: int = MOST
 
     def __call__(self, work: Callable[[], Found], device: torch.device) -> tuple[Found, Callable[[], None]]:
         assert device.type == "cpu"
         self.recorded += 1
-        found = work()
-        kept = [found.loss, *(gradient for gradient in found.gradients if gradient is not None)]
-        for tensor in kept:
+        with Tape() as tape:
+            found = work()
+        if self.recorded > self.room:
+            raise torch.OutOfMemoryError("there is no room")
+        for tensor in (found.loss, *(gradient for gradient in found.gradients if gradient is not None)):
             tensor.fill_(float("nan"))
 
         def again() -> None:
             self.repeated += 1
-            new = work()
-            for old, tensor in zip(kept, [new.loss, *(g for g in new.gradients if g is not None)], strict=True):
-                old.copy_(tensor)
+            with torch.no_grad():
+                tape.repeat()
 
         return found, again
 
@@ -54,15 +79,15 @@ class OnTheCpu:
         return self.busy
 
 
-def recording(learner: mn.MetaLearner, busy: float = 0.0) -> OnTheCpu:
+def recording(learner: mn.MetaLearner, busy: float = 0.0, room: int = MOST) -> OnTheCpu:
     """Let a learner in place record its passes."""
-    recorder = OnTheCpu(busy=busy)
+    recorder = OnTheCpu(busy=busy, room=room)
     learner.execution = replace(learner.execution, record=recorder)
     return recorder
 
 
 def both(
-    make: Callable[[], nn.Module], loss: object, tasks: object, **settings: object
+    make: Callable[[], nn.Module], loss: object, tasks: object, *, room: int = MOST, **settings: object
 ) -> tuple[mn.MetaStep, OnTheCpu]:
     """The same steps without recordings and with them: equal to the last bit. What is told is of the second."""
     found = []
@@ -71,7 +96,7 @@ def both(
         learner = mn.MetaLearner(model, loss, **{"solver": SGD, "execution": "in_place", **settings})
         torch.manual_seed(3)
         learner.backward(tasks)  # which looks at the losses
-        recorder = recording(learner) if records else None
+        recorder = recording(learner, room=room) if records else None
         step = learner.backward(tasks)
         found.append((flat_gradient(model), step, torch.random.get_rng_state()))
     (plain, said, state), (recorded, said_too, state_too) = found
@@ -247,6 +272,31 @@ def test_nothing_is_recorded_where_the_device_is_what_one_waits_for() -> None:
     recorder.busy = 0.0  # which is known by now
     learner.backward(data(4))
     assert recorder.recorded == 0
+
+
+def test_python_runs_twice_for_every_form() -> None:
+    """Once as it is and once to be recorded; so what it decides, it decides then."""
+    calls = []
+
+    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
+        calls.append(len(batch.inputs))
+        return squared(model, batch)
+
+    learner = mn.MetaLearner(noisy(), loss, solver=SGD, execution="in_place", batch_norm="frozen", estimator=LEAN)
+    learner.backward(data(4, 5))
+    recorder = recording(learner)
+    calls.clear()
+    step = learner.backward(data(4, 5))
+    assert sorted(calls) == [4, 4, 5, 5]
+    assert recorder.repeated == step.gradient_evaluations - 2
+
+
+def test_what_there_is_no_room_for_is_run_as_it_is() -> None:
+    """Each form is tried once, and those that were recorded before are repeated."""
+    _, recorder = both(noisy, squared, data(4, 5), estimator=LEAN, batch_norm="frozen", room=1)
+    assert recorder.recorded == 2
+    assert sorted(recorder.pays.values()) == [False, True]
+    assert recorder.repeated > 0
 
 
 def test_adapt_and_evaluate_repeat_too() -> None:

@@ -134,7 +134,7 @@ def choose_execution(
 def check_recordable(model: nn.Module, norm: BatchNorm) -> None:
     """Raise a SettingsError where no CUDA graph of a pass can be recorded."""
     kind = device_of(model).type
-    if kind != CudaGraphs.kind:
+    if kind != "cuda":
         raise SettingsError(
             f"cuda_graphs=True records what a CUDA GPU does, and the model is on the device {kind!r}; move it first, "
             "model.to('cuda'), or leave cuda_graphs out"

@@ -224,8 +224,7 @@ class InPlace:
         selection, tally = use.selection, use.tally
         theta, bundles = live.values, live.bundles
         spacing = round_off([live.parameters[name] for name in selection.adapted])
-        record = self.record
-        recordings = Recordings(record, random) if record is not None and record.kind == random.device.type else None
+        recordings = None if self.record is None else Recordings(self.record, random)
 
         def problems() -> Iterator[InnerProblem]:
             for index, task in enumerate(task for stack in use.stacks for task in single(stack)):

@@ -91,8 +91,9 @@ class MetaLearner:
             idle. In every call a form of batch (loss, shapes) is run once, recorded the second time it comes, and
             repeated from then on. What Python does in the loss, it does these two times alone: a generator of the
             loss's own on the CPU would repeat one draw. Numbers that it takes out of tensors, and draws from the
-            default generators of the CPU, are refused. Memory: the activations of one pass are kept between calls, and
-            during one a gradient for every form and loss. Not with FSDP2 or batch_norm="support".
+            default generators of the CPU, are refused. Forms whose passes keep the GPU busy, that it has no room for,
+            and any after the eighth of a call are run as they are. Memory: the activations of one pass are kept between
+            calls, and during one a gradient for every form and loss. Not with FSDP2 or batch_norm="support".
         process_group: Processes that share the tasks of a meta-step, with the same model on each
             (``torch.distributed.group.WORLD``, after ``init_process_group``): ``backward`` is given this rank's tasks,
             one or more, leaves the mean over those of all ranks in ``.grad`` of each, and reports on all. All ranks

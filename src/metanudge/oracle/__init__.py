@@ -8,10 +8,11 @@ from metanudge.oracle.batch_norm import BatchNorm, Policy
 from metanudge.oracle.call import Call
 from metanudge.oracle.common import Tally, device_of
 from metanudge.oracle.compiled import Programs
+from metanudge.oracle.cuda_graphs import CudaGraphs
 from metanudge.oracle.live import LiveLosses
 from metanudge.oracle.live_forward import LiveForward
 from metanudge.oracle.module import LiveModule
-from metanudge.oracle.recorded import CudaGraphs, Recorder, Recordings
+from metanudge.oracle.recorded import Recorder, Recordings
 from metanudge.oracle.stacked import StackedLosses
 from metanudge.oracle.stacked_forward import StackedForward
 

@@ -159,7 +159,6 @@ class LiveLosses(InnerGradients):
         self.live.load(phi)
         at_theta = self.live.bundles.holds(self.live.values)
         parameters = [parameter for key in wanted for parameter in self.live.held(key)]
-        alone = [self.live.held(key)[0] for key in wanted if self.live.bundles.alone(key)]
         self.live.watch(parameters)
         losses: dict[Draw, Tensor] = {}
         sums: Params = {}
@@ -170,15 +169,12 @@ class LiveLosses(InnerGradients):
                 recording = self.forward.recorded(draw, batch, parameters)
                 if recording is not None:
                     value = share * recording.repeat(batch, weight * share)
-                    self.live.bundles.forget()
                 else:
-                    if losses:
-                        _part(parameters)
                     value = self._backward(draw, batch, weight, share)
+                    _part(parameters)
                 losses[draw] = losses[draw] + value if draw in losses else value
                 self._add_up(wanted, sums)
         require_gradient(chain(sums.values(), (parameter.grad for parameter in parameters)))
-        _part(alone)  # bundles are copies
         self.tally.gradients += len(losses)
         begun = losses.get(Draw(Role.SUPPORT))
         if self.passed is None and begun is not None and (at_theta or self.live.untouched()):
@@ -232,7 +228,6 @@ class LiveLosses(InnerGradients):
 
     def _add_up(self, wanted: tuple[str, ...], sums: Params) -> None:
         """Add up the gradients of leaves ``apart``; to those left in ``.grad`` the next ``.backward()`` adds."""
-        _part([self.live.held(key)[0] for key in wanted if key in self.apart and self.live.bundles.alone(key)])
         found = {
             key: self._taken(key)
             for key in wanted
@@ -253,7 +248,7 @@ class LiveLosses(InnerGradients):
 
 
 def _part(parameters: Sequence[nn.Parameter]) -> None:
-    """Give every parameter a gradient of its own, to which can be added.
+    """Give every parameter a gradient of its own, to keep, and to add to.
 
     Of two views that are added, autograd makes gradients in one memory, and what the next ``.backward()`` adds to one
     it then adds to both. (Sharded ones are parts that FSDP2 has cut itself.)

@@ -112,7 +112,11 @@ class LiveForward:
         if self.recordings is None or role in self.known.backward or role not in strangers:
             return None
         self.recordings.at(self.live.places())
-        return self.recordings.of(self.losses[role], parameters, batch, partial(self._graph, draw), strangers[role])
+        loss = partial(self._graph, draw)
+        found = self.recordings.of(self.losses[role], parameters, batch, loss, strangers[role])
+        if found is not None:
+            self.live.bundles.forget()  # as after any forward pass
+        return found
 
     def _parts(self, function: LossFunction, role: Role, microbatch: int | None, *, graph: bool) -> list[Tensor]:
         draw = Draw(role)

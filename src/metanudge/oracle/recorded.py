@@ -1,13 +1,11 @@
-"""Forward and backward passes recorded as CUDA graphs: a GPU repeats them at once, where it would wait for Python."""
+"""Forward and backward passes recorded once, and repeated without Python, which a GPU would wait for."""
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +17,6 @@ from metanudge.errors import LossError
 from metanudge.oracle.known import gradients_aside
 from metanudge.random_state import RandomState
 from metanudge.types import Batch, LossFunction
-
-T = TypeVar("T")
 
 MOST = 8
 """Forms of batches that are recorded; each keeps a gradient. Further ones, as of tasks that are all ragged, are not."""
@@ -44,11 +40,8 @@ class Recorder(Protocol):
     """Where passes can be recorded.
 
     Attributes:
-        kind: Of the device that can.
-        pays: By form, whether it does: whether the device was found waiting for Python.
+        pays: By form, whether it does: whether the device was found waiting for Python, and has room for it.
     """
-
-    kind: ClassVar[str]
 
     pays: dict[Hashable, bool]
 
@@ -57,6 +50,7 @@ class Recorder(Protocol):
 
         Raises:
             LossError: It can not be recorded.
+            torch.OutOfMemoryError: There is no room for it.
         """
         ...
 
@@ -65,93 +59,6 @@ class Recorder(Protocol):
         ...
 
 
-class Place(NamedTuple):
-    """Where graphs are recorded.
-
-    Attributes:
-        device: Of all of them.
-        stream: Aside from the current one.
-        keeps: A graph that does nothing, and as long as it is there, so is the memory that graphs share.
-    """
-
-    device: torch.device
-    stream: torch.cuda.Stream
-    keeps: torch.cuda.CUDAGraph
-
-
-@dataclass(eq=False)
-class CudaGraphs:
-    """Records work as CUDA graphs. They share their memory, as one runs after the other, and keep it for later ones."""
-
-    kind: ClassVar[str] = "cuda"
-
-    pays: dict[Hashable, bool] = field(default_factory=dict)
-    place: Place | None = None
-
-    def __call__(self, work: Callable[[], Found], device: torch.device) -> tuple[Found, Callable[[], None]]:
-        """Record; nothing is computed yet."""
-        with torch.cuda.device(device):
-            if self.place is None or self.place.device != device:
-                aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-                keeps = torch.cuda.CUDAGraph()
-                _record(keeps, _nothing, aside, None)
-                self.place = Place(device, aside, keeps)
-            place, graph = self.place, torch.cuda.CUDAGraph()
-            try:
-                return _record(graph, work, place.stream, place.keeps.pool()), graph.replay
-            except BaseException as error:
-                self.place = None
-                _mend(place.stream)
-                if isinstance(error, RuntimeError) and re.search("captur", str(error)):
-                    raise LossError(f"{_UNRECORDABLE} PyTorch said: {error}") from error
-                raise
-
-    def wait(self, device: torch.device) -> float:
-        """Until the device has done what it was given; the seconds that it took."""
-        asked = time.perf_counter()
-        torch.cuda.synchronize(device)
-        return time.perf_counter() - asked
-
-    def __reduce__(self) -> tuple[type[CudaGraphs], tuple[()]]:
-        """For copies, which begin without memory."""
-        return CudaGraphs, ()
-
-
-def _record(graph: torch.cuda.CUDAGraph, work: Callable[[], T], aside: torch.cuda.Stream, pool: Any) -> T:
-    current = torch.cuda.current_stream()
-    aside.wait_stream(current)
-    with torch.cuda.stream(aside):
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # loaders may pin memory meanwhile
-        try:
-            found = work()
-        except BaseException:
-            with suppress(RuntimeError):
-                graph.capture_end()
-            raise
-        graph.capture_end()
-    current.wait_stream(aside)
-    return found
-
-
-def _nothing() -> Tensor:
-    return torch.zeros((), device="cuda")
-
-
-def _mend(stream: torch.cuda.Stream) -> None:
-    """After a recording that failed: random generators take themselves for recorded until one ends well."""
-    graph = torch.cuda.CUDAGraph()
-    with suppress(RuntimeError), torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
-        _nothing()
-        graph.capture_end()
-
-
-_UNRECORDABLE = (
-    "with cuda_graphs=True neither the model nor the loss may do what a GPU can not repeat by itself: take a number "
-    "out of a tensor (.item(), float(), if or while on its value), index by a mask (multiply by it instead), make "
-    "tensors out of Python's numbers or of the CPU's tensors, or keep random states (activation checkpointing: "
-    "preserve_rng_state=False); leave cuda_graphs out."
-)
 _DRAWN = (
     "with cuda_graphs=True neither the model nor the loss may draw from the generators of Python, numpy or torch on "
     "the CPU: the GPU would repeat one draw; draw with device='cuda', or leave cuda_graphs out"
@@ -176,7 +83,7 @@ class Recording(NamedTuple):
     again: Callable[[], None]
 
     def repeat(self, batch: Batch, factor: float | Tensor) -> Tensor:
-        """The loss of a batch; its gradient times a factor is put into ``.grad``, in memory of its own."""
+        """The loss of a batch, where the next one is written too; its gradient times a factor is put into ``.grad``."""
         copy_into(list(zip(self.given, leaves(batch), strict=True)))
         if isinstance(factor, Tensor):
             self.factor.copy_(factor)
@@ -190,7 +97,7 @@ class Recording(NamedTuple):
             parameter.grad = None
         for copy, (parameter, _) in zip(own, pairs, strict=True):
             parameter.grad = copy
-        return self.found.loss.clone()
+        return self.found.loss
 
 
 @dataclass(eq=False)
@@ -248,7 +155,11 @@ class Recordings:
         if key not in self._made:
             if len(self._made) == MOST or not self._pays(key):
                 return None
-            self._made[key] = self._recorded(parameters, batch, loss, strangers)
+            try:
+                self._made[key] = self._recorded(parameters, batch, loss, strangers)
+            except torch.OutOfMemoryError:
+                self.record.pays[key] = False
+                return None
         return self._made[key]
 
     def _pays(self, key: Hashable) -> bool:
@@ -273,11 +184,13 @@ class Recordings:
 
         def work() -> Found:
             torch.clear_autocast_cache()  # what is cast before is not cast again when this is repeated
-            with torch.enable_grad():
-                value = loss(own)
-                with gradients_aside(strangers):
-                    (factor * value).backward()  # type: ignore[no-untyped-call]
-            torch.clear_autocast_cache()
+            try:
+                with torch.enable_grad():
+                    value = loss(own)
+                    with gradients_aside(strangers):
+                        (factor * value).backward()  # type: ignore[no-untyped-call]
+            finally:
+                torch.clear_autocast_cache()
             gradients = [parameter.grad for parameter in parameters]
             for parameter in parameters:
                 parameter.grad = None
