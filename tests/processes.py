@@ -14,7 +14,6 @@ from unittest import mock
 import torch
 from torch import distributed, multiprocessing
 
-
 TRIES = 2
 """Where a process is killed by a signal, as none is by a failing test. Once in some hundred runs the threads of gloo
 left the heap corrupt ("malloc(): unaligned tcache chunk detected"); valgrind and an address sanitizer find nothing."""

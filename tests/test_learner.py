@@ -692,6 +692,14 @@ def test_settings_that_would_be_set_in_vain_are_refused(name: str) -> None:
     assert vars(learner) == before
 
 
+def test_a_slip_of_the_pen_is_not_set() -> None:
+    learner = learner_of(PROBLEMS["ridge"]())
+    with pytest.raises(mn.SettingsError, match='no sharpnes_radius that could be set; did you mean "sharpness_radius"'):
+        learner.sharpnes_radius = 0.1
+    learner.sharpness_radius = 0.1
+    learner.evaluate = None  # what is there may be replaced, as by a test's double
+
+
 @pytest.mark.parametrize("inner", EXECUTIONS)
 @pytest.mark.parametrize("fused", [False, True])
 def test_gradients_are_laid_out_as_their_parameters(fused: bool, inner: str) -> None:

@@ -168,13 +168,14 @@ class MetaLearner:
         self.automatic = execution == "auto"
         self._selection()
         self.ranks = Ranks.of(process_group, model, warm_start is not None)
-        self._told, self._checked = Told(), False
+        self._checked = False
         self._seen: set[Shapes] = set()
+        self._told = Told()  # from here on, what is set is checked
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Refuse what would be set in vain: prox, solver, estimator and the like can be, others are for good."""
+        """Refuse what would be set in vain: others than prox, solver, estimator and the like, and slips of the pen."""
         if "_told" in vars(self):  # once it is made
-            settings.check_may_be_set(name, value)
+            settings.check_may_be_set(self, name, value)
         super().__setattr__(name, value)
 
     def _check_settings(self) -> None:

@@ -81,15 +81,19 @@ FOR_GOOD = {
     "process_group",
 }
 """Arguments of a learner that can not be set later."""
+AT_ANY_TIME = ("prox", "solver", "estimator", "adapt_only", "sharpness_radius", "warm_start")
+"""Those that can."""
 
 
-def check_may_be_set(name: str, value: object) -> None:
-    """Raise a SettingsError for what a learner that is made would not look at again."""
+def check_may_be_set(learner: object, name: str, value: object) -> None:
+    """Raise a SettingsError for what a learner that is made would not look at again, or never does."""
     if name in FOR_GOOD or (name == "execution" and isinstance(value, str)):
         raise SettingsError(
             f"a learner keeps the {name} that it was made with; make a new MetaLearner with the other one. "
-            "What may be set is prox, solver, estimator, adapt_only, sharpness_radius and warm_start"
+            f"What may be set is {', '.join(AT_ANY_TIME[:-1])} and {AT_ANY_TIME[-1]}"
         )
+    if not hasattr(learner, name):
+        raise SettingsError(f"a learner has no {name} that could be set; {nearest(name, AT_ANY_TIME)}")
 
 
 def check_flag(**settings: bool) -> None:

@@ -90,10 +90,11 @@ class LiveForward:
 
         What it adds to ``.grad`` itself, by a ``.backward()`` of its own, as for adversarial examples, is thrown away.
         """
-        role, parameters = draw.role, list(self.live.parameters.values())
+        role = draw.role
         seen = role in self.known.strangers
         if seen and role not in self.known.backward:
             return self._graph(draw, batch)
+        parameters = list(self.live.parameters.values())
         with gradients_aside(parameters):
             if seen:
                 return self._graph(draw, batch)
