@@ -699,6 +699,12 @@ def test_a_slip_of_the_pen_is_not_set() -> None:
     learner.sharpness_radius = 0.1
     learner.evaluate = None  # what is there may be replaced, as by a test's double
 
+    class Named(mn.MetaLearner):
+        pass
+
+    named = Named(learner.model, mn.metrics.squared_error)
+    named.title = "of a subclass's own"
+
 
 @pytest.mark.parametrize("inner", EXECUTIONS)
 @pytest.mark.parametrize("fused", [False, True])

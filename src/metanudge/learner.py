@@ -175,7 +175,8 @@ class MetaLearner:
     def __setattr__(self, name: str, value: object) -> None:
         """Refuse what would be set in vain: others than prox, solver, estimator and the like, and slips of the pen."""
         if "_told" in vars(self):  # once it is made
-            settings.check_may_be_set(self, name, value)
+            own = hasattr(self, name) or type(self) is not MetaLearner  # of which subclasses may have any
+            settings.check_may_be_set(name, value, own)
         super().__setattr__(name, value)
 
     def _check_settings(self) -> None:

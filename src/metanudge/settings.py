@@ -85,14 +85,14 @@ AT_ANY_TIME = ("prox", "solver", "estimator", "adapt_only", "sharpness_radius", 
 """Those that can."""
 
 
-def check_may_be_set(learner: object, name: str, value: object) -> None:
-    """Raise a SettingsError for what a learner that is made would not look at again, or never does."""
+def check_may_be_set(name: str, value: object, own: bool) -> None:
+    """Raise a SettingsError for what a learner that is made would not look at again, or is no attribute of its own."""
     if name in FOR_GOOD or (name == "execution" and isinstance(value, str)):
         raise SettingsError(
             f"a learner keeps the {name} that it was made with; make a new MetaLearner with the other one. "
             f"What may be set is {', '.join(AT_ANY_TIME[:-1])} and {AT_ANY_TIME[-1]}"
         )
-    if not hasattr(learner, name):
+    if not own:
         raise SettingsError(f"a learner has no {name} that could be set; {nearest(name, AT_ANY_TIME)}")
 
 
