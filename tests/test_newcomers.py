@@ -657,7 +657,7 @@ SLOW = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarnin
 @SLOW
 def test_weight_norm_has_its_meta_gradient_from_first_derivatives() -> None:
     fused, by_hand, data = normed()
-    settings = {"prox": 3.0, "solver": mn.Nesterov(150)}
+    settings = {"prox": 10.0, "solver": mn.Nesterov(40)}
     mn.MetaLearner(by_hand, mn.metrics.squared_error, estimator=mn.IMAML(), **settings).backward(data)
     for estimator in (mn.FOBMAML(), mn.HFMAML(), mn.IMAML(products="two_gradient")):
         fused.zero_grad()
