@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,26 +17,28 @@ import torch
 from torch import distributed, multiprocessing
 
 TRIES = 2
-"""Where a process is killed by a signal, as none is by a failing test. Once in some hundred runs the threads of gloo
-left the heap corrupt ("malloc(): unaligned tcache chunk detected"); valgrind and an address sanitizer find nothing."""
+"""Where a process crashed, as none does by a failing test. Once in some hundred runs the threads of gloo left the heap
+corrupt ("malloc(): unaligned tcache chunk detected"); valgrind and an address sanitizer find nothing."""
+CRASHED = {-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS}
 
 
 def spawned(worker: Callable[[int, Path], Any], number: int, folder: Path) -> list[Any]:
     """What ``worker(rank, folder)`` returns in each of ``number`` processes, which share a folder."""
     for left in reversed(range(TRIES)):
-        place = folder / str(left)
-        place.mkdir()
+        place = Path(tempfile.mkdtemp(dir=folder))
+        context = _started(worker, number, place)
         try:
-            _spawn(worker, number, place)
+            while not context.join():
+                pass
             break
-        except multiprocessing.ProcessExitedException as error:
-            if error.signal_name is None or not left:
+        except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as error:
+            if not left or CRASHED.isdisjoint(process.exitcode for process in context.processes):
                 raise
-            print(f"a process was killed: {error}")
+            print(f"a process crashed: {error}")
     return [torch.load(place / f"{rank}.pt", weights_only=False) for rank in range(number)]
 
 
-def _spawn(worker: Callable[[int, Path], Any], number: int, folder: Path) -> None:
+def _started(worker: Callable[[int, Path], Any], number: int, folder: Path) -> Any:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -45,7 +49,7 @@ def _spawn(worker: Callable[[int, Path], Any], number: int, folder: Path) -> Non
         "MASTER_PORT": str(port),
     }
     with mock.patch.dict(os.environ, shared):
-        multiprocessing.spawn(_child, (worker, folder), nprocs=number)
+        return multiprocessing.spawn(_child, (worker, folder), nprocs=number, join=False)
 
 
 def _child(rank: int, worker: Callable[[int, Path], Any], folder: Path) -> None:

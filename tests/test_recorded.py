@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -26,19 +27,41 @@ SGD = mn.TorchOptimizer(lambda p: torch.optim.SGD(p, lr=0.1), 3)
 
 
 class Tape(TorchDispatchMode):
-    """Operations in the order they come, with the tensors they read and write: what a CUDA graph keeps of Python."""
+    """Operations in the order they come, with the tensors they read and write: what a CUDA graph keeps of Python.
 
-    def __init__(self) -> None:
+    There is room for ``most``.
+    """
+
+    def __init__(self, most: float) -> None:
         super().__init__()
         self.operations: list[tuple[Callable, tuple, dict, list]] = []
+        self.made: dict[int, Tensor] = {}
+        self.before: dict[int, tuple[Tensor, torch.UntypedStorage]] = {}
+        self.most = most
 
     def __torch_dispatch__(
         self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
+        if len(self.operations) >= self.most:
+            raise torch.OutOfMemoryError("there is no room")
         kwargs = kwargs or {}
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and place(leaf) not in self.made.keys() | self.before.keys():
+                self.before[place(leaf)] = leaf, leaf.untyped_storage().clone()
         found = function(*args, **kwargs)
         self.operations.append((function, args, kwargs, tree_leaves(found)))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor) and place(leaf) not in self.before:
+                self.made.setdefault(place(leaf), leaf)
         return found
+
+    def wipe(self) -> None:
+        """As if nothing had been computed."""
+        for leaf, storage in self.before.values():
+            leaf.untyped_storage().copy_(storage)
+        for leaf in self.made.values():
+            if leaf.is_floating_point():
+                leaf.fill_(math.nan)
 
     def repeat(self) -> None:
         """All of them, on the same tensors and into the same memory; Python does nothing of its own."""
@@ -48,25 +71,32 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
 
+def place(leaf: Tensor) -> int:
+    return leaf.untyped_storage().data_ptr()
+
+
 @dataclass
 class OnTheCpu:
-    """Keeps the operations of the work and repeats them alone; what it gives is wiped: nobody reads it too early."""
+    """Keeps the operations of the work and repeats them alone; nothing is computed until then."""
 
     pays: dict = field(default_factory=dict)
     recorded: int = 0
     repeated: int = 0
     busy: float = 0.0
-    room: int = MOST
+    room: float = math.inf
+    length: int = 0
 
     def __call__(self, work: Callable[[], Found], device: torch.device) -> tuple[Found, Callable[[], None]]:
         assert device.type == "cpu"
         self.recorded += 1
-        with Tape() as tape:
-            found = work()
-        if self.recorded > self.room:
-            raise torch.OutOfMemoryError("there is no room")
-        for tensor in (found.loss, *(gradient for gradient in found.gradients if gradient is not None)):
-            tensor.fill_(float("nan"))
+        tape = Tape(self.room)
+        try:
+            with tape:
+                found = work()
+        finally:
+            with torch.no_grad():
+                tape.wipe()
+        self.length = len(tape.operations)
 
         def again() -> None:
             self.repeated += 1
@@ -79,7 +109,7 @@ class OnTheCpu:
         return self.busy
 
 
-def recording(learner: mn.MetaLearner, busy: float = 0.0, room: int = MOST) -> OnTheCpu:
+def recording(learner: mn.MetaLearner, busy: float = 0.0, room: float = math.inf) -> OnTheCpu:
     """Let a learner in place record its passes."""
     recorder = OnTheCpu(busy=busy, room=room)
     learner.execution = replace(learner.execution, record=recorder)
@@ -87,7 +117,7 @@ def recording(learner: mn.MetaLearner, busy: float = 0.0, room: int = MOST) -> O
 
 
 def both(
-    make: Callable[[], nn.Module], loss: object, tasks: object, *, room: int = MOST, **settings: object
+    make: Callable[[], nn.Module], loss: object, tasks: object, *, room: float = math.inf, **settings: object
 ) -> tuple[mn.MetaStep, OnTheCpu]:
     """The same steps without recordings and with them: equal to the last bit. What is told is of the second."""
     found = []
@@ -291,12 +321,46 @@ def test_python_runs_twice_for_every_form() -> None:
     assert recorder.repeated == step.gradient_evaluations - 2
 
 
-def test_what_there_is_no_room_for_is_run_as_it_is() -> None:
-    """Each form is tried once, and those that were recorded before are repeated."""
-    _, recorder = both(noisy, squared, data(4, 5), estimator=LEAN, batch_norm="frozen", room=1)
-    assert recorder.recorded == 2
-    assert sorted(recorder.pays.values()) == [False, True]
-    assert recorder.repeated > 0
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.9])
+def test_what_there_is_no_room_for_is_run_as_it_is(part: float) -> None:
+    """Wherever in a pass it turns out."""
+    settings = {"estimator": LEAN, "batch_norm": "frozen"}
+    _, recorder = both(noisy, squared, data(4), **settings)
+    _, recorder = both(noisy, squared, data(4, 5), room=part * recorder.length, **settings)
+    assert recorder.recorded == 1
+    assert recorder.repeated == 0
+    assert list(recorder.pays.values()) == [False]
+
+
+@pytest.mark.parametrize("part", [0.9, math.inf])
+@pytest.mark.parametrize("microbatch", [None, 2])
+def test_casts_that_autocast_keeps_are_made_anew(microbatch: int | None, part: float) -> None:
+    """Also those of a recording that there is no room for."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
+        return (model(batch.inputs.float()).float() - batch.targets).square().mean()
+
+    settings = {"estimator": LEAN, "microbatch": microbatch}
+    with torch.autocast("cpu", torch.bfloat16):
+        _, recorder = both(make, loss, data(6, 6), **settings)
+        _, again = both(make, loss, data(6, 6), room=part * recorder.length, **settings)
+    assert recorder.repeated > 10
+    assert again.repeated == (recorder.repeated if part > 1 else 0)
+
+
+def test_a_loss_that_writes_to_parameters_is_repeated_with_it() -> None:
+    """By .data, which nothing counts: what the solve ends at is judged there all the same."""
+
+    def decaying(model: nn.Module, batch: mn.Batch) -> Tensor:
+        model.one.weight.data.mul_(0.9)
+        return squared(model, batch)
+
+    _, recorder = both(noisy, decaying, data(6, 6), estimator=LEAN, batch_norm="frozen")
+    assert recorder.repeated > 10
 
 
 def test_adapt_and_evaluate_repeat_too() -> None:

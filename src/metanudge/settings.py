@@ -79,8 +79,12 @@ FOR_GOOD = {
     "compile",
     "cuda_graphs",
     "process_group",
+    "losses",
+    "norm",
+    "automatic",
+    "ranks",
 }
-"""Arguments of a learner that can not be set later."""
+"""What a learner is made with, or is made of it, that can not be set later."""
 AT_ANY_TIME = ("prox", "solver", "estimator", "adapt_only", "sharpness_radius", "warm_start")
 """Those that can."""
 

@@ -59,10 +59,11 @@ class CudaGraphs:
                 return _record(graph, work, place.stream, place.keeps.pool()), graph.replay
             except BaseException as error:
                 self.place = None
-                _mend(place.stream)
-                if isinstance(error, torch.OutOfMemoryError):
+                lacking = isinstance(error, torch.OutOfMemoryError)
+                if lacking:
                     torch.cuda.empty_cache()  # of what plain runs left, which is not done while something is recorded
-                elif isinstance(error, RuntimeError) and re.search("captur", str(error)):
+                _mend(place.stream)
+                if not lacking and isinstance(error, RuntimeError) and re.search("captur", str(error)):
                     raise LossError(f"{_UNRECORDABLE} PyTorch said: {error}") from error
                 raise
 
@@ -99,8 +100,5 @@ def _nothing() -> Tensor:
 
 def _mend(stream: torch.cuda.Stream) -> None:
     """After a recording that failed: random generators take themselves for recorded until one ends well."""
-    graph = torch.cuda.CUDAGraph()
-    with suppress(RuntimeError), torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
-        _nothing()
-        graph.capture_end()
+    with suppress(RuntimeError):
+        _record(torch.cuda.CUDAGraph(), _nothing, stream, None)

@@ -118,11 +118,11 @@ class Recordings:
     _begun: dict[Hashable, float] = field(default_factory=dict)
     _made: dict[Hashable, Recording] = field(default_factory=dict)
     _places: list[int] = field(default_factory=list)
-    _moves: bool = False
+    _stopped: bool = False
 
     def at(self, places: list[int]) -> None:
         """Where what passes read lies now; once it has moved, as a parameter that is rebound, nothing is recorded."""
-        self._moves = self._moves or places != (self._places or places)
+        self._stopped = self._stopped or places != (self._places or places)
         self._places = places
 
     def of(
@@ -146,7 +146,7 @@ class Recordings:
             LossError: It can not be recorded.
         """
         given, structure = tree_flatten(batch)
-        if self._moves or any(leaf.device != self.random.device or leaf.requires_grad for leaf in given):
+        if self._stopped or any(leaf.device != self.random.device or leaf.requires_grad for leaf in given):
             return None
         if not all(map(plain, given)):  # a sparse one has other memory with every batch
             return None
@@ -159,6 +159,8 @@ class Recordings:
                 self._made[key] = self._recorded(parameters, batch, loss, strangers)
             except torch.OutOfMemoryError:
                 self.record.pays[key] = False
+                self._made.clear()  # there is not the room for more, nor perhaps for these beside plain passes
+                self._stopped = True
                 return None
         return self._made[key]
 
@@ -200,7 +202,11 @@ class Recordings:
             parameter.grad = None
         with self.random.aside():
             before = self.random.elsewhere()
-            found, again = self.record(work, self.random.device)
+            try:
+                found, again = self.record(work, self.random.device)
+            finally:
+                for parameter in parameters:  # which a backward pass that fails half-way leaves
+                    parameter.grad = None
             if self.random.elsewhere() != before:
                 raise LossError(_DRAWN)
         return Recording(leaves(own), factor, found, parameters, again)
