@@ -51,7 +51,7 @@ def main(steps: int = 30) -> tuple[float, float]:
         model,
         loss,
         prox=0.1,
-        solver=mn.TorchOptimizer(lambda parameters: torch.optim.AdamW(parameters, lr=1e-2), steps=5),
+        solver=mn.TorchOptimizer(lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0), steps=5),
         estimator=mn.FOBMAML(certify=False),
     )
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
