@@ -593,7 +593,7 @@ def test_a_small_first_loss_and_a_bad_batch_end_no_training():
     tasks = ENDLESS.take(6)
     for batch in tasks[0]:
         batch.targets.mul_(1e-3)
-    tasks[2].query.targets[0] = math.nan
+    tasks[2].query.targets[:] = math.nan
     learner, optimizer = begun()
     for parameter in learner.model.parameters():
         torch.nn.init.zeros_(parameter)

@@ -226,7 +226,7 @@ def test_the_learner_still_tells_what_it_tells_once(diagnosis: object) -> None:
     """Steeply curved tasks and one step: the solves are far from done."""
     x = torch.linspace(-3, 3, 8).reshape(1, 8, 1).repeat(3, 1, 1)
     targets = x.clone()
-    targets[1, 0] = float("nan")
+    targets[1] = float("nan")
     tasks = mn.Tasks(mn.Batch(x, targets), mn.Batch(x, x))
     model = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
     learner = mn.MetaLearner(model, mn.metrics.squared_error, prox=1.0, solver=mn.Nesterov(1))

@@ -370,3 +370,134 @@ def test_class_folders(tmp_path):
 def test_scales_are_positive(family, wrong):
     with pytest.raises(mn.SettingsError, match="above 0"):
         family(1, **wrong)
+
+
+def sized(supports: list[int], queries: list[int], *, targets: str = "classes", seed: int = 0) -> list[mn.Tasks]:
+    """Single tasks of so many examples, with two inputs, in float64."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def examples(number: int) -> mn.Batch:
+        x = torch.randn(number, 2, generator=draw, dtype=torch.float64)
+        y = torch.randint(3, (number,), generator=draw) if targets == "classes" else x.sin() @ torch.ones(2, 1).double()
+        return mn.Batch({"x": x, "scale": torch.ones(number, 1).double()}, y)
+
+    return [mn.Tasks(examples(n), examples(m)) for n, m in zip(supports, queries, strict=True)]
+
+
+class Scaled(nn.Module):
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, outputs)).double()
+
+    def forward(self, x, scale):
+        return self.layers(x * scale)
+
+
+@pytest.mark.parametrize("execution", ["vectorized", "in_place"])
+@pytest.mark.parametrize(("targets", "loss"), [("classes", "cross_entropy"), ("numbers", "squared_error")])
+def test_a_padded_stack_gives_what_the_list_gives(targets, loss, execution):
+    torch.manual_seed(0)
+    tasks = sized([3, 7, 1, 7], [5, 2, 9, 4], targets=targets)
+    model, metric = Scaled(3 if targets == "classes" else 1), getattr(mn.metrics, loss)
+    learner = mn.MetaLearner(model, metric, prox=2.0, execution=execution, estimator=mn.FOBMAML(nu=0.01))
+    found = []
+    stack = mn.tasks.pad(tasks)
+    for given in (tasks, stack, stack.unstack()):
+        model.zero_grad()
+        step = learner.backward(given)
+        scores = learner.evaluate(given, mn.metrics.accuracy if targets == "classes" else None)
+        found.append([step.query_loss, step.query_losses, scores.values, *(p.grad for p in model.parameters())])
+    assert float(found[0][-1].norm()) > 0.01
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-11)
+    assert stack.support.inputs["x"].shape == (4, 7, 2)
+    assert stack.query.targets.shape[:2] == (4, 9)
+    counts = stack.query.targets.isnan() if targets == "numbers" else stack.query.targets == -100
+    assert (~counts).reshape(4, 9).sum(1).tolist() == [5, 2, 9, 4]
+    assert set(stack.support.inputs["x"][2].flatten().tolist()) == set(tasks[2].support.inputs["x"].flatten().tolist())
+
+
+def test_padding_leaves_the_tasks_and_the_loader_collates_by_it():
+    tasks = sized([2, 4], [4, 3], targets="numbers")
+    before = [task.query.targets.clone() for task in tasks]
+    (stack,) = DataLoader(tasks, batch_size=2, collate_fn=mn.tasks.pad)
+    assert stack.support.targets.shape == (2, 4, 1)
+    for task, targets in zip(tasks, before, strict=True):
+        torch.testing.assert_close(task.query.targets, targets, rtol=0, atol=0)
+    same = sized([3, 3], [2, 2])
+    torch.testing.assert_close(mn.tasks.pad(same), mn.tasks.collate(same), rtol=0, atol=0)
+
+
+def test_a_prediction_that_is_nan_is_not_taken_for_padding():
+    batch = mn.Batch(torch.tensor([[1.0], [float("nan")]]), torch.tensor([[3.0], [1.0]]))
+    assert mn.metrics.squared_error(nn.Identity(), batch).isnan()
+    missing = mn.Batch(torch.tensor([[1.0], [5.0]]), torch.tensor([[3.0], [float("nan")]]))
+    assert float(mn.metrics.squared_error(nn.Identity(), missing)) == 4.0
+    with pytest.raises(mn.LossError, match=r"targets\.float\(\)"):
+        mn.metrics.squared_error(nn.Identity(), mn.Batch(torch.ones(2), torch.ones(2).long()))
+
+
+def _wider(tasks):
+    return [tasks[0], mn.Tasks(mn.Batch(torch.randn(5, 9).double(), tasks[1].support.targets), tasks[1].query)]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda tasks: [], "no tasks"),
+        (lambda tasks: mn.tasks.collate(tasks[:1]), "of one size"),
+        (lambda tasks: list(mn.tasks.collate(tasks[:1])), "found Batch"),
+        (_wider, "task 1 .* differs from task 0"),
+        (lambda tasks: [tasks[0], mn.Tasks(mn.Minibatches([tasks[1].support]), tasks[1].query)], "Minibatches"),
+        (lambda tasks: [mn.Tasks(mn.Batch(one.support.inputs, ()), one.query) for one in tasks], "there are none"),
+        (
+            lambda tasks: [mn.Tasks(one.support._replace(targets=one.support.targets > 0), one.query) for one in tasks],
+            r"torch\.bool",
+        ),
+        (
+            lambda tasks: [
+                mn.Tasks(one.support._replace(targets=one.support.targets.byte()), one.query) for one in tasks
+            ],
+            r"torch\.uint8.*\.long\(\)",
+        ),
+        (
+            lambda tasks: [mn.Tasks(mn.Batch(one.support.inputs, torch.tensor(1.0)), one.query) for one in tasks],
+            "axis of its examples, but the support of task 0",
+        ),
+        (lambda tasks: [tasks[0], mn.Tasks(tasks[1].support, mn.Batch(torch.ones(0, 2), torch.ones(0)))], "is empty"),
+    ],
+)
+def test_what_can_not_be_padded_is_told(change, told):
+    with pytest.raises(mn.TasksError, match=told):
+        mn.tasks.pad(change(sized([3, 5], [2, 2])))
+
+
+def test_padding_takes_no_blame_for_a_task_that_diverges():
+    tasks = sized([3, 6], [5, 2], targets="numbers")
+    tasks[1].support.inputs["x"].mul_(1e3)
+    learner = mn.MetaLearner(Scaled(1), mn.metrics.squared_error, solver=mn.GradientDescent(steps=50, lr=10.0))
+    for leaf in learner.model.parameters():
+        nn.init.constant_(leaf, 0.3)
+    stack = mn.tasks.pad(tasks)
+    with pytest.raises(mn.NonFiniteError, match="smaller steps"):
+        learner.backward(stack)
+    stack.support.targets[0] = float("nan")
+    with pytest.raises(mn.NonFiniteError, match=r"1 of 2 tasks hold NaN .* \(task 0: support targets"):
+        learner.backward(stack)
+    own = mn.MetaLearner(Scaled(1), lambda m, b: (m(**b.inputs) - b.targets).square().mean())
+    with pytest.raises(mn.NonFiniteError, match="targets of NaN, missing or padding"):
+        own.backward(mn.tasks.pad(sized([3, 6], [5, 2], targets="numbers")))
+
+
+def test_padded_tasks_are_checked_trained_on_and_scored_under_permutations():
+    torch.manual_seed(0)
+    padded = mn.tasks.pad(sized([3, 7], [5, 2], targets="numbers"))
+    learner = mn.MetaLearner(Scaled(1), mn.metrics.squared_error, prox=2.0)
+    assert mn.check(learner, padded, compare=[], reference_steps=200).rows[0].relative_error < 0.05
+    classes = sized([3, 7, 2, 5], [5, 2, 4, 4])
+    learner = mn.MetaLearner(Scaled(3), mn.metrics.cross_entropy, prox=2.0)
+    optimizer = mn.optim.NormalizedSGD(learner.model.parameters(), lr=0.05)
+    mn.fit(learner, optimizer, mn.tasks.pad(classes).unstack(), steps=2, tasks_per_step=4, progress=False)
+    found = learner.evaluate(mn.tasks.pad(classes), mn.metrics.accuracy, permutations=3)
+    expected = learner.evaluate(classes, mn.metrics.accuracy, permutations=3)
+    torch.testing.assert_close(found.values, expected.values)

@@ -222,7 +222,8 @@ def diverged(places: Sequence[int], total: int) -> str:
 
 NEVER_FINITE = (
     "the loss is not finite at the initialisation already, before any step, though the data are: look for a division "
-    "by zero (a mask that leaves nothing), the logarithm or root of zero, or numbers so large that they overflow"
+    "by zero (a mask that leaves nothing), the logarithm or root of zero, numbers so large that they overflow, or "
+    "targets of NaN, missing or padding, which mn.metrics.squared_error leaves out, and a loss of your own has to"
 )
 
 

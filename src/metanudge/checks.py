@@ -137,7 +137,10 @@ def largest(stacks: list[Tasks]) -> float:
 
 
 def not_finite(stacks: list[Tasks], places: list[int]) -> dict[int, str]:
-    """Of the tasks whose own tensors hold NaN or infinite numbers: place, and which tensors."""
+    """Of the tasks whose own tensors hold NaN or infinite numbers: place, and which tensors.
+
+    Targets that are NaN beside others that are not are missing, or padding.
+    """
     found: dict[int, list[str]] = {}
     first = 0
     for stack in stacks:
@@ -146,8 +149,15 @@ def not_finite(stacks: list[Tasks], places: list[int]) -> dict[int, str]:
             if as_minibatches(batch):
                 continue
             for field, held in zip(Batch._fields, batch, strict=True):
-                wrong = [~leaf.isfinite().reshape(number, -1).all(1) for leaf in leaves(held)]
+                wrong = [_wrong(leaf.reshape(number, -1), missing=field == "targets") for leaf in leaves(held)]
                 for row in torch.stack(wrong).any(0).nonzero().flatten().tolist() if wrong else []:
                     found.setdefault(places[first + row], []).append(f"{part} {field}")
         first += number
     return {place: " and ".join(found[place]) for place in sorted(found)}
+
+
+def _wrong(rows: Tensor, *, missing: bool) -> Tensor:
+    """Which rows hold what is not finite; unless they are all NaN, NaN may be missing."""
+    if missing:
+        return rows.isinf().any(1) | rows.isnan().all(1)
+    return ~rows.isfinite().all(1)

@@ -234,7 +234,8 @@ class MetaLearner:
         warning. On any error the model and its gradients are as they were.
 
         Args:
-            tasks: A stack of tasks, or a list of single ones of any sizes (equal ones are stacked).
+            tasks: A stack of tasks, or a list of single ones of any sizes (equal ones are stacked, and sizes taken one
+                after the other: ``mn.tasks.pad`` makes them one).
             indices: With a warm start: which task of the finite set each one is, a whole number a task.
 
         Returns:

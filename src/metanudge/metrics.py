@@ -23,7 +23,9 @@ IGNORED = -100
 
 
 def counted(targets: Tensor) -> Tensor:
-    """Which class indices count; where there are no negative ones (uint8), all."""
+    """Which targets count: class indices but -100 (where there are no negative ones, uint8, all), numbers but NaN."""
+    if targets.is_floating_point():
+        return ~targets.isnan()
     return targets != IGNORED if targets.dtype.is_signed else torch.ones_like(targets, dtype=torch.bool)
 
 
@@ -92,14 +94,14 @@ def accuracy(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def squared_error(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean squared error of a regression.
+    """Mean squared error of a regression, over targets other than NaN, which are missing, or padding; a loss.
 
     Args:
         model: Maps inputs ``[n, ...]`` to predictions in the shape of the targets.
-        batch: Targets ``[n, ...]``.
+        batch: Targets ``[n, ...]``, floats.
 
     Raises:
-        LossError: Predictions of another shape.
+        LossError: Predictions of another shape; targets that are no floats.
 
     Example:
         >>> import torch, metanudge as mn
@@ -109,8 +111,11 @@ def squared_error(model: nn.Module, batch: Batch) -> Tensor:
     """
     predictions: Tensor = _predicted(model, batch.inputs)
     _same_shape("predictions", predictions, "targets", batch.targets)
-    error: Tensor = predictions - batch.targets
-    return error.square().mean()
+    if not batch.targets.is_floating_point():
+        raise LossError(f"squared_error takes targets that are floats, got {batch.targets.dtype}; give targets.float()")
+    counts = counted(batch.targets)
+    error: Tensor = (predictions - batch.targets).where(counts, 0)
+    return error.square().mean() / counts.to(error.dtype).mean()  # sums would overflow in float16
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:

@@ -7,6 +7,7 @@ from metanudge.tasks.image_folders import ImageFolders, image_folders
 from metanudge.tasks.linear import linear, linear_meta_gradient, linear_solutions
 from metanudge.tasks.logistic import logistic, logistic_loss, logistic_model
 from metanudge.tasks.mnist1d import mnist1d
+from metanudge.tasks.padding import pad
 from metanudge.tasks.sinusoid import sinusoid
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "logistic_loss",
     "logistic_model",
     "mnist1d",
+    "pad",
     "sinusoid",
 ]

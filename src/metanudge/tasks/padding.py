@@ -1,0 +1,111 @@
+"""Tasks of different sizes, padded to one stack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from metanudge.batching import form
+from metanudge.checks import check_not_empty, leaves
+from metanudge.errors import TasksError
+from metanudge.metrics import IGNORED
+from metanudge.minibatches import as_minibatches
+from metanudge.types import Batch, Tasks
+
+
+def pad(tasks: Sequence[Tasks]) -> Tasks:
+    """Make one stack of single tasks with different numbers of examples, so that all are solved at once.
+
+    A set that is shorter than the longest gets examples of its own once more, which no model can stumble over, with
+    targets that say that they do not count: -100 for class indices, as everywhere in torch, and NaN for floats. The
+    functions of ``mn.metrics`` leave both out, and so must a loss of your own; then the stack gives what the list does,
+    unless examples see each other, as by BatchNorm. For ``mn.fit``, ``mn.tasks.pad(tasks).unstack()`` is a list of
+    single tasks of one size; for a loader it is a ``collate_fn``.
+
+    Args:
+        tasks: Single tasks, without a task axis, whose tensors differ in their leading axis alone.
+
+    Returns:
+        A stack: support ``[T, n, ...]``, n the most examples of a support set, and query alike.
+
+    Raises:
+        TasksError: No tasks, a stack, empty or mismatched tasks, ``mn.Minibatches``; targets without a value to spare.
+
+    Example:
+        >>> import torch, metanudge as mn
+        >>> sets = [mn.Batch(torch.randn(n, 2), torch.arange(n)) for n in (2, 4)]
+        >>> mn.tasks.pad([mn.Tasks(support=one, query=one) for one in sets]).support.targets
+        tensor([[   0,    1, -100, -100],
+                [   0,    1,    2,    3]])
+    """
+    if isinstance(tasks, Tasks):
+        raise TasksError(
+            "expected a list of single tasks, got mn.Tasks, one task or a stack, whose tasks are of one size"
+        )
+    if not tasks:
+        raise TasksError("there are no tasks to pad")
+    lengths = [[_examples(task, part, place) for part in Tasks._fields] for place, task in enumerate(tasks)]
+    firsts = [form(_first(task)) for task in tasks]
+    other = next((place for place, first in enumerate(firsts) if first != firsts[0]), None)
+    if other is not None:
+        raise TasksError(
+            f"tasks are padded to the same number of examples, but task {other} (counted from 0) differs from task 0 "
+            f"in more than that: {tasks[other]} and {tasks[0]}; pad sequences before, with a mask that the model heeds"
+        )
+    longest = [max(column) for column in zip(*lengths, strict=True)]
+    padded = [
+        Tasks(*(_padded(batch, *sizes) for batch, *sizes in zip(task, own, longest, strict=True)))
+        for task, own in zip(tasks, lengths, strict=True)
+    ]
+    stack: Tasks = tree_map(lambda *same: torch.stack(same), *padded)
+    return stack
+
+
+def _examples(task: Tasks, part: str, place: int) -> int:
+    """How many a set has."""
+    batch = getattr(task, part, None)
+    if as_minibatches(batch):
+        raise TasksError("mn.Minibatches can not be padded; give such tasks as a list")
+    if not isinstance(batch, Batch):
+        raise TasksError(f"expected a list of mn.Tasks of mn.Batch, found {type(task).__name__}: {task!r:.80}")
+    check_not_empty(task, f" of task {place} (counted from 0)")
+    numbers = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves(batch)}
+    if len(numbers) != 1 or 0 in numbers:
+        raise TasksError(
+            f"the tensors of a set must all begin with the axis of its examples, but the {part} of task {place} "
+            f"(counted from 0) is {batch}"
+        )
+    return numbers.pop()
+
+
+def _first(task: Tasks) -> Tasks:
+    """Its first examples."""
+    return tree_map(lambda leaf: leaf[:1], task)  # type: ignore[no-any-return]
+
+
+def _padded(batch: Batch, length: int, longest: int) -> Batch:
+    """A set with its first examples once more, uncounted."""
+    if length == longest:
+        return batch
+    more = torch.arange(longest, device="cpu") % length
+    again: Batch = tree_map(lambda leaf: leaf[more.to(leaf.device)], batch)
+    if not leaves(again.targets):
+        raise TasksError(
+            "padding is marked in the targets, but there are none; give tasks of different sizes as a list"
+        )
+    return again._replace(targets=tree_map(lambda leaf: _uncounted(leaf, length), again.targets))
+
+
+def _uncounted(targets: Tensor, first: int) -> Tensor:
+    """Targets that from an example on do not count."""
+    if not targets.is_floating_point() and (not targets.dtype.is_signed or targets.is_complex()):
+        raise TasksError(
+            f"padding is marked by targets of -100 or NaN, which {targets.dtype} does not have; give class indices as "
+            ".long(), other targets as .float()"
+        )
+    targets[first:] = math.nan if targets.is_floating_point() else IGNORED
+    return targets
