@@ -460,7 +460,7 @@ def episodes(ways: int, number: int) -> list[mn.Tasks]:
     return [mn.Tasks(batch(torch.arange(ways)), batch(query)) for _ in range(number)]
 
 
-def test_classes_that_mean_something_are_not_permuted(tmp_path: Path) -> None:
+def test_classes_that_mean_something_are_not_permuted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of tasks of one's own: sick and healthy are not names that any model may exchange."""
     own = OWN.replace("return mn.tasks.few_shot(", "episodes = mn.tasks.few_shot(") + "    return episodes.take(9)\n"
     (tmp_path / "own.py").write_text(own)
@@ -469,6 +469,9 @@ def test_classes_that_mean_something_are_not_permuted(tmp_path: Path) -> None:
     assert main(["train", config, "--quiet", "--out", out]) == 0
     assert main(["evaluate", out]) == 0
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["permutations"] == 1
+    assert "there are" not in capsys.readouterr().out  # the settings ask for 6 of the 9
+    assert main(["evaluate", out, "--tasks", "900"]) == 0
+    assert "900 test tasks were asked for, and there are 9" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("form", ["stack", "list", "loader"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from metanudge.batching import as_stacks, ordinary
-from metanudge.checks import check_stack, leaves, wrapped
+from metanudge.checks import check_not_empty, check_stack, leaves, wrapped
 from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError, TasksError
 from metanudge.minibatches import as_minibatches
@@ -99,6 +99,7 @@ def alone(support: Batch, device: torch.device, seen: set[Shapes]) -> list[Tasks
             f"adapt expects mn.Batch(inputs, targets) of one task, got {type(support).__name__}"
             + (f"; {ONE}" if isinstance(support, Tasks) else wrapped(support))
         )
+    check_not_empty(Tasks(support, support))
     _refuse_stack(tuple(tuple(leaf.shape) for leaf in leaves(support)), seen, "adapt takes one task", ONE)
     stack = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, support)
     one = Tasks(stack, stack)

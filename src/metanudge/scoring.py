@@ -107,6 +107,10 @@ def evaluate(
     path = config.out / file_name(config, *asked_for, partial=bool(lacking))
     write(path, json.dumps(_json(record), indent=1).encode() + b"\n")
     _show(record, whole, found, console)
+    if number is not None and len(tasks) < number:
+        console.print(
+            f"{number} test tasks were asked for, and there are {len(tasks)}.", style="yellow", highlight=False
+        )
     if lacking:
         console.print(f"Not complete: {lacking}.", style="yellow", highlight=False, soft_wrap=True)
     console.print(f"Written to [bold]{path}[/bold]", highlight=False)

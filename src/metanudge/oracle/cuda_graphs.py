@@ -57,13 +57,15 @@ class CudaGraphs:
             place, graph = self.place, torch.cuda.CUDAGraph()
             try:
                 return _record(graph, work, place.stream, place.keeps.pool()), graph.replay
+            except torch.OutOfMemoryError:
+                self.place = None
+                torch.cuda.empty_cache()  # of what plain runs left, which is not done while something is recorded
+                _mend(place.stream)
+                raise
             except BaseException as error:
                 self.place = None
-                lacking = isinstance(error, torch.OutOfMemoryError)
-                if lacking:
-                    torch.cuda.empty_cache()  # of what plain runs left, which is not done while something is recorded
                 _mend(place.stream)
-                if not lacking and isinstance(error, RuntimeError) and re.search("captur", str(error)):
+                if isinstance(error, RuntimeError) and re.search("captur", str(error)):
                     raise LossError(f"{_UNRECORDABLE} PyTorch said: {error}") from error
                 raise
 

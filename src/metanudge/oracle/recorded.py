@@ -193,10 +193,7 @@ class Recordings:
                         (factor * value).backward()  # type: ignore[no-untyped-call]
             finally:
                 torch.clear_autocast_cache()
-            gradients = [parameter.grad for parameter in parameters]
-            for parameter in parameters:
-                parameter.grad = None
-            return Found(value.detach(), gradients)
+            return Found(value.detach(), [parameter.grad for parameter in parameters])
 
         for parameter in parameters:
             parameter.grad = None
@@ -205,7 +202,7 @@ class Recordings:
             try:
                 found, again = self.record(work, self.random.device)
             finally:
-                for parameter in parameters:  # which a backward pass that fails half-way leaves
+                for parameter in parameters:  # also where a backward pass failed half-way
                     parameter.grad = None
             if self.random.elsewhere() != before:
                 raise LossError(_DRAWN)
