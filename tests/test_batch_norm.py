@@ -389,3 +389,24 @@ def test_pieces_of_a_batch_have_no_statistics_of_the_whole(policy):
     with pytest.raises(mn.SettingsError, match="microbatch=2 shows a piece"):
         mn.MetaLearner(model, mn.metrics.squared_error, execution="in_place", microbatch=2, batch_norm=policy)
     mn.MetaLearner(model, mn.metrics.squared_error, execution="in_place", microbatch=2, batch_norm="frozen")
+
+
+@pytest.mark.parametrize("tracks", [True, False])
+def test_adapt_leaves_a_layer_alone_that_the_loss_does_not_call(tracks):
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+            self.spare = nn.BatchNorm1d(3, track_running_stats=tracks)
+
+        def forward(self, x):
+            return self.body(x)
+
+    torch.manual_seed(0)
+    model = Spare()
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, batch_norm="support")
+    support = mn.Batch(torch.randn(6, 2), torch.randn(6, 1))
+    adapted = learner.adapt(support)
+    assert (adapted.spare.running_mean is not None) == tracks
+    hidden = adapted.body[0](support.inputs)
+    torch.testing.assert_close(adapted.body[1].running_mean, hidden.mean(0).detach())

@@ -770,3 +770,16 @@ def test_a_stencil_in_another_unit_is_the_same_scheme(unit: float, nudge: str) -
     torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-9)
     if nudge == "linear":
         assert scaled.error_bound == pytest.approx(step.error_bound, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: mn.FOBMAML(scheme=["symmetric"]), "scheme must be"),
+        (lambda: mn.Stencil(("a", "b"), (1, 2), order=1), "nodes must be a tuple of numbers"),
+        (lambda: mn.Stencil((0, 1), (-1, 1), order=True), "order of a stencil must be a whole number"),
+    ],
+)
+def test_schemes_of_another_kind_are_told(make, told):
+    with pytest.raises(mn.SettingsError, match=told):
+        make()

@@ -624,3 +624,49 @@ def test_what_can_not_take_a_step_costs_no_weights(tmp_path):
         )
     assert (tmp_path / "last.pt").read_bytes() == before
     assert (tmp_path / "best" / "metanudge.json").is_file()
+
+
+def test_a_training_that_explodes_at_once_is_told():
+    """Its early losses are all those of the explosion, and tell nothing of what is usual."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    batches = [mn.Batch(torch.randn(8, 5, 4), torch.randint(3, (8, 5))) for _ in range(2)]
+    learner = mn.MetaLearner(model, mn.metrics.cross_entropy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e5)
+    with pytest.warns(UserWarning, match="query loss rose to .* at meta-step 3, from 1"):
+        mn.fit(learner, optimizer, mn.Tasks(*batches), steps=20, tasks_per_step=4, progress=False)
+
+
+def test_an_optimizer_of_a_part_of_the_model_is_told():
+    learner, _ = begun()
+    names, parameters = zip(*learner.model.named_parameters(), strict=True)
+    with pytest.warns(UserWarning, match=rf"has 1 of the model's {len(names)} trainable.*such as {names[0]}"):
+        mn.fit(learner, torch.optim.SGD(parameters[-1:], lr=0.1), ENDLESS, steps=1, **COMMON)
+    for parameter in parameters[:-1]:
+        parameter.requires_grad_(False)
+    mn.fit(learner, torch.optim.SGD(parameters[-1:], lr=0.1), ENDLESS, steps=1, **COMMON)
+
+
+def weighed(source: str):
+    """A loss of this text, in a module of its own."""
+    names: dict = {"F": torch.nn.functional}
+    exec(source, names)
+    return names["loss"]
+
+
+def test_a_loss_that_was_rewritten_is_told_when_a_training_goes_on(tmp_path):
+    text = "def loss(model, batch):\n    return {} * F.mse_loss(model(batch.inputs), batch.targets)\n"
+    same = '\n\ndef loss(model, batch):\n    """Of others."""\n    # a comment\n' + text.format("2.0").split("\n")[1]
+
+    def go(source: str, steps: int) -> None:
+        learner, optimizer = begun()
+        learner = mn.MetaLearner(learner.model, weighed(source))
+        mn.fit(learner, optimizer, ENDLESS, steps=steps, out=tmp_path, **COMMON)
+
+    go(text.format("2.0"), 2)
+    go(same, 4)
+    with pytest.warns(UserWarning, match="the loss, loss, was written differently"):
+        go(text.format("3.0"), 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        go(text.format("3.0"), 8)

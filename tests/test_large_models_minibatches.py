@@ -198,9 +198,21 @@ def test_minibatches_out_of_place_are_told_where_they_belong() -> None:
         learner.backward(mn.Tasks(support, QUERY))
     with pytest.raises(mn.TasksError, match=r"give its query as mn\.Batch"):
         learner.backward([mn.Tasks(QUERY, support)])
-    stacked = mn.MetaLearner(network(), squared_error, solver=DESCENT)
-    with pytest.raises(mn.TasksError, match='execution="in_place"'):
+    stacked = mn.MetaLearner(network(), squared_error, solver=DESCENT, execution="vectorized")
+    with pytest.raises(mn.LossError, match='execution="in_place"'):
         stacked.backward([mn.Tasks(support, QUERY)])
+
+
+def test_auto_goes_in_place_for_minibatches() -> None:
+    models = [network(), network()]
+    learners = [
+        mn.MetaLearner(model, squared_error, prox=PROX, solver=DESCENT, execution=execution)
+        for model, execution in zip(models, ("auto", "in_place"), strict=True)
+    ]
+    with pytest.warns(UserWarning, match=r"goes in place from here on.*mn\.Minibatches are taken one task"):
+        learners[0].backward([mn.Tasks(mn.Minibatches(BATCHES), QUERY)])
+    learners[1].backward([mn.Tasks(mn.Minibatches(BATCHES), QUERY)])
+    assert torch.equal(flat_gradient(models[0]), flat_gradient(models[1]))
 
 
 def off(solver: object, seed: int) -> float:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from types import MethodType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -686,3 +687,79 @@ def test_a_wrong_second_derivative_of_torch_is_refused(estimator: object) -> Non
     with pytest.raises(mn.LossError, match=r"Use FOBMAML.*weight_norm"):
         learner.backward(data)
     assert all(parameter.grad is None for parameter in fused.parameters())
+
+
+def test_a_query_set_of_padding_is_not_taken_for_divergence() -> None:
+    stack = mn.Tasks(*(mn.Batch(torch.randn(3, 4, 2), torch.randint(3, (3, 4))) for _ in range(2)))
+    stack.query.targets[1] = -100
+    learner = mn.MetaLearner(nn.Linear(2, 3), mn.metrics.cross_entropy)
+    with pytest.warns(mn.NonFiniteWarning) as told:
+        assert learner.backward(stack).dropped_tasks == 1
+    (said,) = [str(one.message) for one in told]
+    assert "in 1 of 3 tasks (task 1; counted from 0) the query loss alone is not finite: look for a division" in said
+    assert "prox" not in said
+
+
+def test_a_misspelt_input_is_told() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(2, 1)
+
+        def forward(self, x, lengths):
+            return self.head(x) / lengths
+
+    inputs = {"x": torch.ones(3, 2), "lenghts": torch.ones(3, 1)}
+    with pytest.raises(TypeError) as told:
+        mn.metrics.squared_error(Counts(), mn.Batch(inputs, torch.ones(3, 1)))
+    note = "as its forward() does not take x, lenghts: missing a required argument: 'lengths'."
+    assert note in "".join(told.value.__notes__)
+
+
+def test_a_metric_of_numpys_is_told_what_to_return() -> None:
+    learner = mn.MetaLearner(nn.Linear(2, 1), mn.metrics.squared_error)
+    tasks = [mn.Tasks(*[mn.Batch(torch.ones(3, 2), torch.ones(3, 1))] * 2)]
+    with pytest.raises(mn.LossError, match=r"returned float64; a metric can return torch\.as_tensor"):
+        learner.evaluate(tasks, lambda model, batch: np.float64(1.0))
+
+
+def test_a_part_of_a_name_is_led_to_the_pattern() -> None:
+    model = nn.ModuleDict({"base": nn.Linear(2, 2), "lora_A": nn.Linear(2, 1)})
+    model["base"].requires_grad_(False)
+    with pytest.raises(
+        mn.SettingsError, match=r'did you mean "\*ora_A\*"\? Its trainable parameters are lora_A'
+    ) as told:
+        mn.MetaLearner(model, mn.metrics.squared_error, adapt_only="ora_A")
+    assert "base" not in str(told.value)
+
+
+def test_evaluate_takes_the_query_loss_in_microbatches() -> None:
+    seen = []
+
+    class Counting(nn.Linear):
+        def forward(self, x):
+            seen.append(len(x))
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    tasks = [mn.Tasks(*[mn.Batch(torch.randn(10, 2), torch.randn(10, 1))] * 2)]
+    model = Counting(2, 1)
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, execution="in_place", microbatch=4)
+    whole = mn.MetaLearner(model, mn.metrics.squared_error, execution="in_place")
+    found = learner.evaluate(tasks).values
+    assert max(seen) == 4
+    torch.testing.assert_close(found, whole.evaluate(tasks).values)
+    learner.evaluate(tasks, mn.metrics.squared_error)
+    seen.clear()
+    learner.evaluate(tasks, lambda model, batch: model(batch.inputs).max())  # no mean over examples
+    assert max(seen) == 10
+
+
+def test_take_of_what_is_no_stack_is_refused() -> None:
+    batch = mn.Batch(torch.ones(3, 2), torch.ones(3, 1))
+    for one in (
+        mn.Tasks(mn.Minibatches([batch]), batch),
+        mn.Tasks(batch, mn.Batch(torch.ones(2, 2), torch.ones(2, 1))),
+    ):
+        with pytest.raises(mn.TasksError, match="only a stack"):
+            one.take(2)

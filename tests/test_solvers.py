@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -547,3 +548,24 @@ def test_one_adapted_number_has_a_curvature(theta, execution):
     )
     solution = (30 + 0.1 * theta) / 10.1
     assert abs(float(learner.adapt(mn.Batch(x, x)).weight.detach()) - solution) < 0.2 * abs(theta - solution) + 1e-12
+
+
+def test_only_steps_of_nesterov_come_without_their_name():
+    """The second argument of other solvers is lr, of this one it would be tol."""
+    with pytest.raises(TypeError):
+        mn.Nesterov(16, 0.1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: mn.Nesterov(steps=np.int64(4)),
+        lambda: mn.GradientDescent(steps=3, lr=np.float32(0.1)),
+        lambda: mn.GradientDescent(steps=3, lr=0.1, momentum=torch.tensor(0.5)),
+        lambda: mn.MetaLearner(torch.nn.Linear(1, 1), mn.metrics.squared_error, prox=np.float32(1)),
+        lambda: mn.MetaLearner(torch.nn.Linear(1, 1), mn.metrics.squared_error, chunk_size=np.int32(2)),
+    ],
+)
+def test_numbers_of_other_libraries_are_told_as_that(make):
+    with pytest.raises(mn.SettingsError, match=r"a (int64|float32|Tensor|int32): take its \.item\(\)"):
+        make()

@@ -220,11 +220,17 @@ def diverged(places: Sequence[int], total: int) -> str:
     )
 
 
-NEVER_FINITE = (
-    "the loss is not finite at the initialisation already, before any step, though the data are: look for a division "
-    "by zero (a mask that leaves nothing), the logarithm or root of zero, numbers so large that they overflow, or "
-    "targets of NaN, missing or padding, which mn.metrics.squared_error leaves out, and a loss of your own has to"
+LOOK_FOR = (
+    "look for a division by zero (a mask that leaves nothing, of all examples or of those of a microbatch), the "
+    "logarithm or root of zero, numbers so large that they overflow, or targets of NaN, missing or padding, which "
+    "mn.metrics.squared_error leaves out, and a loss of your own has to"
 )
+NEVER_FINITE = f"the loss is not finite at the initialisation already, before any step, though the data are: {LOOK_FOR}"
+
+
+def unjudged(places: Sequence[int], total: int) -> str:
+    """Which tasks have a solution, and no finite query loss there."""
+    return f"in {len(places)} of {total} tasks ({_named(places)}) the query loss alone is not finite: {LOOK_FOR}"
 
 
 def never_finite(places: Sequence[int], total: int) -> str:

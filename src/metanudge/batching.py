@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import DataLoader
 
 from metanudge.checks import check_axes, check_not_empty, check_stack, leaves
-from metanudge.errors import TasksError
+from metanudge.errors import TasksError, UnmappableError
 from metanudge.minibatches import as_minibatches
 from metanudge.sources import check_loader, is_dataset, taken
 from metanudge.types import Batch, Tasks
@@ -93,7 +93,9 @@ def _stacked(tasks: list[Tasks], device: torch.device) -> Tasks:
 def split(tasks: Tasks, size: int | None) -> Iterator[tuple[Tasks, int]]:
     """Cut a stack into stacks of at most ``size`` tasks, each with its number of tasks."""
     if as_minibatches(tasks.support):
-        raise TasksError('mn.Minibatches are taken one task after the other; give the MetaLearner execution="in_place"')
+        raise UnmappableError(
+            'mn.Minibatches are taken one task after the other; give the MetaLearner execution="in_place"'
+        )
     number = leaves(tasks)[0].shape[0]
     step = size or number
     for first in range(0, number, step):

@@ -7,8 +7,10 @@ import functools
 import hashlib
 import inspect
 import math
+import platform
 from collections import Counter
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ class Run:
     Attributes:
         protocol: Settings that a checkpoint must share with the training that goes on from it.
         settings: Of learner, optimizer and ``fit``, likewise; of functions their names.
+        code: Of the losses, in words: a digest of what Python made of them.
         begun: What the model was when the training began, as ``told_apart`` tells it; "" where nothing is kept.
         kept: The same of the model at its best.
         history: A record a meta-step.
@@ -58,6 +61,9 @@ class Run:
     ) -> None:
         self.learner, self.optimizer, self.scheduler, self.protocol = learner, optimizer, scheduler, protocol
         self.settings = settings_of(learner, optimizer) | settings_of_scheduler(scheduler) | more
+        support, query = (learner.losses[role] for role in Role)
+        losses = {"loss": support} | ({} if query is support else {"query loss": query})
+        self.code = {f"the {kind}, {qualified_name(loss)},": code_of(loss) for kind, loss in losses.items()}
         self.begun = self.kept = ""
         self.history: list[Record] = []
         self.best, self.best_step = math.nan, 0
@@ -72,6 +78,7 @@ class Run:
             {
                 "protocol": self.protocol,
                 "settings": self.settings,
+                "code": self.code,
                 "begun": self.begun,
                 "kept": self.kept,
                 "model": self.learner.model.state_dict(),
@@ -111,6 +118,7 @@ class Run:
             }:
                 raise SettingsError(f"{path} is of a training of another model; give another folder, or resume=False")
             tell_rounded(path, settings, self.settings)
+            tell_rewritten(path, state.get("code", {}), self.code)
             # what older versions did not write down can not differ
             begun, kept = state.get("begun", self.begun), state.get("kept", self.begun)
             if self.begun not in (begun, kept, told_apart(state["model"])):
@@ -196,6 +204,30 @@ def qualified_name(function: Any) -> str:
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
+def code_of(function: Any) -> str:
+    """A digest of a function as this Python compiled it, wherever it stands; "" where that can not be had."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    code = getattr(function, "__code__", None)
+    if not isinstance(code, CodeType):
+        return ""
+    digest = hashlib.sha256(repr(_steps(code, function.__doc__)).encode()).hexdigest()
+    return f"{platform.python_version()} {digest[:12]}"
+
+
+def _steps(code: CodeType, text: str | None) -> tuple[Any, ...]:
+    """What it does: without its file, its lines and the ``text`` on itself."""
+    constants: list[Any] = []
+    for one in code.co_consts:
+        if isinstance(one, CodeType):
+            constants.append(_steps(one, None))
+        elif isinstance(one, frozenset):  # in an order that every process has of its own
+            constants.append(sorted(map(repr, one)))
+        elif one != text:
+            constants.append(repr(one))
+    return code.co_code, code.co_names, constants
+
+
 def _described(part: Any) -> str:
     """A solver or estimator without its functions, whose names and addresses say nothing."""
     name = type(part).__name__
@@ -236,6 +268,18 @@ def tell_rounded(path: Path, before: dict[str, Any], now: dict[str, Any]) -> Non
             "it would have been, and with dropout in train mode other draws",
             UserWarning,
         )
+
+
+def tell_rewritten(path: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    """Warn of functions known of both, by one Python, that are not written alike."""
+    for name, digest in now.items():
+        there = before.get(name, "")
+        if there and digest and there != digest and there.split()[0] == digest.split()[0]:
+            warn(
+                f"{name} was written differently when the training of {path} took its last step, which it goes on from "
+                "as it is: what was done is of the former one. Begin anew with resume=False, or in another folder",
+                UserWarning,
+            )
 
 
 def tell_replaced(path: Path, done: int) -> None:

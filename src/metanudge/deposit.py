@@ -165,7 +165,15 @@ def _lost(probes: list[Probe], given: Given, solver: Solver, prox: float) -> str
     never = [place for place, has in zip(given.places, begun, strict=True) if not has and place in lost]
     if never := sorted(place for place in never if place not in bad):
         said.append(advice.never_finite(never, len(kept)))
-    if others := [place for place in lost if place not in bad and place not in never]:
+    losses, residuals = (
+        torch.cat([part.reshape(-1).cpu() for part in parts]).isfinite().tolist()
+        for parts in ([probe.query_loss for probe in probes], [probe.residual for probe in probes])
+    )
+    judged = zip(given.places, losses, residuals, strict=True)
+    unjudged = sorted(place for place, has, solved in judged if not has and solved and place in lost)
+    if unjudged := [place for place in unjudged if place not in bad and place not in never]:
+        said.append(advice.unjudged(unjudged, len(kept)))
+    if others := [place for place in lost if place not in bad and place not in never and place not in unjudged]:
         said.append(f"{advice.diverged(others, len(kept))}: {advice.calmer(solver, prox)}")
     return ". ".join(said)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ RISE = 1e3
 """How many times its usual size a query loss has to be before a user is told."""
 USUAL = 100
 """Steps, the first ones, of which the middle one tells what is usual: a first step that is small by chance does not."""
+FAR = 10
+"""How many times their first length parameters are far from where they began."""
 FEW = 10
 """Fewer steps have no middle worth the name: the largest tells."""
 PATIENCE = 10
@@ -44,6 +46,7 @@ class Watch:
         self._rises, self._told = 0, False
         held = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
         self._watched = [parameter for parameter in held if parameter.requires_grad and _finite([parameter])]
+        self._length = _length(self._watched)
 
     @property
     def _high(self) -> bool:
@@ -60,8 +63,7 @@ class Watch:
             self._first = step.query_loss
         if not _finite(self._watched):
             raise NonFiniteError(self._diverged("the model's parameters are not finite any more"))
-        early = [record.query_loss for record in self.run.history[:USUAL]]
-        self._rises = self._rises + 1 if rose(self._first, early, step.query_loss) else 0
+        self._rises = self._rises + 1 if self._rose(step.query_loss) else 0
         if self._high and not self._told:
             self._told = True
             warn(
@@ -88,6 +90,12 @@ class Watch:
             f"{error}. So it was in {PATIENCE} meta-steps in a row, though not in earlier ones: where the data are "
             f"good, the meta-training has diverged, and {self._cure()}"
         ) from error
+
+    def _rose(self, now: float) -> bool:
+        """Whether the query loss is far above what is usual, or above the first one with parameters that are too."""
+        if rose(self._first, [record.query_loss for record in self.run.history[:USUAL]], now):
+            return True  # the early ones tell nothing of a training that explodes at once
+        return rose(self._first, [], now) and _length(self._watched) > FAR * self._length > 0
 
     def _diverged(self, how: str) -> str:
         step = len(self.run.history) + 1
@@ -123,5 +131,14 @@ def rose(first: float, early: Sequence[float], now: float) -> bool:
 
 
 def _finite(parameters: Sequence[Tensor]) -> bool:
-    sums = [whole(parameter.detach().sum(dtype=torch.float64)) for parameter in parameters]  # NaN, inf pass through
-    return not sums or bool(torch.stack([one.to(sums[0].device) for one in sums]).isfinite().all())
+    return math.isfinite(_total(parameter.detach() for parameter in parameters))  # NaN, inf pass through
+
+
+def _length(parameters: Sequence[Tensor]) -> float:
+    """Euclidean norm."""
+    return math.sqrt(_total(parameter.detach().square() for parameter in parameters))
+
+
+def _total(tensors: Iterable[Tensor]) -> float:
+    sums = [whole(tensor.sum(dtype=torch.float64)) for tensor in tensors]
+    return torch.stack([one.to(sums[0].device) for one in sums]).sum().item() if sums else 0.0

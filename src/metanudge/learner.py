@@ -69,7 +69,7 @@ class MetaLearner:
             shared by all tasks and get their own meta-gradient (from FOMAML a part); frozen ones cost nothing.
         chunk_size: Tasks at once, to save memory; None for all. (In place it is one at a time.)
         microbatch: Examples of a task in one forward pass of the in-place execution, whose losses have to be means over
-            the examples: gradients are added up over the pieces. None for all at once.
+            the examples: gradients are added up over the pieces. None for all at once, as metrics always have them.
         query_loss: The loss that judges adapted models, in the form of ``loss``; None for ``loss`` itself.
         sharpness_radius: How far from an adapted model, uphill on its query loss, the gradient of that loss is taken,
             relative to the way ||φ - θ|| of the adaptation. Above 0, .1 to .3 say, meta-steps descend f(φ + ξ), ξ held

@@ -43,7 +43,7 @@ def _same_shape(first: str, a: Tensor, second: str, b: Tensor) -> None:
 
 
 def _predicted(model: nn.Module, inputs: Any) -> Tensor:
-    found = model(**inputs) if isinstance(inputs, Mapping) and _takes(model, inputs) else model(inputs)
+    found = _called(model, inputs)
     predictions: object = getattr(found, "logits", found)
     if not isinstance(predictions, Tensor):
         raise LossError(
@@ -54,13 +54,22 @@ def _predicted(model: nn.Module, inputs: Any) -> Tensor:
     return predictions
 
 
-def _takes(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether the model has arguments of these names, rather than one for them all."""
+def _called(model: nn.Module, inputs: Any) -> object:
+    """What the model makes of inputs; of a dict by its names, where it has arguments of these and not one for all."""
+    if not isinstance(inputs, Mapping):
+        return model(inputs)
     try:
         inspect.signature(model.forward).bind(**inputs)
-    except TypeError:
-        return False
-    return True
+    except TypeError as unfit:
+        try:
+            return model(inputs)
+        except Exception as error:
+            error.add_note(
+                "The inputs are a dict, and were given to the model as one argument, as its forward() does not take "
+                f"{', '.join(map(str, inputs))}: {unfit}."
+            )
+            raise
+    return model(**inputs)
 
 
 def accuracy(model: nn.Module, batch: Batch) -> Tensor:

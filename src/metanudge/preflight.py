@@ -17,6 +17,7 @@ from metanudge.order import first_task, length
 from metanudge.ranks import Ranks
 from metanudge.settings import check_flag, check_number, check_part, check_positive, check_steps
 from metanudge.sharding import is_sharded
+from metanudge.warned import warn
 
 
 def check_training(steps: int, tasks_per_step: int, max_norm: float | None, every: int, workers: int) -> None:
@@ -74,11 +75,25 @@ def check_ranks(ranks: Ranks, tasks: Any, given: dict[str, Any], folder: Path | 
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, learner: MetaLearner) -> None:
-    """Raise a SettingsError for what is no optimizer, or one that could not move the learner's model."""
+    """Raise a SettingsError for what is no optimizer, or one that could not move the learner's model.
+
+    Warns:
+        UserWarning: It moves a part of the model.
+    """
     example = "torch.optim.Adam(model.parameters(), lr=1e-3)"
     check_part("optimizer", optimizer, ("param_groups", "step", "zero_grad", "state_dict", "load_state_dict"), example)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(parameter.requires_grad and id(parameter) in held for parameter in learner.model.parameters()):
+    trainable = {name: id(leaf) for name, leaf in learner.model.named_parameters() if leaf.requires_grad}
+    left = [name for name, leaf in trainable.items() if leaf not in held]
+    if left and len(left) < len(trainable):
+        warn(
+            f"the optimizer, a {type(optimizer).__name__}, has {len(trainable) - len(left)} of the model's "
+            f"{len(trainable)} trainable parameters; the others, such as {left[0]}, get a meta-gradient that nothing "
+            "follows, and tasks adapt them from where they stand. Give it all of them, or, where they should neither "
+            "be learned nor adapted, give them requires_grad_(False)",
+            UserWarning,
+        )
+    if len(left) == len(trainable):
         raise SettingsError(
             f"the optimizer, a {type(optimizer).__name__} of {len(held)} parameters, holds none of the trainable "
             f"parameters of learner.model; make it of those, once the model is built and placed: {example}"

@@ -95,10 +95,11 @@ def select_parameters(model: nn.Module, adapt_only: AdaptOnly | None) -> Selecti
             if not any(_matches(name, pattern) for name in every):
                 modules = [name for name, _ in model.named_modules() if name]
                 close = difflib.get_close_matches(pattern, [*modules, *every], 1, 0.5)
+                close = [f"*{pattern}*"] if any(pattern in name for name in trainable) else close
                 meant = f'did you mean "{close[0]}"? Its' if close else "its"
                 raise SettingsError(
-                    f"adapt_only={pattern!r} matches no parameter or module of the model; {meant} "
-                    f"parameters are {_some(every)}"
+                    f"adapt_only={pattern!r} matches no parameter or module of the model; {meant} trainable "
+                    f"parameters are {_some(list(trainable))}"
                 )
         chosen = {
             first

@@ -29,16 +29,29 @@ def shown(**settings: object) -> str:
     return "".join(f", {name}={value!r}" for name, value in settings.items() if value is not None)
 
 
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _got(value: object) -> str:
+    """What was given; a number of numpy's or torch's, which could not be written down, with its cure."""
+    scalar = hasattr(value, "item") and getattr(value, "ndim", None) == 0
+    return f"got {value!r}" + (f", a {type(value).__name__}: take its .item(), a number of Python's" if scalar else "")
+
+
+def check_number(number: int, name: str, least: int = 0) -> None:
+    """Raise a SettingsError unless ``number`` is a whole number of at least ``least``."""
+    if not _is_whole(number, least):
+        raise SettingsError(f"{name} must be a whole number of at least {least}, {_got(number)}")
+
+
 def check_steps(steps: int, name: str = "steps") -> None:
     """Raise a SettingsError unless ``steps`` is a whole number >= 1."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise SettingsError(f"{name} must be a whole number of at least 1, got {steps!r}")
-
-
-def check_number(number: int, name: str) -> None:
-    """Raise a SettingsError unless ``number`` is a whole number >= 0."""
-    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-        raise SettingsError(f"{name} must be a whole number of at least 0, got {number!r}")
+    check_number(steps, name, least=1)
 
 
 def check_seed(seed: int) -> None:
@@ -58,15 +71,15 @@ def check_folder(out: Path) -> None:
 def check_not_negative(**settings: float) -> None:
     """Raise a SettingsError unless every setting is a finite number >= 0."""
     for name, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise SettingsError(f"{name} must be a finite number of at least 0, got {value!r}")
+        if not _is_real(value) or value < 0:
+            raise SettingsError(f"{name} must be a finite number of at least 0, {_got(value)}")
 
 
 def check_sizes(**settings: int | None) -> None:
     """Raise a SettingsError unless every setting is a whole number >= 1, or None."""
     for name, number in settings.items():
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            raise SettingsError(f"{name} must be a whole number of at least 1 or None, got {number!r}")
+        if number is not None and not _is_whole(number, 1):
+            raise SettingsError(f"{name} must be a whole number of at least 1 or None, {_got(number)}")
 
 
 FOR_GOOD = {
@@ -110,15 +123,15 @@ def check_flag(**settings: bool) -> None:
 def check_positive(**settings: float) -> None:
     """Raise a SettingsError unless every setting is a finite number > 0."""
     for name, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise SettingsError(f"{name} must be a finite number above 0, got {value!r}")
+        if not _is_real(value) or value <= 0:
+            raise SettingsError(f"{name} must be a finite number above 0, {_got(value)}")
 
 
 def check_fraction(**settings: float) -> None:
     """Raise a SettingsError unless every setting is a number in [0, 1)."""
     for name, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-            raise SettingsError(f"{name} must be a number in [0, 1), got {value!r}")
+        if not _is_real(value) or not 0 <= value < 1:
+            raise SettingsError(f"{name} must be a number in [0, 1), {_got(value)}")
 
 
 def check_model(model: object) -> None:

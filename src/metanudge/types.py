@@ -66,14 +66,20 @@ class Tasks(NamedTuple):
 
     def take(self, number: int) -> Tasks:
         """The first ``number`` tasks of a stack."""
+        _number(self)
         return tree_map(lambda leaf: leaf[:number], self)  # type: ignore[no-any-return]
 
     def unstack(self) -> list[Tasks]:
         """The tasks of a stack, one by one, without the task axis: ``tasks.unstack()[3].support`` is for ``adapt``."""
-        sizes = {len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else -1 for leaf in tree_leaves(self)}
-        if len(sizes) != 1 or -1 in sizes:
-            raise TasksError("only a stack can be unstacked: tensors that all begin with the axis of tasks")
-        return [tree_map(lambda leaf, at=at: leaf[at], self) for at in range(sizes.pop())]
+        return [tree_map(lambda leaf, at=at: leaf[at], self) for at in range(_number(self))]
+
+
+def _number(stack: Tasks) -> int:
+    """How many tasks it holds."""
+    sizes = {len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else -1 for leaf in tree_leaves(stack)}
+    if len(sizes) != 1 or -1 in sizes:
+        raise TasksError("only a stack can be taken apart: tensors that all begin with the axis of tasks")
+    return sizes.pop()
 
 
 def _moved(to: torch.device | str | torch.dtype, leaf: Any) -> Any:

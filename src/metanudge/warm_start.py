@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metanudge.errors import SettingsError
 from metanudge.files import write
+from metanudge.settings import check_steps
 
 MAPPED = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.float32, torch.float64)}
 """What a folder can hold."""
@@ -75,8 +76,7 @@ class WarmStart:
     """
 
     def __init__(self, limit_bytes: int = 2**30, folder: str | Path | None = None) -> None:
-        if isinstance(limit_bytes, bool) or not isinstance(limit_bytes, int) or limit_bytes < 1:
-            raise SettingsError(f"limit_bytes must be a whole number of at least 1, got {limit_bytes!r}")
+        check_steps(limit_bytes, "limit_bytes")
         self.limit_bytes = limit_bytes
         self.folder = None if folder is None else Path(folder)
         self._slots: OrderedDict[int, int] = OrderedDict()  # task index to row, the least recently used first

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from metanudge.errors import SettingsError
+from metanudge.settings import check_steps
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class Stencil:
 
     def __post_init__(self) -> None:
         for name in ("nodes", "weights"):
-            if not isinstance(getattr(self, name), tuple | list):
-                raise SettingsError(f"{name} must be a tuple of numbers, got {getattr(self, name)!r}")
+            given = getattr(self, name)
+            if not isinstance(given, tuple | list) or not all(isinstance(number, int | float) for number in given):
+                raise SettingsError(f"{name} must be a tuple of numbers, got {given!r}")
         object.__setattr__(self, "nodes", tuple(self.nodes))
         object.__setattr__(self, "weights", tuple(self.weights))
         if len(self.nodes) < 2 or len(set(self.nodes)) < len(self.nodes) or len(self.weights) != len(self.nodes):
@@ -61,8 +63,7 @@ class Stencil:
             raise SettingsError(
                 f"nodes and weights must be finite numbers, got nodes {self.nodes} and weights {self.weights}"
             )
-        if isinstance(self.order, bool) or not isinstance(self.order, int) or self.order < 1:
-            raise SettingsError(f"the order of a stencil is a whole number of at least 1, got {self.order!r}")
+        check_steps(self.order, "the order of a stencil")
         for power in range(self.order + 1):
             terms = [weight * node**power for node, weight in zip(self.nodes, self.weights, strict=True)]
             moment, wanted = math.fsum(terms), float(power == 1)

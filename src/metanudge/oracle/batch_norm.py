@@ -116,10 +116,12 @@ class BatchNorm:
         """Let an adapted copy of the model follow the policy by itself, in train and in eval mode alike."""
         layers = BatchNorm(self.policy, adapted).layers()
         if self.policy == "support" and layers:
-            for layer, (mean, variance) in zip(layers, self._measured(adapted, support_loss, support), strict=True):
+            for layer, statistics in zip(layers, self._measured(adapted, support_loss, support), strict=True):
+                if statistics is None:
+                    continue
                 layer.track_running_stats = True
-                layer.register_buffer("running_mean", mean)
-                layer.register_buffer("running_var", variance)
+                for name, buffer in zip(("running_mean", "running_var"), statistics, strict=True):
+                    layer.register_buffer(name, buffer.detach())
         for layer in layers:
             if self.policy == "transductive":
                 layer.track_running_stats = False
@@ -128,16 +130,16 @@ class BatchNorm:
                 layer.__dict__["train"] = partial(_stay, layer)
                 layer.eval()
 
-    def _measured(self, adapted: nn.Module, support_loss: LossFunction, support: Batch) -> list[Statistics]:
-        """Of the support set, by the last call of every layer."""
+    def _measured(self, adapted: nn.Module, support_loss: LossFunction, support: Batch) -> list[Statistics | None]:
+        """Of the support set, by the last call of every layer; None of those that the loss does not call."""
         shared = {id(parameter): parameter for parameter in adapted.parameters()}
         probe = BatchNorm(self.policy, copy.deepcopy(adapted, memo=dict(shared)))  # with buffers of its own to write to
         device = next(adapted.parameters()).device
         with probe.lent(), torch.enable_grad(), forked(device):  # for a loss that takes derivatives itself
             probe._seen = {}
             support_loss(probe.model, support)
-        last = [probe._seen[layer][-1] for layer in probe.layers()]
-        return [(mean.detach(), variance.detach()) for mean, variance in last]
+        calls = [probe._seen.get(layer) for layer in probe.layers()]
+        return [None if of_layer is None else of_layer[-1] for of_layer in calls]
 
     def _normalised(self, layer: _BatchNorm, inputs: Tensor) -> Tensor:
         """What a layer does under "support"."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
@@ -59,7 +60,9 @@ def scalar_loss(function: LossFunction, model: nn.Module, batch: Batch) -> Tenso
     """
     loss: object = function(model, batch)
     if not isinstance(loss, Tensor):
-        hint = "; leave out .item()" if isinstance(loss, int | float) else ""
+        hint = "; leave out .item()" if type(loss) in (int, float) else ""
+        if isinstance(loss, np.generic | np.ndarray):
+            hint = "; a metric can return torch.as_tensor(...) of it, a loss has to be computed by torch"
         raise LossError(f"the loss (or metric) must return a scalar tensor, but returned {type(loss).__name__}{hint}")
     if loss.ndim != 0:
         raise LossError(

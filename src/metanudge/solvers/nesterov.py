@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -104,6 +104,7 @@ class Nesterov:
     differentiable: ClassVar[bool] = True
 
     steps: int
+    _: KW_ONLY  # the second one of other solvers is lr
     tol: float | None = None
     lr: float | Literal["auto"] = "auto"
     momentum: float | Literal["auto"] = "auto"
