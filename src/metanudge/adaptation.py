@@ -36,7 +36,7 @@ def shapes_of(stacks: Iterable[Tasks]) -> set[Shapes]:
     return {tuple(tuple(leaf.shape[1:]) for leaf in leaves(support)) for support in supports}
 
 
-def looked_at(model: nn.Module, stacks: Iterable[Tasks], seen: set[Shapes]) -> set[Shapes]:
+def looked_at(model: nn.Module, stacks: list[Tasks], seen: set[Shapes]) -> set[Shapes]:
     """``shapes_of`` checked stacks; warns where tasks of new shapes look like the examples of one.
 
     A regression's examples without a task axis are a stack of tasks, each an example without an axis of its own, which
@@ -45,12 +45,11 @@ def looked_at(model: nn.Module, stacks: Iterable[Tasks], seen: set[Shapes]) -> s
     Raises:
         TasksError: Tasks of new shapes look like stacks of those seen.
     """
-    stacks = list(stacks)
     for shapes in shapes_of(stacks):
         _refuse_stack(shapes, seen, "every task of a list, or of a stack, is one task", CUT)
     layer = next((one for one in model.modules() if isinstance(one, nn.Linear | nn.modules.conv._ConvNd)), None)
     for stack in stacks:
-        if layer is None or as_minibatches(stack.support) is not None or shapes_of([stack]) <= seen:
+        if layer is None or shapes_of([stack]) <= seen:  # of minibatches there are none
             continue
         inputs = [batch.inputs for batch in stack]
         if all(isinstance(one, Tensor) and one.is_floating_point() and _is_one(one.shape[1:], layer) for one in inputs):
@@ -211,7 +210,7 @@ def _holds_closures(module: nn.Module) -> bool:
 
 def losses_of(problem: InnerProblem, phi: Params) -> tuple[float, float]:
     """The support loss of one task at the initialisation and at ``phi``; of minibatches, of the first one."""
-    loss, theta = problem.losses.loss, problem.losses.spread(problem.theta)
+    loss, theta = problem.losses.loss, problem.initial
     return float(loss(Role.SUPPORT, theta)), float(loss(Role.SUPPORT, phi))
 
 
@@ -222,6 +221,6 @@ def curves(problem: InnerProblem, solver: Solver, function: LossFunction) -> Ten
     def observe(_step: int, phi: Params) -> None:
         found.append(problem.losses.value(function, Role.QUERY, phi).reshape(-1).cpu())
 
-    solve(solver, problem.energy(), problem.losses.spread(problem.theta), observe)
+    solve(solver, problem.energy(), problem.initial, observe)
     found += [found[-1]] * (solver.steps + 1 - len(found))
     return torch.stack(found, dim=1).double()

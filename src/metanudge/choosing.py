@@ -58,13 +58,11 @@ def choose_execution(
     Warns:
         UserWarning: A torch optimizer is to step parameters in bfloat16 or float16.
     """
-    name, chunk_size, microbatch, compile, cuda_graphs = how
-    if name not in ("auto", "vectorized", "in_place"):
-        raise SettingsError(f'execution must be "auto", "vectorized" or "in_place", got {name!r}')
+    if how.execution not in ("auto", "vectorized", "in_place"):
+        raise SettingsError(f'execution must be "auto", "vectorized" or "in_place", got {how.execution!r}')
     parameters = dict(model.named_parameters())
     adapted = [parameters[name] for name in selection.adapted]
     kinds = {parameter.dtype for parameter in adapted}
-    narrow = torch.float16 in kinds
     if Need.LIVE_MODULE in solver.needs and any(accumulator(kind) != kind for kind in kinds):
         warn(
             f"{type(solver).__name__} steps the parameters themselves, of which some are narrower than float32: small "
@@ -73,62 +71,75 @@ def choose_execution(
             "float32 in place",
             UserWarning,
         )
-    why = ""
-    if name == "auto":
-        optimized = any(isinstance(module, torch._dynamo.OptimizedModule) for module in model.modules())
-        compiled = Need.DOUBLE_BACKWARD not in estimator.needs and any(map(_compiled, model.modules()))
-        reasons = {
-            f"for {type(solver).__name__}": Need.LIVE_MODULE in solver.needs,
-            "as the model is compiled": optimized or compiled,
-            "as the model is sharded": is_sharded(model),
-            "for a layer that vmap can not run": any(map(_not_for_vmap, model.modules())),
-            "for its size": sum(parameter.numel() for parameter in adapted) > LARGE,
-            "for microbatch": microbatch is not None,
-            "for cuda_graphs": cuda_graphs,
-            "for float16": narrow,
-        }
-        found = [reason for reason, holds in reasons.items() if holds]
-        name = "in_place" if found else "vectorized"
-        why = f', which "auto" is here {found[0]}' if found else ""
-    if name == "vectorized":
-        if narrow:
-            raise SettingsError(
-                "in float16 the squares of gradients vanish, and the vectorized execution computes in the precision of "
-                "the parameters; give execution='in_place', which sums in float32, or bfloat16 or float32 parameters, "
-                "which estimators that differentiate twice need in any case"
-            )
-        if any(isinstance(one, nn.Embedding | nn.EmbeddingBag) and one.max_norm is not None for one in model.modules()):
-            raise SettingsError(
-                "an embedding with max_norm writes to its weights in a forward pass, which tasks of a stack share; "
-                "give execution='in_place' or 'auto', or leave out max_norm"
-            )
-        if microbatch is not None:
-            raise SettingsError("microbatch belongs to the in-place execution; in a stack, chunk_size limits the tasks")
-        if cuda_graphs:
-            raise SettingsError(
-                "cuda_graphs belongs to the in-place execution, whose passes wait for Python; for a stack there is "
-                "compile=True"
-            )
-        return Vectorized(model, losses, chunk_size, norm, Programs() if compile else None)
-    if compile:
+    reason = _reason(how, model, adapted, solver, estimator) if how.execution == "auto" else None
+    if how.execution == "vectorized" or (how.execution == "auto" and reason is None):
+        _check_vectorized(how, model, kinds)
+        return Vectorized(model, losses, norm, how.chunk_size, Programs() if how.compile else None)
+    _check_in_place(how, model, norm, f' ("auto" chose it {reason})' if reason else "")
+    return InPlace(model, losses, norm, how.microbatch, CudaGraphs() if how.cuda_graphs else None)
+
+
+def _reason(
+    how: Running, model: nn.Module, adapted: list[nn.Parameter], solver: Solver, estimator: Estimator
+) -> str | None:
+    """Why "auto" goes in place, if it does."""
+    optimized = any(isinstance(module, torch._dynamo.OptimizedModule) for module in model.modules())
+    compiled = Need.DOUBLE_BACKWARD not in estimator.needs and any(map(_compiled, model.modules()))
+    reasons = {
+        f"for {type(solver).__name__}": Need.LIVE_MODULE in solver.needs,
+        "as the model is compiled": optimized or compiled,
+        "as the model is sharded": is_sharded(model),
+        "for a layer that vmap can not run": any(map(_not_for_vmap, model.modules())),
+        "for its size": sum(parameter.numel() for parameter in adapted) > LARGE,
+        "for microbatch": how.microbatch is not None,
+        "for cuda_graphs": how.cuda_graphs,
+        "for float16": any(parameter.dtype is torch.float16 for parameter in adapted),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _check_vectorized(how: Running, model: nn.Module, kinds: Set[torch.dtype]) -> None:
+    """Raise a SettingsError for what a stack can not have."""
+    if torch.float16 in kinds:
+        raise SettingsError(
+            "in float16 the squares of gradients vanish, and the vectorized execution computes in the precision of "
+            "the parameters; give execution='in_place', which sums in float32, or bfloat16 or float32 parameters, "
+            "which estimators that differentiate twice need in any case"
+        )
+    if any(isinstance(one, nn.Embedding | nn.EmbeddingBag) and one.max_norm is not None for one in model.modules()):
+        raise SettingsError(
+            "an embedding with max_norm writes to its weights in a forward pass, which tasks of a stack share; "
+            "give execution='in_place' or 'auto', or leave out max_norm"
+        )
+    if how.microbatch is not None:
+        raise SettingsError("microbatch belongs to the in-place execution; in a stack, chunk_size limits the tasks")
+    if how.cuda_graphs:
+        raise SettingsError(
+            "cuda_graphs belongs to the in-place execution, whose passes wait for Python; for a stack there is "
+            "compile=True"
+        )
+
+
+def _check_in_place(how: Running, model: nn.Module, norm: BatchNorm, why: str) -> None:
+    """Raise a SettingsError for what the live module can not have; ``why`` it is there."""
+    if how.compile:
         raise SettingsError(
             f"compile belongs to the vectorized execution; in place{why}, the model is used as it is: leave compile "
             "out, or give MetaLearner torch.compile(model)"
         )
-    if microbatch is not None and norm.policy in ("transductive", "support"):
+    if how.microbatch is not None and norm.policy in ("transductive", "support"):
         raise SettingsError(
-            f'batch_norm="{norm.policy}" normalises by a whole batch, of which microbatch={microbatch} shows a piece '
-            'at a time; give batch_norm="frozen", leave microbatch out, or take GroupNorm or LayerNorm'
+            f'batch_norm="{norm.policy}" normalises by a whole batch, of which microbatch={how.microbatch} shows a '
+            'piece at a time; give batch_norm="frozen", leave microbatch out, or take GroupNorm or LayerNorm'
         )
-    if cuda_graphs:
+    if how.cuda_graphs:
         check_recordable(model, norm)
-    made_in_inference = next((name for name, leaf in parameters.items() if leaf.is_inference()), None)
+    made_in_inference = next((name for name, leaf in model.named_parameters() if leaf.is_inference()), None)
     if made_in_inference is not None:
         raise SettingsError(
             f"the parameter {made_in_inference} was made within torch.inference_mode(), and can not be stepped in "
             "place; make the model outside of it"
         )
-    return InPlace(model, losses, microbatch, norm, CudaGraphs() if cuda_graphs else None)
 
 
 def check_recordable(model: nn.Module, norm: BatchNorm) -> None:

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from metanudge import tree
-from metanudge.energy import Energy
+from metanudge.energy import Energy, InnerProblem
 from metanudge.losses import HessianProduct, InnerGradients, LossGradients
 from metanudge.sharding import sharded_like
 from metanudge.types import Params, Role, Weights
 
 
-def default_displacement(unit: float) -> float:
-    """How far, relative to what is far, a central difference should look: the cube root of the round-off ``unit``.
+def displacement_of(problem: InnerProblem, given: float | None) -> float:
+    """How far, relative to what is far, a central difference looks: the cube root of round-off, if not ``given``.
 
     Truncation grows as the square of the displacement and round-off as its inverse; both are then equally large.
     """
-    return float(unit ** (1 / 3))
+    return float(problem.unit(problem.theta) ** (1 / 3)) if given is None else given
 
 
 def far(energy: Energy, phi: Params, value: Tensor, gradient: Params) -> Tensor:

@@ -214,9 +214,8 @@ def check_adapted(before: float, after: float, finite: bool, stacks: list[Tasks]
 
 
 def _tell_once(told: Told, kind: type[Warning], text: str) -> None:
-    if kind not in told.kinds:
-        told.kinds.add(kind)
-        warn(text, kind)
+    told.kinds.add(kind)
+    warn(text, kind)
 
 
 def add_to_grad(model: nn.Module, mean: FiniteMean, named: Named) -> float:

@@ -19,6 +19,7 @@ Source: Chayti & Jaggi, arXiv:2409.03682; linear nudge: Domke, AISTATS 2010 (the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -35,7 +36,8 @@ class Balance(NamedTuple):
     """How near φ is to a solution.
 
     Attributes:
-        residual: ``Energy.relative_residual``, ``[*L]``.
+        residual: ||p + q|| / (||p|| + ||q||) in [0, 1], ``[*L]``: 0 solved, 1 not begun. NaN without a proximal term:
+            there is then nothing to balance the losses' force, and no scale to compare it to.
         pull: Norm of the losses' force, ``[*L]``.
         way: ||φ - θ||, ``[*L]``.
     """
@@ -101,10 +103,6 @@ class Energy:
     def _spring(self, end: Tensor, centre: Tensor) -> Tensor:
         return (end - centre).mul_(self.prox)
 
-    def forces(self, phi: Params, step: int) -> tuple[Params, Params]:
-        """The two parts of ∂E/∂φ, which balance at the solution."""
-        return self.pull(phi, step), self.push(phi)
-
     def gradient(self, phi: Mapping[str, Tensor], step: int) -> Params:
         """∂E/∂φ = ∇f̂ + ν ∇f + λ (φ - θ)."""
         return self._total(self.pull(phi, step), phi, self.losses.plus)
@@ -121,15 +119,11 @@ class Energy:
 
         return tree.spend(of, pull, phi, self.theta)
 
-    def relative_residual(self, pull: Params, push: Params) -> Tensor:
-        """How far the two forces are from balance: ||p + q|| / (||p|| + ||q||) in [0, 1]; 0 solved, 1 not begun.
-
-        NaN without a proximal term: there is then nothing to balance the losses' force, and no scale to compare it to.
-        """
-        return self._ratio(self.norm(tree.add(pull, push)), self.norm(pull), self.norm(push))
-
     def balance(self, pull: Params, phi: Params) -> Balance:
-        """The relative residual and what it is made of, part by part: no copy of the parameters is made."""
+        """How far the two parts of ∂E/∂φ, p of the losses and q of the spring, are from balance.
+
+        Part by part: no copy of the parameters is made.
+        """
 
         def squares(force: Tensor, p: Tensor, t: Tensor) -> list[Tensor]:
             way = p - t
@@ -138,7 +132,8 @@ class Energy:
 
         rows = [squares(*given) for given in self.losses.operands(pull, phi, self.theta)]
         rest, forward, way = (self.losses.added(column).sqrt() for column in zip(*rows, strict=True))
-        return Balance(self._ratio(rest, forward, self.prox * way), forward, way)
+        forces = forward + self.prox * way
+        return Balance(rest / tree.or_one(forces) if self.prox > 0 else rest * math.nan, forward, way)
 
     def touched(self, a: Params, by: Params, norm: Tensor) -> Tensor:
         """Norm of ``a`` in the parameters that the gradient ``by``, of this ``norm``, touches, ``[*L]``.
@@ -172,11 +167,6 @@ class Energy:
             length = where(length > unit**0.75 * other, length, other)
         return tree.or_one(length)  # no scale whatever
 
-    def _ratio(self, rest: Tensor, pull: Tensor, push: Tensor) -> Tensor:
-        if self.prox == 0:
-            return rest * float("nan")
-        return rest / tree.or_one(pull + push)
-
     def norm(self, a: Params) -> Tensor:
         """Euclidean norm, ``[*L]``."""
         return self.losses.inner(a, a).sqrt()
@@ -208,6 +198,11 @@ class InnerProblem:
     start: Params | None = None
     round_off: float = 0.0
     radius: float = 0.0
+
+    @property
+    def initial(self) -> Params:
+        """θ on every lane, where solves begin."""
+        return self.losses.spread(self.theta)
 
     @property
     def sampled(self) -> bool:

@@ -106,10 +106,6 @@ def _kept(model: nn.Module, norm: BatchNorm, first: int) -> Iterator[RandomState
         yield RandomState(seed, device, first)
 
 
-NONE = BatchNorm(None, nn.Identity())
-"""Of a model without BatchNorm layers."""
-
-
 @dataclass(frozen=True)
 class Vectorized:
     """All tasks of a chunk, and all nodes, at once: a functional call of the model under vmap.
@@ -117,8 +113,8 @@ class Vectorized:
     Attributes:
         model: Never written to.
         losses: The user's support and query loss.
-        chunk_size: Tasks at once; None for all.
         norm: What BatchNorm layers normalise by.
+        chunk_size: Tasks at once; None for all.
         programs: Compiled gradients; None to compile nothing.
         known: What was seen of the losses.
     """
@@ -128,8 +124,8 @@ class Vectorized:
 
     model: nn.Module
     losses: Mapping[Role, LossFunction]
+    norm: BatchNorm
     chunk_size: int | None = None
-    norm: BatchNorm = NONE
     programs: Programs | None = None
     known: Known = field(default_factory=Known)
 
@@ -194,8 +190,8 @@ class InPlace:
     Attributes:
         model: Lent out during a step and put back on every exit.
         losses: The user's support and query loss.
-        microbatch: Most examples in a forward pass; None for all.
         norm: What BatchNorm layers normalise by.
+        microbatch: Most examples in a forward pass; None for all.
         record: Records forward and backward passes; None to run each.
         known: What was seen of the losses.
     """
@@ -206,8 +202,8 @@ class InPlace:
 
     model: nn.Module
     losses: Mapping[Role, LossFunction]
+    norm: BatchNorm
     microbatch: int | None = None
-    norm: BatchNorm = NONE
     record: Recorder | None = None
     known: Known = field(default_factory=Known)
 

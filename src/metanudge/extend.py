@@ -12,20 +12,22 @@ The contract, beside what the protocols say:
   declares ``Need.START_AT_THETA``.
 - A solver whose decisions depend on the problem records them in ``Schedule.decisions`` and replays those it is given,
   so that nudged solves are matched. ``settle`` says what solves that *begin at the solution* replay: a step size that
-  is right there, as often as asked, and not those of the way to it.
+  is right there, as often as asked, and not those of the way to it. One that decides nothing is a ``FixedSteps``,
+  which has these parts, and adds ``init``, ``step`` and ``point``.
 """
 
 from metanudge import tree
 from metanudge.energy import Energy, InnerProblem
 from metanudge.estimators.base import Estimator, FreeSolve, judge, solve_free
 from metanudge.losses import InnerGradients, LossGradients
-from metanudge.solvers.loop import Solver, replay, solve
+from metanudge.solvers.loop import FixedSteps, Solver, replay, solve
 from metanudge.types import Estimate, Need, Params, Role, Schedule, Solution
 
 __all__ = [
     "Energy",
     "Estimate",
     "Estimator",
+    "FixedSteps",
     "FreeSolve",
     "InnerGradients",
     "InnerProblem",

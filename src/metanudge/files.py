@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from metanudge.errors import SettingsError
 
 
-def write(path: Path, content: bytes) -> None:
-    """Replace the file at ``path``; whoever reads it, or the machine stops, meets the old one or the new one."""
+@contextmanager
+def _replaced(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of the one at ``path`` when it is whole and on the disk."""
     unfinished = path.with_name(f".{path.name}.part")
     with unfinished.open("wb") as file:
-        file.write(content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace the file at ``path``; whoever reads it, or the machine stops, meets the old one or the new one."""
+    with _replaced(path) as file:
+        file.write(content)
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write tensors and plain containers."""
-    unfinished = path.with_name(f".{path.name}.part")
-    with unfinished.open("wb") as file:
+    with _replaced(path) as file:
         torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def load_state(path: Path) -> dict[str, Any]:

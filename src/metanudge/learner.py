@@ -267,14 +267,15 @@ class MetaLearner:
         with ranks.together():
             stacks, places = as_stacks(tasks, device_of(self.model))
             self._seen |= looked_at(self.model, stacks, self._seen)
-            order = iter(in_order(indices, places, self.warm_start is not None))
+            order = in_order(indices, places, self.warm_start is not None)
             selection = self._selection()
         counts = ranks.counts(len(places))
         first = sum(counts[: ranks.rank])
         use = Use(selection, stacks, self.prox, tally, first, repeated=True, radius=self.sharpness_radius)
         with torch.no_grad(), self.execution.lend(use) as lent:
             with ranks.together():
-                solved = [self._add(mean, probes, lent, one, list(islice(order, one.tasks))) for one in lent.problems]
+                left = iter(order)
+                solved = [self._add(mean, probes, lent, one, list(islice(left, one.tasks))) for one in lent.problems]
             lost = mean.total - mean.kept
             gradients = sum(ranks.counts(tally.gradients))  # without those of advice
             mean.over(ranks, sum(counts), lent.named)
@@ -283,18 +284,17 @@ class MetaLearner:
         losses = torch.cat([probe.query_loss.where(probe.kept, math.nan) for probe in probes])
         del lent, probes  # and with them what the estimates were made of
         if self.warm_start is not None:  # which may refuse: nothing has been changed yet
-            known = [index for indices_of_one, _ in solved for index in indices_of_one]
-            self.warm_start.put(known, torch.cat([rows for _, rows in solved]))
+            self.warm_start.put(order, torch.cat([rows for rows in solved if rows is not None]))
         norm = add_to_grad(self.model, mean, named)
         of_tasks = (loss for _, loss in sorted(zip(places, losses.tolist(), strict=True)))
         return MetaStep(*numbers, norm, mean.total - mean.kept, gradients, tuple(of_tasks))
 
     def _add(
         self, mean: FiniteMean, probes: list[Probe], lent: Lent, problem: InnerProblem, known: list[int]
-    ) -> tuple[list[int], Tensor]:
-        """Estimate, add to the mean, and tell the indices and solutions that a warm start keeps."""
+    ) -> Tensor | None:
+        """Estimate, add to the mean, and give the solutions that a warm start keeps, NaN where there is none."""
         if self.warm_start is not None:
-            rows = lent.rows(problem.losses.spread(problem.theta))
+            rows = lent.rows(problem.initial)
             problem = replace(problem, start=lent.lanes(self.warm_start.get(known, rows)))
         with told_to_go_first_order(self.estimator):
             estimate = self.estimator(problem, self.solver)
@@ -306,9 +306,9 @@ class MetaLearner:
         )
         probes.append(Probe(query_loss, residual, kept, begun, tried, problem.sampled))
         if self.warm_start is None:
-            return [], torch.empty(0, device="cpu")
+            return None
         diverged = estimate.diverged.reshape(-1, 1)
-        return known, lent.rows(estimate.solution).masked_fill(diverged, float("nan")).cpu()
+        return lent.rows(estimate.solution).masked_fill(diverged, math.nan).cpu()
 
     @exclusive
     @falls_back
@@ -351,7 +351,7 @@ class MetaLearner:
         stacks = alone(support, device_of(self.model), self._seen)
         with torch.no_grad(), self.execution.lend(Use(self._selection(), stacks, self.prox, Tally())) as lent:
             problem = next(lent.problems)
-            solution = solve(self.solver, problem.energy(), problem.losses.spread(problem.theta))
+            solution = solve(self.solver, problem.energy(), problem.initial)
             named = {name: leaf.clone() for name, leaf in lent.named(lent.summed(solution.params)).items()}
             before, after = losses_of(problem, solution.params)
         finite = all(bool(leaf.isfinite().all()) for leaf in named.values())

@@ -113,7 +113,7 @@ def _tried(probe: Probe, problem: InnerProblem, longer: Solver, first: int, good
 def _residuals(problem: InnerProblem, kept: Tensor, solver: Solver, first: int) -> Iterator[tuple[int, float]]:
     """Mean residual of the tasks that count after ``first`` steps from θ, and after more, up to those of ``solver``."""
     energy = problem.energy()
-    start = problem.losses.spread(problem.theta)
+    start = problem.initial
     schedule = Schedule(solver.plan(energy, start), [])
     state, taken, upto = solver.init(energy, start, schedule.plan), 0, first
     while taken < solver.steps and not (taken and solver.finished(state)):

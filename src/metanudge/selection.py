@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -46,6 +46,24 @@ def select_parameters(model: nn.Module, adapt_only: AdaptOnly | None) -> Selecti
             adapt.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    _check_trainable(model, trainable)
+    if adapt_only is None:
+        return Selection(tuple(trainable), ())
+    if callable(adapt_only) and not isinstance(adapt_only, type | nn.Module):
+        check_function("adapt_only", adapt_only, "(name, parameter) -> bool")
+        chosen = {name for name, parameter in trainable.items() if adapt_only(name, parameter)}
+        asked = "the predicate given as adapt_only"
+    else:
+        patterns = _patterns(adapt_only)
+        chosen, asked = _matched(model, trainable, patterns), f"adapt_only={patterns!r}"
+    adapted = tuple(name for name in trainable if name in chosen)
+    if not adapted:
+        raise SettingsError(f"{asked} leaves no trainable parameter to adapt; trainable are {_some(list(trainable))}")
+    return Selection(adapted, tuple(name for name in trainable if name not in chosen))
+
+
+def _check_trainable(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None:
+    """Raise a SettingsError where there is nothing to learn, or what could not be."""
     if not trainable:
         raise SettingsError(
             "the model has no trainable parameter, so there is nothing to adapt; "
@@ -79,38 +97,34 @@ def select_parameters(model: nn.Module, adapt_only: AdaptOnly | None) -> Selecti
                 "on every gradient within the inner solves, or on none; remove it (handle.remove()), and change .grad "
                 "after backward"
             )
-    if adapt_only is None:
-        return Selection(tuple(trainable), ())
+
+
+def _matched(model: nn.Module, trainable: Mapping[str, nn.Parameter], patterns: tuple[str, ...]) -> set[str]:
+    """Which of the trainable parameters go by one of the patterns.
+
+    Raises:
+        SettingsError: A pattern that no parameter, trainable or not, goes by.
+    """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)  # a tied parameter answers to each of its names
-    if callable(adapt_only) and not isinstance(adapt_only, type | nn.Module):
-        check_function("adapt_only", adapt_only, "(name, parameter) -> bool")
-        chosen = {name for name, parameter in trainable.items() if adapt_only(name, parameter)}
-        asked = "the predicate given as adapt_only"
-    else:
-        patterns = _patterns(adapt_only)
-        every = [name for same in names.values() for name in same]
-        for pattern in patterns:
-            if not any(_matches(name, pattern) for name in every):
-                modules = [name for name, _ in model.named_modules() if name]
-                close = difflib.get_close_matches(pattern, [*modules, *every], 1, 0.5)
-                close = [f"*{pattern}*"] if any(pattern in name for name in trainable) else close
-                meant = f'did you mean "{close[0]}"? Its' if close else "its"
-                raise SettingsError(
-                    f"adapt_only={pattern!r} matches no parameter or module of the model; {meant} trainable "
-                    f"parameters are {_some(list(trainable))}"
-                )
-        chosen = {
-            first
-            for first, parameter in trainable.items()
-            if any(_matches(name, pattern) for name in names[id(parameter)] for pattern in patterns)
-        }
-        asked = f"adapt_only={patterns!r}"
-    adapted = tuple(name for name in trainable if name in chosen)
-    if not adapted:
-        raise SettingsError(f"{asked} leaves no trainable parameter to adapt; trainable are {_some(list(trainable))}")
-    return Selection(adapted, tuple(name for name in trainable if name not in chosen))
+    every = [name for same in names.values() for name in same]
+    for pattern in patterns:
+        if any(_matches(name, pattern) for name in every):
+            continue
+        modules = [name for name, _ in model.named_modules() if name]
+        close = difflib.get_close_matches(pattern, [*modules, *every], 1, 0.5)
+        close = [f"*{pattern}*"] if any(pattern in name for name in trainable) else close
+        meant = f'did you mean "{close[0]}"? Its' if close else "its"
+        raise SettingsError(
+            f"adapt_only={pattern!r} matches no parameter or module of the model; {meant} trainable parameters are "
+            f"{_some(list(trainable))}"
+        )
+    return {
+        first
+        for first, parameter in trainable.items()
+        if any(_matches(name, pattern) for name in names[id(parameter)] for pattern in patterns)
+    }
 
 
 def _some(names: list[str]) -> str:

@@ -195,7 +195,7 @@ class Estimate(NamedTuple):
         gradient: Meta-gradient of every meta-parameter, ``[*L, *shape]``.
         query_loss: f(phi), ``[*L]``.
         support_loss: fhat(phi), ``[*L]``.
-        residual: Relative inner residual (see ``Energy.relative_residual``), ``[*L]``, in [0, 1].
+        residual: Relative inner residual (see ``energy.Balance``), ``[*L]``, in [0, 1].
         nu: The nudge used, ``[*L]``; zero for estimators without one.
         error: Bound (f̂ convex) or estimate of ||g - ∇F|| in the adapted parameters, ``[*L]``; NaN without one.
         size: Norm of ``gradient`` in the adapted parameters, ``[*L]``.

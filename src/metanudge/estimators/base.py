@@ -156,7 +156,7 @@ def solve_free(problem: InnerProblem, solver: Solver, keeps_aside: bool = False)
 
     It begins at θ, or at the problem's own start where the energy is lower there.
     """
-    start = problem.losses.spread(problem.theta)
+    start = problem.initial
     if problem.start is not None:
         better = _value(problem, problem.start) < _value(problem, start)
         start = tree.select(better, problem.start, start)
@@ -166,7 +166,7 @@ def solve_free(problem: InnerProblem, solver: Solver, keeps_aside: bool = False)
 
 def _value(problem: InnerProblem, phi: Params) -> Tensor:
     """E(φ), ``[*L]``."""
-    distance = tree.subtract(phi, problem.losses.spread(problem.theta))
+    distance = tree.subtract(phi, problem.initial)
     return problem.losses.loss(Role.SUPPORT, phi) + problem.prox / 2 * problem.losses.inner(distance, distance)
 
 
@@ -186,7 +186,7 @@ def judge(problem: InnerProblem, phi: Params, schedule: Schedule, step: int, kee
     losses, energy = problem.losses, problem.energy()
     support_loss, pull = losses.value_and_gradient(Role.SUPPORT, phi, step)
     balance = energy.balance(pull, phi)
-    start_loss = losses.loss(Role.SUPPORT, losses.spread(problem.theta))
+    start_loss = losses.loss(Role.SUPPORT, problem.initial)
     diverged = _diverged(energy, pull, balance, start_loss, support_loss)
     del pull  # a large model has no room for it beside the query gradient
     query_loss, query_gradient = losses.value_and_all_gradients(Role.QUERY, phi, step)

@@ -49,7 +49,7 @@ class Nudged(NamedTuple):
 
         ``nearest`` is the stencil's node that is nearest to 0.
         """
-        theta = problem.losses.spread(problem.theta)
+        theta = problem.initial
 
         def moved(partial: Params) -> Params:
             """φ - θ, or its derivative, from ∂E/∂θ."""

@@ -135,7 +135,7 @@ class FOBMAML:
         # of the solutions, and of a gradient, which in narrow precision may be off by a whole unit
         noise = (problem.unit(free.phi) / (2 * displacement) + 16 * problem.round_off) * free.slope_norm
         slope = free.slope if self.nudge == "linear" else None
-        start = free.phi if at_solution else problem.losses.spread(problem.theta)
+        start = free.phi if at_solution else problem.initial
         schedule = solver.settle(free.schedule, self._steps(solver)) if at_solution else free.schedule
         if slope is None:
             free = free._replace(query_gradient={})
@@ -167,16 +167,19 @@ class FOBMAML:
         error = None
         if certified:
             middle = sums[1]
-            nudged = Nudged.of(problem, nu, self.stencil.nearest, bent, noise, derivative, middle)
+            nudged = Nudged.of(problem, nu, stencil.nearest, bent, noise, derivative, middle)
             error = self.certificate(problem, free, nudged).bound()
         gradient = tree.spend(lambda leaf: tree.over(1 / nu, leaf) * leaf, derivative[0])
         if self.nudge == "linear":
             gradient |= {name: gradient[name] + leaf for name, leaf in free.direct(problem).items()}
         estimate = free.estimate(problem, gradient, nu, error, noise)
+        return estimate._replace(diverged=estimate.diverged | self._astray(estimate, displacement, noise))
+
+    def _astray(self, estimate: Estimate, displacement: Tensor, noise: Tensor) -> Tensor:
+        """Whether nudged solves went where no finite difference of solutions could have sent them."""
         usual = estimate.slope + noise
         far = estimate.size * displacement > usual / 10  # where the query loss is flat at φ(0), much may be little
-        astray = (usual > 0) & far & (estimate.size > ASTRAY * usual)
-        return estimate._replace(diverged=estimate.diverged | astray)
+        return (usual > 0) & far & (estimate.size > ASTRAY * usual)
 
     def certificate(self, problem: InnerProblem, free: FreeSolve, nudged: Nudged) -> Parts:
         """Measure the parts of the bound."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from metanudge.curvature import default_displacement, far, two_gradient_product
+from metanudge.curvature import displacement_of, far, two_gradient_product
 from metanudge.energy import Energy, InnerProblem
-from metanudge.estimators.unrolled import leaves_per_task, unroll
+from metanudge.estimators.unrolled import unroll
 from metanudge.losses import InnerGradients, LossGradients
 from metanudge.settings import check_positive
 from metanudge.solvers.loop import Solver
@@ -121,9 +122,5 @@ class HFMAML:
 
     def __call__(self, problem: InnerProblem, solver: Solver) -> Estimate:
         """Unroll and pull back."""
-        theta, shared = (leaves_per_task(problem, part) for part in (problem.theta, problem.losses.shared))
-        displacement = self.displacement
-        if displacement is None:
-            displacement = default_displacement(problem.unit(problem.theta))
-        losses = TwoGradientLosses(problem.energy(), displacement, shared)
-        return unroll(problem, solver, losses, theta, shared, segments=1)
+        displacement = displacement_of(problem, self.displacement)
+        return unroll(problem, solver, partial(TwoGradientLosses, problem.energy(), displacement))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from metanudge.energy import InnerProblem
-from metanudge.estimators.unrolled import leaves_per_task, unroll
+from metanudge.estimators.unrolled import unroll
 from metanudge.settings import check_flag
 from metanudge.solvers.loop import Solver
 from metanudge.types import Estimate, Need
@@ -55,6 +55,5 @@ class MAML:
 
     def __call__(self, problem: InnerProblem, solver: Solver) -> Estimate:
         """Unroll and pull back."""
-        theta, shared = (leaves_per_task(problem, part) for part in (problem.theta, problem.losses.shared))
         segments = math.isqrt(solver.steps) if self.checkpoint else 1
-        return unroll(problem, solver, problem.losses.unrolled(shared), theta, shared, segments, backward=2)
+        return unroll(problem, solver, problem.losses.unrolled, segments, backward=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, TypeAlias
 
 from metanudge import tree
-from metanudge.curvature import default_displacement, two_gradient_product
+from metanudge.curvature import displacement_of, two_gradient_product
 from metanudge.energy import InnerProblem
 from metanudge.errors import SettingsError
 from metanudge.estimators.base import FreeSolve
@@ -59,7 +59,5 @@ def hessian_product(
     """Products with the Hessian of the support loss at the free solution."""
     if products == "exact":
         return problem.losses.hessian_product(free.phi, free.step)
-    if displacement is None:
-        displacement = default_displacement(problem.unit(problem.theta))
-    length = free.length(problem)
-    return two_gradient_product(problem.losses, free.phi, free.step, length, displacement)
+    size = displacement_of(problem, displacement)
+    return two_gradient_product(problem.losses, free.phi, free.step, free.length(problem), size)

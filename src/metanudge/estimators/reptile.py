@@ -46,4 +46,4 @@ class Reptile:
     def __call__(self, problem: InnerProblem, solver: Solver) -> Estimate:
         """Solve and point back."""
         free = solve_free(problem, solver)
-        return free.estimate(problem, tree.subtract(problem.losses.spread(problem.theta), free.phi))
+        return free.estimate(problem, tree.subtract(problem.initial, free.phi))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,18 +18,11 @@ from metanudge.solvers.loop import Solver, advance
 from metanudge.types import Estimate, Params, Schedule
 
 
-def leaves_per_task(problem: InnerProblem, params: Params) -> Params:
-    """Copies of meta-parameters, one a task, to differentiate with respect to."""
-    return tree.tree_map(lambda leaf: leaf.detach().clone().requires_grad_(), problem.losses.spread(params))
-
-
 def unroll(
     problem: InnerProblem,
     solver: Solver,
-    losses: InnerGradients,
-    theta: Params,
-    shared: Params,
-    segments: int,
+    attach: Callable[[Params], InnerGradients],
+    segments: int = 1,
     backward: int = 0,
 ) -> Estimate:
     r"""Differentiate f(φ_K(θ, w), w) through the K steps of the solver.
@@ -43,13 +37,12 @@ def unroll(
     Args:
         problem: The task: the same losses, unattached.
         solver: Any whose steps autograd can follow.
-        losses: Support gradients attached to the graph of φ and ``shared``.
-        theta: Leaves θ.
-        shared: Leaves w.
+        attach: Makes, of the leaves w, support gradients that are attached to the graph of φ and of w.
         segments: How many; 1 keeps the graph of all steps at once.
-        backward: Gradients that the backward pass of a step counts as, where ``losses`` do not count them.
+        backward: Gradients that the backward pass of a step counts as, where those that are attached do not count them.
     """
-    attached, plain = Energy(losses, theta, problem.prox), problem.energy()
+    theta, shared = (_leaves(problem, params) for params in (problem.theta, problem.losses.shared))
+    attached, plain = Energy(attach(shared), theta, problem.prox), problem.energy()
     schedule = Schedule(solver.plan(plain, tree.detach(theta)), [])
 
     def run(energy: Energy, centre: Params, state: Any, part: range) -> Any:
@@ -63,7 +56,7 @@ def unroll(
         beginnings.append(run(plain, tree.detach(theta), beginnings[-1], part))
 
     wanted = theta | shared
-    gradient = tree.zeros(tree.detach(wanted))
+    gradient = tree.zeros(wanted)
     free: FreeSolve | None = None
     cotangents: list[Tensor] = []
     for part, beginning in zip(reversed(parts), reversed(beginnings), strict=True):
@@ -85,6 +78,11 @@ def unroll(
     problem.losses.count(backward * len(schedule.decisions))  # those taken: a solver may stop early
     gradient |= {name: gradient[name] + leaf for name, leaf in free.direct(problem).items()}
     return free.estimate(problem, gradient)
+
+
+def _leaves(problem: InnerProblem, params: Params) -> Params:
+    """Copies of meta-parameters, one a task, to differentiate with respect to."""
+    return tree.tree_map(lambda leaf: leaf.detach().clone().requires_grad_(), problem.losses.spread(params))
 
 
 def _moves(leaf: Any) -> bool:

@@ -70,19 +70,16 @@ class StackedForward:
         """
         with explained(), self.call.layers():
             if self.known.writes or not self.call.own_buffers:
-                return self._values(functions, packed, step)
+                return self._values(functions, packed, step, apart=self.known.writes)
             try:
-                return self._values(functions, packed, step)
+                return self._values(functions, packed, step, apart=False)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, LossError):  # as of a write into what all lanes share
                 pass
-        self.known.writes = True
-        try:
-            return self.values(functions, packed, step)
-        except Exception:  # for another reason, then
-            self.known.writes = False
-            raise
+            found = self._values(functions, packed, step, apart=True)
+            self.known.writes = True  # else it was for another reason
+            return found
 
     def look(self, losses: Mapping[Role, Tensor], packed: Params, step: int, *, attached: bool) -> None:
         """See which tensors outside the model the losses depend on, once; evaluated again, if on any.
@@ -110,9 +107,11 @@ class StackedForward:
         for role, some in found.items():
             self.known.meet(role, some)
 
-    def _values(self, functions: Mapping[Role, LossFunction], packed: Params, step: int) -> dict[Role, Tensor]:
-        """``values``, with buffers of its own for every lane where forward passes are known to write to them."""
-        nodes, apart = node_count(packed), self.known.writes
+    def _values(
+        self, functions: Mapping[Role, LossFunction], packed: Params, step: int, *, apart: bool
+    ) -> dict[Role, Tensor]:
+        """``values``; with buffers ``apart``, a copy for every lane, forward passes may write to them."""
+        nodes = node_count(packed)
         read = [Role.SUPPORT, *functions] if self.norm.policy == "support" else functions
         data = {role: self.tasks[role.value] for role in read}
 

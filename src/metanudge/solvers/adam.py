@@ -11,7 +11,8 @@ from metanudge import tree
 from metanudge.energy import Energy
 from metanudge.errors import SettingsError
 from metanudge.settings import check_fraction, check_positive, check_steps
-from metanudge.types import Need, Params, Schedule
+from metanudge.solvers.loop import FixedSteps
+from metanudge.types import Need, Params
 
 
 class State(NamedTuple):
@@ -23,7 +24,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(FixedSteps):
     r"""Adam, as in ``torch.optim.Adam``, from a fresh state.
 
     .. math::
@@ -68,9 +69,6 @@ class Adam:
         object.__setattr__(self, "betas", tuple(self.betas))  # a list is what JSON makes of them
         check_fraction(beta1=self.betas[0], beta2=self.betas[1])
 
-    def plan(self, energy: Energy, start: Params) -> None:
-        """Nothing to measure."""
-
     def init(self, energy: Energy, start: Params, plan: None) -> State:
         """Both means at zero."""
         return State(start, tree.zeros(start), tree.zeros(start))
@@ -87,17 +85,9 @@ class Adam:
         )
         return State(phi, mean, square), None
 
-    def settle(self, schedule: Schedule, steps: int) -> Schedule:
-        """The same steps everywhere."""
-        return schedule._replace(decisions=[None] * steps)
-
     def point(self, state: State) -> Params:
         """Phi."""
         return state.phi
-
-    def finished(self, state: State) -> bool:
-        """All steps are always taken."""
-        return False
 
 
 def _safe_sqrt(square: Tensor) -> Tensor:

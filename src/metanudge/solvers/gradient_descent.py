@@ -9,7 +9,8 @@ from typing import ClassVar, NamedTuple
 from metanudge import tree
 from metanudge.energy import Energy
 from metanudge.settings import check_fraction, check_positive, check_steps
-from metanudge.types import Need, Params, Schedule
+from metanudge.solvers.loop import FixedSteps
+from metanudge.types import Need, Params
 
 
 class State(NamedTuple):
@@ -20,7 +21,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GradientDescent:
+class GradientDescent(FixedSteps):
     r"""Gradient descent, with momentum as in ``torch.optim.SGD``.
 
     .. math::
@@ -55,9 +56,6 @@ class GradientDescent:
         check_positive(lr=self.lr)
         check_fraction(momentum=self.momentum)
 
-    def plan(self, energy: Energy, start: Params) -> None:
-        """Nothing to measure."""
-
     def init(self, energy: Energy, start: Params, plan: None) -> State:
         """Begin at rest."""
         return State(start, tree.zeros(start) if self.momentum else None)
@@ -76,14 +74,6 @@ class GradientDescent:
         kept = dict(velocity) if self.momentum else None
         return State(tree.spend(lambda v, p: p.add(v, alpha=-self.lr), velocity, state.phi), kept)
 
-    def settle(self, schedule: Schedule, steps: int) -> Schedule:
-        """The same steps everywhere."""
-        return schedule._replace(decisions=[None] * steps)
-
     def point(self, state: State) -> Params:
         """Phi."""
         return state.phi
-
-    def finished(self, state: State) -> bool:
-        """All steps are always taken."""
-        return False

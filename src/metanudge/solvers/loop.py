@@ -1,4 +1,4 @@
-"""Seam 2: how an inner problem is solved. One loop for every solver; a solver is six small methods.
+"""Seam 2: how an inner problem is solved. One loop for every solver; a solver is six small methods, or three.
 
 A solve leaves a *schedule*: what was measured at its start, and the decisions (step sizes, restarts, stops) taken on
 the way. The nudged solves replay it, or what the solver makes of it for solves that begin at the solution, so that they
@@ -59,6 +59,21 @@ class Solver(Protocol):
         ...
 
 
+class FixedSteps:
+    """What a solver is that measures nothing, and always takes all its steps."""
+
+    def plan(self, energy: Energy, start: Params) -> Any:
+        """Nothing to measure."""
+
+    def settle(self, schedule: Schedule, steps: int) -> Schedule:
+        """The same steps everywhere."""
+        return schedule._replace(decisions=[None] * steps)
+
+    def finished(self, state: Any) -> bool:
+        """All steps are always taken."""
+        return False
+
+
 Observer = Callable[[int, Params], None]
 
 
@@ -83,8 +98,7 @@ def solve(solver: Solver, energy: Energy, start: Params, observe: Observer | Non
     schedule = Schedule(solver.plan(energy, start), [])
     if observe is not None:
         observe(0, start)
-    begun = [solver.init(energy, start, schedule.plan)]
-    state = advance(solver, energy, schedule, begun.pop(), range(solver.steps), observe)
+    state = advance(solver, energy, schedule, solver.init(energy, start, schedule.plan), range(solver.steps), observe)
     return Solution(solver.point(state), schedule)
 
 
@@ -97,6 +111,6 @@ def replay(solver: Solver, energy: Energy, start: Params, schedule: Schedule) ->
         start: Where to begin.
         schedule: What the free solve left, or that settled.
     """
-    begun = [solver.init(energy, energy.lanes(start), schedule.plan)]
-    state = advance(solver, energy, schedule, begun.pop(), range(len(schedule.decisions)))
+    begun = solver.init(energy, energy.lanes(start), schedule.plan)
+    state = advance(solver, energy, schedule, begun, range(len(schedule.decisions)))
     return solver.point(state)

@@ -192,7 +192,7 @@ class Nesterov:
             uphill = energy.losses.added([energy.losses.share(one, to - before) for one, to, before in parts]) > 0
             active = torch.ones_like(uphill) if active is None else active
             if self.tol is not None:
-                active = active & (energy.relative_residual(pull, energy.push(y)) > self.tol)
+                active = active & (energy.balance(pull, y).residual > self.tol)
             decision = self._decision(active, uphill & active, lr, self._momentum(energy, lr, index))
         del gradient
         told = None if constant is None or last is None else (constant, tree.detach(pull))

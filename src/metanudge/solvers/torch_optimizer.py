@@ -13,7 +13,8 @@ from metanudge.bundles import Bundles
 from metanudge.energy import Energy
 from metanudge.errors import SettingsError
 from metanudge.settings import check_steps
-from metanudge.types import Need, Params, Schedule
+from metanudge.solvers.loop import FixedSteps
+from metanudge.types import Need, Params
 
 
 class State(NamedTuple):
@@ -31,7 +32,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TorchOptimizer:
+class TorchOptimizer(FixedSteps):
     """A real ``torch.optim`` optimizer, made afresh for every solve.
 
     Each step gives it the gradient of the energy in ``.grad`` and calls ``step()``. In-place execution only: an
@@ -74,9 +75,6 @@ class TorchOptimizer:
                 f"lambda p: torch.optim.AdamW(p, lr=1e-3), got {self.factory!r}"
             )
 
-    def plan(self, energy: Energy, start: Params) -> None:
-        """Nothing to measure."""
-
     def init(self, energy: Energy, start: Params, plan: None) -> State:
         """The module's parameters at ``start`` and a fresh optimizer on them."""
         phi = energy.losses.steppable(start)
@@ -110,14 +108,6 @@ class TorchOptimizer:
             parameter.grad = None
         return state, None
 
-    def settle(self, schedule: Schedule, steps: int) -> Schedule:
-        """The same steps everywhere."""
-        return schedule._replace(decisions=[None] * steps)
-
     def point(self, state: State) -> Params:
         """A copy of phi; the parameters themselves move on."""
         return state.phi.copied(lambda kind: kind)
-
-    def finished(self, state: State) -> bool:
-        """All steps are always taken."""
-        return False

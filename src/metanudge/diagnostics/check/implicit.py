@@ -43,7 +43,7 @@ class Implicit:
 
     def __call__(self, problem: InnerProblem, solver: Solver) -> Estimate:
         """Solve the free problem, then the linear system."""
-        phi, schedule = solve(solver, problem.energy(), problem.losses.spread(problem.theta))
+        phi, schedule = solve(solver, problem.energy(), problem.initial)
         free = judge(problem, newton(problem, phi, solver.steps), schedule, solver.steps)
         product = problem.losses.hessian_product(free.phi, free.step)
         v, left = linear(problem, product, free.slope, 1e-8)
@@ -54,8 +54,8 @@ def newton(problem: InnerProblem, phi: Params, step: int, most: int = 10) -> Par
     """Go on from ``phi`` by Newton's steps, each shortened until ||∇E|| falls, while it does and is above round-off."""
     energy = problem.energy()
     for _ in range(most):
-        forces = energy.forces(phi, step)
-        force, residual = tree.add(*forces), energy.relative_residual(*forces)
+        pull = energy.pull(phi, step)
+        force, residual = energy.total(pull, phi), energy.balance(pull, phi).residual
         if not bool((residual > 1e3 * torch.finfo(residual.dtype).eps).any()):
             break
         solved, _ = linear(problem, problem.losses.hessian_product(phi, step), force, 1e-2)

@@ -29,7 +29,7 @@ from metanudge.experiments.solves.alternatives import (
     gauss_newton_products,
 )
 from metanudge.experiments.solves.problems import Inner
-from metanudge.oracle import StackedLosses, Tally
+from metanudge.oracle import BatchNorm, StackedLosses, Tally
 from metanudge.selection import select_parameters
 from metanudge.solvers.loop import Solver
 from metanudge.types import Need, Params, Role
@@ -63,7 +63,7 @@ def candidates(inner: Inner) -> dict[str, Make]:
 def lent(inner: Inner, tally: Tally) -> Iterator[tuple[InnerProblem, StackedLosses]]:
     """The tasks of ``inner`` as one stack of lanes, counted by ``tally``."""
     losses = {Role.SUPPORT: inner.loss, Role.QUERY: inner.loss}
-    execution = Vectorized(inner.model, losses)
+    execution = Vectorized(inner.model, losses, norm=BatchNorm(None, inner.model))
     selection = select_parameters(inner.model, None)
     with torch.no_grad(), execution.lend(Use(selection, [inner.tasks], inner.prox, tally)) as found:
         problem = next(found.problems)
@@ -102,8 +102,7 @@ def course(inner: Inner, make: Make, marks: tuple[int, ...]) -> Course:
                 yield tally.gradients / losses.forward.number, solver.point(state)
 
         def measured(phi: Params) -> tuple[Tensor, Tensor]:
-            pull, push = outside.forces(phi, 0)
-            residual = outside.relative_residual(pull, push)[:, 0]
+            residual = outside.balance(outside.pull(phi, 0), phi).residual[:, 0]
             return residual.nan_to_num(1.0), outside.norm(outside.gradient(phi, 0))[:, 0]
 
         way = points()

@@ -12,12 +12,13 @@ from metanudge import tree
 from metanudge.curvature import lipschitz_constant
 from metanudge.energy import Energy
 from metanudge.settings import check_steps
-from metanudge.types import Need, Params, Schedule
+from metanudge.solvers.loop import FixedSteps
+from metanudge.types import Need, Params
 
 
 @dataclass(frozen=True)
-class Alternative:
-    """What they share: L measured at the start, all steps taken, every state has its iterate under ``phi``."""
+class Alternative(FixedSteps):
+    """L is measured at the start, a state has its iterate under ``phi``, nudged solves decide for themselves."""
 
     differentiable: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset({Need.PROXIMAL_TERM})
@@ -32,18 +33,10 @@ class Alternative:
         with torch.no_grad():
             return lipschitz_constant(energy, tree.detach(start), 5, step=0).constant
 
-    def settle(self, schedule: Schedule, steps: int) -> Schedule:
-        """Nudged solves decide for themselves."""
-        return schedule._replace(decisions=[None] * steps)
-
     def point(self, state: Any) -> Params:
         """The iterate."""
         phi: Params = state.phi
         return phi
-
-    def finished(self, state: Any) -> bool:
-        """All steps are always taken."""
-        return False
 
 
 def safe_lr(energy: Energy, constant: Tensor) -> Tensor:
