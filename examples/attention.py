@@ -1,4 +1,4 @@
-"""Meta-learning a transformer whose fused attention can not be differentiated twice.
+"""Meta-learning a transformer whose fused attention cannot be differentiated twice.
 
 A task is a score of every token, and to be predicted is the mean score of a sequence. Second-order MAML stops with
 "derivative for aten::_scaled_dot_product_flash_attention_for_cpu_backward is not implemented" (another kernel on a GPU,

@@ -64,7 +64,7 @@ def test_minibatches_are_named() -> None:
     learner = mn.MetaLearner(
         torch.nn.Linear(3, 1), mn.metrics.squared_error, prox=0.05, solver=solver, execution="in_place"
     )
-    with pytest.warns(mn.UnsolvedWarning, match=r"random from step to step \(minibatches\).*can not fall below"):
+    with pytest.warns(mn.UnsolvedWarning, match=r"random from step to step \(minibatches\).*cannot fall below"):
         learner.backward([mn.Tasks(halves, batch)])
 
 

@@ -192,7 +192,7 @@ def in_place(estimator: Estimator, solver: object, make: Callable[[], nn.Module]
 def test_estimates_are_those_of_single_parameters(name: str, solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     estimator = coarse(ESTIMATORS[name])
     if isinstance(estimator, mn.HFMAML) and solver == "torch_optimizer":
-        pytest.skip("its steps can not be followed")
+        pytest.skip("its steps cannot be followed")
 
     def find() -> Tensor:
         return estimate(PROBLEMS["mlp"](), estimator, SOLVERS[solver], execution="in_place")

@@ -335,7 +335,7 @@ def test_fresh_removes_what_was_there_of_all_its_seeds(
 def test_failures_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = str(tmp_path / "out")
     assert main(["train", str(tmp_path / "nothing.toml")]) == 2
-    assert "can not be read" in capsys.readouterr().err
+    assert "cannot be read" in capsys.readouterr().err
     for old, new, told in (
         ("[model]", "[mdel]", 'did you mean "model"'),
         ("seeds =", 'device = "cuda:77"\nseeds =', 'no device "cuda:77"'),
@@ -346,7 +346,7 @@ def test_failures_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.Captu
         assert main(["train", written(tmp_path, **{old: new}), "--out", out]) == 2
         assert told in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
-    for target, told in ((str(tmp_path), "config.toml can not be read"), (written(tmp_path), "no training in runs")):
+    for target, told in ((str(tmp_path), "config.toml cannot be read"), (written(tmp_path), "no training in runs")):
         assert main(["evaluate", target]) == 2
         assert told in " ".join(capsys.readouterr().err.split())
 

@@ -1,4 +1,4 @@
-"""``compile=True``: programs in the place of gradients give the same meta-gradients, and refuse what they can not do.
+"""``compile=True``: programs in the place of gradients give the same meta-gradients, and refuse what they cannot do.
 
 torch.compile takes seconds a program; where it is not what is tested, the traced gradients run as they are.
 """

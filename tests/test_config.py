@@ -114,7 +114,7 @@ def test_what_is_left_out_has_the_documented_default(tmp_path: Path) -> None:
         ("seeds = [4]", "seeds = []", "one or more"),
         ("seeds = [4]", "seeds = [-1]", "at least 0"),
         ("seeds = [4]", "seeds = [1000000]", "below 1000000"),
-        ('"float64"', '"float46"', "dtype can not be 'float46'; did you mean \"float64\""),
+        ('"float64"', '"float46"', "dtype cannot be 'float46'; did you mean \"float64\""),
         ("[solver]", "[slover]", 'no setting "slover"; did you mean "solver"'),
         ('"sinusoid"', '"sinusiod"', "[tasks] knows no 'sinusiod'; did you mean \"sinusoid\""),
         ("shots = 3", "shtos = 3", '[tasks] has no setting "shtos"; did you mean "shots"'),
@@ -124,7 +124,7 @@ def test_what_is_left_out_has_the_documented_default(tmp_path: Path) -> None:
         ('"mlp"', '"mpl"', 'did you mean "mlp"'),
         ("inputs = 1", "", '[model] needs "inputs"'),
         ("hidden = [5]", "hidden = 5", "[model] hidden must be a list, got 5"),
-        ('"gelu"', '"gleu"', "[model] activation can not be 'gleu'; did you mean \"gelu\""),
+        ('"gelu"', '"gleu"', "[model] activation cannot be 'gleu'; did you mean \"gelu\""),
         (
             'loss = "squared_error"',
             'loss = "square_error"',
@@ -144,8 +144,8 @@ def test_what_is_left_out_has_the_documented_default(tmp_path: Path) -> None:
         ('metric = "squared_error"', 'metric = "acuracy"', 'did you mean "accuracy"'),
         ('metric = "squared_error"', "tasks = 0", "[evaluation] tasks must be"),
         ("[training]", "[trainings]", 'did you mean "training"'),
-        ("seeds = [4]", "seeds = [4", "can not be read"),
-        ("seeds = [4]", "model = 3\nseeds = [4]", "can not be read"),
+        ("seeds = [4]", "seeds = [4", "cannot be read"),
+        ("seeds = [4]", "model = 3\nseeds = [4]", "cannot be read"),
         ('name = "mlp"', 'name = "nothing.py:make"', "there is no file nothing.py"),
     ],
 )
@@ -157,7 +157,7 @@ def test_what_is_wrong_is_told(right: str, wrong: str, told: str, tmp_path: Path
 
 
 def test_a_missing_file_or_table_is_told(tmp_path: Path) -> None:
-    with pytest.raises(mn.SettingsError, match="can not be read"):
+    with pytest.raises(mn.SettingsError, match="cannot be read"):
         read_config(tmp_path / "nothing.toml")
     with pytest.raises(mn.SettingsError, match=r"needs a table \[training\]"):
         read_config(written(tmp_path, SMALL.replace("[training]\nsteps = 3\ntasks_per_step = 2", "")))

@@ -109,13 +109,13 @@ def test_adapt_and_evaluate_agree(solver: str) -> None:
 @pytest.mark.parametrize("name", [name for name in ESTIMATORS if name not in BOTH])
 def test_double_backward_is_refused_in_place(name: str) -> None:
     made = PROBLEMS["ridge"]()
-    with pytest.raises(mn.SettingsError, match=r"can not run here: it differentiates the loss twice.*Use FOBMAML"):
+    with pytest.raises(mn.SettingsError, match=r"cannot run here: it differentiates the loss twice.*Use FOBMAML"):
         mn.MetaLearner(made.make(), made.loss, estimator=ESTIMATORS[name], execution="in_place")
 
 
 def test_a_torch_optimizer_is_refused_in_a_stack() -> None:
     made = PROBLEMS["ridge"]()
-    with pytest.raises(mn.SettingsError, match=r"TorchOptimizer can not run here: it steps.*in_place"):
+    with pytest.raises(mn.SettingsError, match=r"TorchOptimizer cannot run here: it steps.*in_place"):
         mn.MetaLearner(made.make(), made.loss, solver=SOLVERS["torch_optimizer"], execution="vectorized")
 
 
@@ -123,7 +123,7 @@ def test_a_torch_optimizer_is_refused_in_a_stack() -> None:
 @pytest.mark.parametrize("execution", ["auto", "in_place"])
 def test_a_torch_optimizer_is_refused_by_those_that_unroll_it(name: str, execution: str) -> None:
     made = PROBLEMS["ridge"]()
-    with pytest.raises(mn.SettingsError, match=r"can not run here: it differentiates"):
+    with pytest.raises(mn.SettingsError, match=r"cannot run here: it differentiates"):
         mn.MetaLearner(
             made.make(), made.loss, solver=SOLVERS["torch_optimizer"], estimator=ESTIMATORS[name], execution=execution
         )

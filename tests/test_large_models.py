@@ -1,4 +1,4 @@
-"""Models that second-order MAML can not learn, or not as they are: FO-B-MAML runs them in place, and is right.
+"""Models that second-order MAML cannot learn, or not as they are: FO-B-MAML runs them in place, and is right.
 
 Every row names a model and an equivalent one that can be differentiated twice, under vmap. Held against it are the
 same estimate in the vectorised execution, to round-off, and the exact meta-gradient (Tangent). What MAML does on the
@@ -349,6 +349,6 @@ def test_maml_by_hand_raises_too(name: str) -> None:
 
 @pytest.mark.parametrize("name", RUN)
 def test_maml_by_hand_runs_here_on_a_cpu(name: str) -> None:
-    """One task at a time and without vmap these can be differentiated twice; cuDNN's LSTM and GRU can not. Of one's own
+    """One task at a time and without vmap these can be differentiated twice; cuDNN's LSTM and GRU cannot. Of one's own
     function torch.autograd.grad leaves the second derivative out, and says nothing."""
     second_derivative(both(ROWS[name])[0])

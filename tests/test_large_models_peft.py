@@ -61,7 +61,7 @@ def gradient(model: nn.Module, **settings: object) -> Tensor:
 
 
 def test_the_meta_gradient_of_adapters() -> None:
-    """Against Tangent on plain attention. Softmax is taken in float32 by transformers, which nu="auto" can not see."""
+    """Against Tangent on plain attention. Softmax is taken in float32 by transformers, which nu="auto" cannot see."""
     settings = {"prox": 3.0, "solver": mn.Nesterov(40)}
     found = gradient(llama(), estimator=mn.FOBMAML(nu=1e-2), execution="in_place", **settings)
     exact = gradient(llama("eager"), estimator=mn.Tangent(), **settings)

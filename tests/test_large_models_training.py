@@ -113,7 +113,7 @@ def test_a_compiled_model() -> None:
     eager = gradient(model, solver=solver)
     assert distance(gradient(compiled, solver=solver, execution="auto"), eager) < 1e-9
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
-    with pytest.raises(mn.SettingsError, match=r"MAML can not run here.*Use FOBMAML"):
+    with pytest.raises(mn.SettingsError, match=r"MAML cannot run here.*Use FOBMAML"):
         mn.MetaLearner(compiled, squared_error, estimator=mn.MAML())
     task = single_tasks(tasks())[0]
     with pytest.raises(RuntimeError, match=r"create_graph=False|double backward"):

@@ -1,4 +1,4 @@
-"""MetaLearner: what it adds to .grad, what it reports, what it leaves untouched, and what it says when it can not."""
+"""MetaLearner: what it adds to .grad, what it reports, what it leaves untouched, and what it says when it cannot."""
 
 from __future__ import annotations
 
@@ -1086,3 +1086,14 @@ def test_parts_of_the_users_own_need_no_registration(execution: str) -> None:
     known = learner_of(made, solver=mn.GradientDescent(3, lr=0.05), estimator=mn.FOMAML(), execution=execution)
     known.backward(made.tasks)
     assert distance(flat_gradient(mine.model), 2 * flat_gradient(known.model)) < 1e-12
+
+
+def test_a_number_that_is_none_is_refused_when_it_is_set() -> None:
+    learner = learner_of(PROBLEMS["ridge"]())
+    for name, value in (("prox", "a"), ("prox", -1.0), ("sharpness_radius", None)):
+        before = getattr(learner, name)
+        with pytest.raises(mn.SettingsError, match=f"{name} must be a finite number"):
+            setattr(learner, name, value)
+        assert getattr(learner, name) == before
+    learner.prox = 2
+    assert "prox=2" in repr(learner)

@@ -165,7 +165,7 @@ def test_the_digest_is_of_every_source_file(tmp_path, monkeypatch):
 
 
 def test_what_can_not_be_kept_is_told(tmp_path):
-    with pytest.raises(TypeError, match="scores of what unkeepable found can not be kept"):
+    with pytest.raises(TypeError, match="scores of what unkeepable found cannot be kept"):
         run(kept_in(tmp_path), jobs(tmp_path), unkeepable)
     with pytest.raises(TypeError, match="untold must be annotated to return a NamedTuple"):
         run(kept_in(tmp_path), jobs(tmp_path), untold)

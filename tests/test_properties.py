@@ -140,7 +140,7 @@ def test_perturbed_stencils_are_refused(nodes: list[int], which: int, by: float)
 @CHEAP
 @given(node_lists)
 def test_an_order_too_high_is_refused(nodes: list[int]) -> None:
-    """len + 1 powers can be right by symmetry, but len + 2 can not."""
+    """len + 1 powers can be right by symmetry, but len + 2 cannot."""
     weights = weights_of(nodes)
     with pytest.raises(mn.SettingsError, match="do not make a stencil of order"):
         mn.Stencil(tuple(nodes), tuple(weights), len(nodes) + 2)

@@ -211,7 +211,7 @@ def test_fomaml_gives_the_query_gradient_in_both_parts(execution: str) -> None:
 
 
 def test_reptile_is_refused() -> None:
-    with pytest.raises(mn.SettingsError, match=r"Reptile can not run here.*not adapted.*Freeze them"):
+    with pytest.raises(mn.SettingsError, match=r"Reptile cannot run here.*not adapted.*Freeze them"):
         estimate(mn.Reptile(), CONVERGED, True)
 
 
@@ -283,7 +283,7 @@ def test_a_tied_parameter_is_adapted_under_either_name(pattern: str) -> None:
 @pytest.mark.parametrize(
     ("adapt_only", "words"),
     [
-        ("haed", r'matches no parameter.*did you mean "head"\? Its parameters are.*head\.weight'),
+        ("haed", r'matches no parameter.*did you mean "head"\? Its trainable parameters are.*head\.weight'),
         (["head.*", "tail.*"], r"'tail\.\*' matches no parameter"),
         (lambda name, parameter: False, "predicate.*leaves no trainable parameter"),
         ([], "leaves no trainable parameter"),
@@ -305,5 +305,7 @@ def test_a_model_without_trainable_parameters_is_refused() -> None:
 
 def test_an_error_names_the_first_of_many_parameters() -> None:
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(15)))
-    with pytest.raises(mn.SettingsError, match=r"its parameters are 0\.weight, .*, 9\.bias, \.\.\. \(30 in all\)$"):
+    with pytest.raises(
+        mn.SettingsError, match=r"its trainable parameters are 0\.weight, .*, 9\.bias, \.\.\. \(30 in all\)$"
+    ):
         mn.MetaLearner(model, cross_entropy, adapt_only="adapter")

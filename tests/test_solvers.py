@@ -328,7 +328,7 @@ def test_tol_measures_the_residual_the_step_reports() -> None:
 def test_tol_needs_a_proximal_term() -> None:
     """Without one there is no balance of forces to measure: refused, rather than run to the last step."""
     made = PROBLEMS["ridge"]()
-    with pytest.raises(mn.SettingsError, match=r"Nesterov can not run here: .*prox is 0.*without tol"):
+    with pytest.raises(mn.SettingsError, match=r"Nesterov cannot run here: .*prox is 0.*without tol"):
         mn.MetaLearner(made.make(), made.loss, prox=0.0, solver=mn.Nesterov(30, tol=1e-3), estimator=mn.MAML())
 
 

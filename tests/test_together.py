@@ -130,7 +130,7 @@ def test_what_is_spent_is_let_go(opened: None) -> None:
 def test_estimates_are_those_of_leaves_one_by_one(name: str, solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     estimator = coarse(ESTIMATORS[name])
     if isinstance(estimator, mn.HFMAML) and solver == "torch_optimizer":
-        pytest.skip("its steps can not be followed")
+        pytest.skip("its steps cannot be followed")
 
     def find() -> Tensor:
         return estimate(PROBLEMS["mlp"](), estimator, SOLVERS[solver], execution="in_place")

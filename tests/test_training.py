@@ -483,7 +483,7 @@ def test_what_can_not_be_saved_or_loaded_is_told(tmp_path):
     with pytest.raises(mn.SettingsError, match="query_loss="):
         mn.load_pretrained(tmp_path / "out", nn.Linear(2, 2), mn.metrics.squared_error)
     (tmp_path / "out" / "metanudge.json").write_text("{}")
-    with pytest.raises(mn.SettingsError, match="can not be understood"):
+    with pytest.raises(mn.SettingsError, match="cannot be understood"):
         mn.load_pretrained(tmp_path / "out", nn.Linear(2, 2), mn.metrics.squared_error)
 
 

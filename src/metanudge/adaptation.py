@@ -144,7 +144,7 @@ def adapted_copy(
         adapted = copy.deepcopy(model, memo={id(parameter): _same_memory(parameter) for parameter in frozen})
     except RuntimeError as error:
         raise SettingsError(
-            "adapt copies the model by copy.deepcopy, which can not copy this one, as where a module holds a tensor "
+            "adapt copies the model by copy.deepcopy, which cannot copy this one, as where a module holds a tensor "
             "with a graph: what was computed from parameters, such as the weight that the old "
             "torch.nn.utils.weight_norm leaves (take torch.nn.utils.parametrizations.weight_norm) or a cached "
             f"activation. PyTorch said: {error}"

@@ -50,7 +50,7 @@ def aims(residual: float, bound: float) -> tuple[float, float]:
 
 
 def guess(residual: float, steps: int) -> int:
-    """The steps that would perhaps bring the residual to about 5 %, where they can not be tried.
+    """The steps that would perhaps bring the residual to about 5 %, where they cannot be tried.
 
     Were the fall geometric, they would grow by log(0.05) / log(residual). But the first steps take away what is steep,
     and the rest falls at about half that rate: hence twice as many. At most ten times the steps: a residual near 1 says
@@ -126,7 +126,7 @@ def _closer(prox: float) -> str:
 def _random(noise: str) -> str:
     """The cause that neither steps nor prox mend."""
     return (
-        f"the support loss is random from step to step ({noise}), and its residual can not fall below that noise. See "
+        f"the support loss is random from step to step ({noise}), and its residual cannot fall below that noise. See "
         "which it is: without the noise (model.eval(); whole support sets) a residual that stays as high asks for more "
         "steps or another step size; one that falls was noise, to be made less, or to be judged by validation"
     )
@@ -253,6 +253,6 @@ def _percent(value: float) -> str:
 
 
 def in_place(reason: str) -> str:
-    """Said where "auto" goes in place because vmap can not run a model, for that reason."""
+    """Said where "auto" goes in place because vmap cannot run a model, for that reason."""
     why = reason.split(". PyTorch said:")[0]
     return f'execution="auto" goes in place from here on, one task at a time: {why}'

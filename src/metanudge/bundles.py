@@ -155,7 +155,7 @@ class Bundles(Mapping[str, Tensor]):
         self._written = [parameter._version for parameter in self.parameters]
 
     def forget(self) -> None:
-        """What the parameters hold: something may write to them that autograd does not count."""
+        """Stop assuming what the parameters hold: something may write to them that autograd does not count."""
         self._same = {}
 
     def give(self, gradient: dict[str, Tensor]) -> None:

@@ -119,7 +119,7 @@ class Run:
                 raise SettingsError(f"{path} is of a training of another model; give another folder, or resume=False")
             tell_rounded(path, settings, self.settings)
             tell_rewritten(path, state.get("code", {}), self.code)
-            # what older versions did not write down can not differ
+            # what older versions did not write down cannot differ
             begun, kept = state.get("begun", self.begun), state.get("kept", self.begun)
             if self.begun not in (begun, kept, told_apart(state["model"])):
                 tell_replaced(path, len(state["history"]))
@@ -205,7 +205,7 @@ def qualified_name(function: Any) -> str:
 
 
 def code_of(function: Any) -> str:
-    """A digest of a function as this Python compiled it, wherever it stands; "" where that can not be had."""
+    """A digest of a function as this Python compiled it, wherever it stands; "" where that cannot be had."""
     while isinstance(function, functools.partial):
         function = function.func
     code = getattr(function, "__code__", None)

@@ -66,7 +66,7 @@ def check_stack(tasks: Tasks, device: torch.device) -> int:
     for part, batch in zip(Tasks._fields, tasks, strict=True):
         if as_minibatches(batch):
             raise TasksError(
-                f"the {part} of a stack can not be mn.Minibatches, which is the support of one task: give such tasks "
+                f"the {part} of a stack cannot be mn.Minibatches, which is the support of one task: give such tasks "
                 "as a list of mn.Tasks, without a task axis"
             )
         if not isinstance(batch, Batch):

@@ -1,4 +1,4 @@
-"""Which execution a learner runs in, and what its parts can not have there."""
+"""Which execution a learner runs in, and what its parts cannot have there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_needs(missing: Set[Need], *parts: Estimator | Solver) -> None:
     """Raise a SettingsError for an estimator or solver that needs what is missing."""
     for part in parts:
         for need in (need for need in Need if need in part.needs & missing):  # what rules most out comes first
-            raise SettingsError(f"{type(part).__name__} can not run here: {need.reason}. {need.cure}")
+            raise SettingsError(f"{type(part).__name__} cannot run here: {need.reason}. {need.cure}")
 
 
 LARGE = 10_000_000
@@ -89,7 +89,7 @@ def _reason(
         f"for {type(solver).__name__}": Need.LIVE_MODULE in solver.needs,
         "as the model is compiled": optimized or compiled,
         "as the model is sharded": is_sharded(model),
-        "for a layer that vmap can not run": any(map(_not_for_vmap, model.modules())),
+        "for a layer that vmap cannot run": any(map(_not_for_vmap, model.modules())),
         "for its size": sum(parameter.numel() for parameter in adapted) > LARGE,
         "for microbatch": how.microbatch is not None,
         "for cuda_graphs": how.cuda_graphs,
@@ -99,7 +99,7 @@ def _reason(
 
 
 def _check_vectorized(how: Running, model: nn.Module, kinds: Set[torch.dtype]) -> None:
-    """Raise a SettingsError for what a stack can not have."""
+    """Raise a SettingsError for what a stack cannot have."""
     if torch.float16 in kinds:
         raise SettingsError(
             "in float16 the squares of gradients vanish, and the vectorized execution computes in the precision of "
@@ -121,7 +121,7 @@ def _check_vectorized(how: Running, model: nn.Module, kinds: Set[torch.dtype]) -
 
 
 def _check_in_place(how: Running, model: nn.Module, norm: BatchNorm, why: str) -> None:
-    """Raise a SettingsError for what the live module can not have; ``why`` it is there."""
+    """Raise a SettingsError for what the live module cannot have; ``why`` it is there."""
     if how.compile:
         raise SettingsError(
             f"compile belongs to the vectorized execution; in place{why}, the model is used as it is: leave compile "
@@ -137,7 +137,7 @@ def _check_in_place(how: Running, model: nn.Module, norm: BatchNorm, why: str) -
     made_in_inference = next((name for name, leaf in model.named_parameters() if leaf.is_inference()), None)
     if made_in_inference is not None:
         raise SettingsError(
-            f"the parameter {made_in_inference} was made within torch.inference_mode(), and can not be stepped in "
+            f"the parameter {made_in_inference} was made within torch.inference_mode(), and cannot be stepped in "
             "place; make the model outside of it"
         )
 
@@ -151,11 +151,11 @@ def check_recordable(model: nn.Module, norm: BatchNorm) -> None:
             "model.to('cuda'), or leave cuda_graphs out"
         )
     if is_sharded(model):
-        raise SettingsError("cuda_graphs=True can not record what FSDP2 does between ranks; leave it out")
+        raise SettingsError("cuda_graphs=True cannot record what FSDP2 does between ranks; leave it out")
     if norm.policy == "support":
         raise SettingsError(
             'batch_norm="support" evaluates both sets in one pass, between which random generators are seeded, and '
-            'cuda_graphs=True can not record that; give "transductive" or "frozen", or leave cuda_graphs out'
+            'cuda_graphs=True cannot record that; give "transductive" or "frozen", or leave cuda_graphs out'
         )
 
 

@@ -171,7 +171,7 @@ class Smoothness:
             check_folder(self.out)
         loaded = load_learner(self.target)
         with console.status("taking meta-steps"):
-            found = smoothness(loaded.learner, loaded.tasks, loaded.optimizer, self.steps)
+            found = smoothness(loaded.learner, loaded.tasks, loaded.optimizer, steps=self.steps)
         console.print(str(found), highlight=False, soft_wrap=True)
         if self.out is not None:
             from metanudge.experiments.report import write_figure  # plotting libraries load only when they are needed

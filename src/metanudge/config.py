@@ -194,12 +194,12 @@ def read_config(path: Path, out: Path | None = None, seeds: tuple[int, ...] = ()
             value.
     """
     if not path.is_file():
-        raise SettingsError(f"{path} can not be read: there is no such file")
+        raise SettingsError(f"{path} cannot be read: there is no such file")
     try:
         text = path.read_text()
         table = tomllib.loads(text)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"{path} can not be read: {error}") from error
+        raise SettingsError(f"{path} cannot be read: {error}") from error
     whole = _whole(table, path, seeds)
     for name in ("tasks", "model", "learner", "training"):
         if name not in table:

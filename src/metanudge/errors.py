@@ -8,7 +8,7 @@ class MetanudgeError(Exception):
 
 
 class SettingsError(MetanudgeError, ValueError):
-    """A setting, or a combination of settings, that can not work; raised when the object is built."""
+    """A setting, or a combination of settings, that cannot work; raised when the object is built."""
 
 
 class TasksError(MetanudgeError, ValueError):
@@ -20,7 +20,7 @@ class LossError(MetanudgeError, ValueError):
 
 
 class UnmappableError(LossError):
-    """A model, loss or metric that can not run for many tasks at once; ``execution="in_place"`` runs it."""
+    """A model, loss or metric that cannot run for many tasks at once; ``execution="in_place"`` runs it."""
 
 
 class NonFiniteError(MetanudgeError, ArithmeticError):

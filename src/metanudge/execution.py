@@ -86,7 +86,7 @@ class Execution(Protocol):
 
     @property
     def lacks(self) -> frozenset[Need]:
-        """What estimators and solvers can not have here."""
+        """What estimators and solvers cannot have here."""
         ...
 
     def lend(self, use: Use) -> AbstractContextManager[Lent]:
@@ -131,7 +131,7 @@ class Vectorized:
 
     @property
     def lacks(self) -> frozenset[Need]:
-        """What estimators and solvers can not have here."""
+        """What estimators and solvers cannot have here."""
         return frozenset({Need.LIVE_MODULE} if self.programs is None else {Need.LIVE_MODULE, Need.DOUBLE_BACKWARD})
 
     @contextmanager

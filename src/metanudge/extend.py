@@ -19,9 +19,9 @@ The contract, beside what the protocols say:
 from metanudge import tree
 from metanudge.energy import Energy, InnerProblem
 from metanudge.estimators.base import Estimator, FreeSolve, judge, solve_free
-from metanudge.losses import InnerGradients, LossGradients
+from metanudge.losses import HessianProduct, InnerGradients, LossGradients
 from metanudge.solvers.loop import FixedSteps, Solver, replay, solve
-from metanudge.types import Estimate, Need, Params, Role, Schedule, Solution
+from metanudge.types import Estimate, Need, Params, Role, Schedule, Solution, Weights
 
 __all__ = [
     "Energy",
@@ -29,6 +29,7 @@ __all__ = [
     "Estimator",
     "FixedSteps",
     "FreeSolve",
+    "HessianProduct",
     "InnerGradients",
     "InnerProblem",
     "LossGradients",
@@ -38,6 +39,7 @@ __all__ = [
     "Schedule",
     "Solution",
     "Solver",
+    "Weights",
     "judge",
     "replay",
     "solve",

@@ -60,25 +60,26 @@ class MetaLearner:
         solver: How the inner problem is solved; None for ``Nesterov(steps=16)``.
         estimator: How the meta-gradient is formed; None for ``FOBMAML()``.
         execution: "vectorized" (all tasks at once under vmap), "in_place" (the live module, ``.backward()`` only), or
-            "auto": in place when the solver is a torch optimizer, the model is compiled or sharded or has recurrent
-            layers, backward hooks on modules, or embeddings with ``sparse=True`` or ``max_norm``, more than ten million
-            parameters or some in float16 are adapted, or ``microbatch`` or ``cuda_graphs`` is given; otherwise
-            vectorised, until vmap turns out not to run the model or a loss, and in place, with a warning, from then on.
+            "auto". That is in place if the solver is a torch optimizer; if the model is compiled or sharded, or has
+            recurrent layers, backward hooks on modules, or embeddings with ``sparse=True`` or ``max_norm``; if more
+            than ten million parameters, or any in float16, are adapted; or if ``microbatch`` or ``cuda_graphs`` is
+            given. Otherwise it is vectorised, until vmap fails on the model, a loss or ``mn.Minibatches``: then the
+            learner warns, and goes on in place.
         adapt_only: Parameters the inner problem adapts: names of parameters or modules (``"head"``), patterns
             (``"*.bias"``), or a predicate ``(name, parameter) -> bool``; None for all. Other trainable parameters are
-            shared by all tasks and get their own meta-gradient (from FOMAML a part); frozen ones cost nothing.
+            shared by all tasks and get their own meta-gradient (from FOMAML only ∂f/∂w); frozen ones cost nothing.
         chunk_size: Tasks at once, to save memory; None for all. (In place it is one at a time.)
-        microbatch: Examples of a task in one forward pass of the in-place execution, whose losses have to be means over
-            the examples: gradients are added up over the pieces. None for all at once, as metrics always have them.
+        microbatch: Examples of a task in one forward pass of the in-place execution; gradients are added up over the
+            pieces, so losses have to be means over the examples. None for all at once. (Metrics always see all.)
         query_loss: The loss that judges adapted models, in the form of ``loss``; None for ``loss`` itself.
-        sharpness_radius: How far from an adapted model, uphill on its query loss, the gradient of that loss is taken,
-            relative to the way ||φ - θ|| of the adaptation. Above 0, .1 to .3 say, meta-steps descend f(φ + ξ), ξ held
-            at the worst step of that length to first order (SAM), which keeps networks from sharpening until the
-            solver's steps no longer solve their inner problems: for ReLU networks and long trainings. One gradient a
-            task more, and at most one copy of the adapted parameters.
+        sharpness_radius: How far uphill of an adapted model the query gradient is taken, relative to the distance
+            ||φ - θ|| of the adaptation. Above 0, say .1 to .3, meta-steps descend f(φ + ξ), ξ being the worst step of
+            that length to first order (SAM), held fixed. This keeps networks from sharpening until the solver's steps
+            no longer solve their inner problems: for ReLU networks and long trainings. It costs one gradient a task,
+            and at most one copy of the adapted parameters.
         warm_start: Begin inner solves of ``backward`` at the tasks' last solutions; ``mn.WarmStart()``.
-        batch_norm: What BatchNorm layers normalise by; a model that has some needs it said. "transductive": every batch
-            by its own statistics, so query predictions depend on each other; "support": support batches by their own,
+        batch_norm: What BatchNorm layers normalise by; required if the model has any. "transductive": every batch by
+            its own statistics, so query predictions depend on each other; "support": support batches by their own,
             query batches by those of the support set; "frozen": running statistics, which are never updated.
         compile: Let TorchInductor, the compiler of ``torch.compile``, build the gradients of ``backward`` in the
             vectorised execution, and the steps of Nesterov and GradientDescent around them: some five programs, seconds
@@ -88,20 +89,24 @@ class MetaLearner:
             and tensors changed in place are not.
         cuda_graphs: Record the forward and backward passes of the in-place execution as CUDA graphs, which a GPU
             repeats without waiting for Python: for models whose passes are many short kernels, between which the GPU is
-            idle. In every call a form of batch (loss, shapes) is run once, recorded the second time it comes, and
-            repeated from then on. What Python does in the loss, it does these two times alone: a generator of the
-            loss's own on the CPU would repeat one draw. Numbers that it takes out of tensors, and draws from the
-            default generators of the CPU, are refused. Forms whose passes keep the GPU busy, that it has no room for,
-            and any after the eighth of a call are run as they are. Memory: the activations of one pass are kept between
-            calls, and during one a gradient for every form and loss. Not with FSDP2 or batch_norm="support".
+            idle. Within one call, the first batch of each loss and shape runs normally, the second is recorded, and
+            later ones replay the recording. So Python code in the loss runs only those two times: a CPU generator of
+            its own would repeat one draw. Taking numbers out of tensors, and drawing from the CPU's default
+            generators, are refused. Passes that keep the GPU busy anyway, that do not fit into its memory, or that are
+            of a ninth loss and shape, always run normally. Memory: the activations of one pass are kept between calls,
+            and during a call one gradient for every loss and shape. Not with FSDP2 or batch_norm="support".
         process_group: Processes that share the tasks of a meta-step, with the same model on each
-            (``torch.distributed.group.WORLD``, after ``init_process_group``): ``backward`` is given this rank's tasks,
-            one or more, leaves the mean over those of all ranks in ``.grad`` of each, and reports on all. All ranks
-            have to call it; where one fails, the others raise a MetanudgeError. ``adapt`` and ``evaluate`` are every
-            rank's own.
+            (``torch.distributed.group.WORLD``, after ``init_process_group``): ``backward`` takes this rank's tasks, one
+            or more, leaves the mean over those of all ranks in ``.grad`` on each, and reports on all. All ranks have to
+            call it; where one fails, the others raise a MetanudgeError. ``adapt`` and ``evaluate`` run independently on
+            each rank.
+
+    Attributes:
+        prox, solver, estimator, adapt_only, sharpness_radius, warm_start: May be set at any time.
+        execution: How it runs; ``learner.execution.name``.
 
     Raises:
-        SettingsError: Settings that can not work, alone or together, with the reason and the cure.
+        SettingsError: Settings that cannot work, alone or together, with the reason and the cure.
 
     Warns:
         UserWarning: A torch optimizer is to step parameters in bfloat16 or float16; a sharpness radius of 1 or more;
@@ -172,22 +177,24 @@ class MetaLearner:
         self._seen: set[Shapes] = set()
         self._told = Told()  # from here on, what is set is checked
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         """Refuse what would be set in vain: others than prox, solver, estimator and the like, and slips of the pen."""
         if "_told" in vars(self):  # once it is made
             own = hasattr(self, name) or type(self) is not MetaLearner  # of which subclasses may have any
             settings.check_may_be_set(name, value, own)
+            if name in ("prox", "sharpness_radius"):
+                settings.check_not_negative(**{name: value})
         super().__setattr__(name, value)
 
     def _check_settings(self) -> None:
-        """Refuse what can not be settings: attributes may have been set since the learner was made."""
+        """Refuse what cannot be settings: attributes may have been set since the learner was made."""
         settings.check_not_negative(prox=self.prox, sharpness_radius=self.sharpness_radius)
         settings.check_parts(self.solver, SOLVERS, self.estimator, ESTIMATORS, self.warm_start)
         if self.warm_start is not None and is_sharded(self.model):
             raise SettingsError("a warm start keeps whole solutions, of which FSDP2 gives a rank parts; leave it out")
 
     def _selection(self) -> Selection:
-        """Select parameters of the model as it is now, and refuse what can not work with them."""
+        """Select parameters of the model as it is now, and refuse what cannot work with them."""
         self._check_settings()
         if self.cuda_graphs:  # the model may have been moved
             check_recordable(self.model, self.norm)
@@ -245,7 +252,7 @@ class MetaLearner:
             TasksError: Tasks that are empty, mismatched, or on another device than the model.
             LossError: A loss that is not a scalar or does not depend on the adapted parameters.
             NonFiniteError: No task was finite.
-            SettingsError: A warm start without ``indices``, or the other way round; one that can not hold a solution;
+            SettingsError: A warm start without ``indices``, or the other way round; one that cannot hold a solution;
                 ranks whose models differ.
             MetanudgeError: Another rank failed.
 
@@ -328,7 +335,7 @@ class MetaLearner:
 
         Raises:
             TasksError: An empty support set, one on another device than the model, or a stack of them.
-            SettingsError: A model that can not be copied: sharded by FSDP2, one that ``copy.deepcopy`` does not take,
+            SettingsError: A model that cannot be copied: sharded by FSDP2, one that ``copy.deepcopy`` does not take,
                 or whose copy would go on calling the original.
             LossError: A loss that is not a scalar or does not depend on the adapted parameters.
             NonFiniteError: The solve ended in non-finite parameters, or where the support loss is not finite.
@@ -413,14 +420,14 @@ class MetaLearner:
     def save_pretrained(self, folder: str | Path, protocol: Mapping[str, Any] | None = None) -> None:
         """Write the initialisation as safetensors, with its settings; ``mn.load_pretrained`` reads it.
 
-        It asks for what can not be written down: functions, and parts of your own.
+        It asks for what cannot be written down: functions, and parts of your own.
 
         Args:
             folder: Made if missing.
             protocol: Whatever a reader should know of data and training; JSON.
 
         Raises:
-            SettingsError: A protocol that is no JSON, or a folder that can not be written to.
+            SettingsError: A protocol that is no JSON, or a folder that cannot be written to.
         """
         from metanudge.pretrained import save_pretrained  # which knows learners
 

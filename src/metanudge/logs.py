@@ -125,7 +125,7 @@ class Logs:
 
 
 def check_tensorboard(folder: Path | None, asked: bool) -> None:
-    """Raise a SettingsError where TensorBoard is asked for and can not be had."""
+    """Raise a SettingsError where TensorBoard is asked for and cannot be had."""
     if not asked:
         return
     if folder is None:

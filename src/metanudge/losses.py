@@ -37,7 +37,7 @@ class InnerGradients(Protocol):
         ...
 
     def plus(self, gradient: Tensor, more: Tensor, alpha: float) -> Tensor:
-        """``gradient + alpha * more``, in the place of ``gradient``, a leaf of what ``gradient`` gave, if it may be."""
+        """``gradient + alpha * more``, of a leaf that ``gradient`` gave, which it may overwrite."""
         return gradient.add(more, alpha=alpha)
 
     def inner(self, a: Params, b: Params) -> Tensor:

@@ -59,9 +59,9 @@ class Minibatches:
             raise TasksError(f"minibatch {step} must be mn.Batch(inputs, targets), got {type(batch).__name__}{wrap}")
         return batch
 
-    def to(self, device: torch.device | str) -> Minibatches:
-        """The same on ``device``, each moved when it is asked for."""
-        return Minibatches(lambda step: self[step].to(device))
+    def to(self, to: torch.device | str | torch.dtype) -> Minibatches:
+        """The same on a device, or of a dtype, as ``Batch.to``; each moved when it is asked for."""
+        return Minibatches(lambda step: self[step].to(to))
 
     def _read(self, step: int) -> Batch:
         while step >= len(self._kept):

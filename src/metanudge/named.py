@@ -41,7 +41,7 @@ def part(table: Any, registry: Mapping[str, Callable[..., T]], where: str, given
         table: As read from TOML.
         registry: By name, what can be called.
         where: The table's own name, for errors.
-        given: Arguments that the caller will give, and a file can not.
+        given: Arguments that the caller will give, and a file cannot.
 
     Raises:
         SettingsError: An unknown name or key, a missing one, a value of another type.
@@ -96,7 +96,7 @@ def conform(value: Any, hint: Any, where: str) -> Any:
     if origin is Literal:
         if value in inside:
             return value
-        raise SettingsError(f"{where} can not be {value!r}; {nearest(str(value), map(str, inside))}")
+        raise SettingsError(f"{where} cannot be {value!r}; {nearest(str(value), map(str, inside))}")
     if hint is Path and isinstance(value, str):
         return Path(value)
     if origin is Callable and isinstance(value, str):

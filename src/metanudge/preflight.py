@@ -21,7 +21,7 @@ from metanudge.warned import warn
 
 
 def check_training(steps: int, tasks_per_step: int, max_norm: float | None, every: int, workers: int) -> None:
-    """Raise a SettingsError for numbers that ``fit`` can not work with."""
+    """Raise a SettingsError for numbers that ``fit`` cannot work with."""
     for name, number in (("steps", steps), ("tasks_per_step", tasks_per_step), ("every", every)):
         check_steps(number, name)
     if max_norm is not None:
@@ -51,7 +51,7 @@ def check_whole(model: nn.Module, folder: Path | None) -> None:
     """Raise a SettingsError for a folder, of a model that FSDP2 shards: no process could write all of it."""
     if folder is not None and is_sharded(model):
         raise SettingsError(
-            "out can not keep a model that FSDP2 shards, of which every process holds a part; leave it out, and save "
+            "out cannot keep a model that FSDP2 shards, of which every process holds a part; leave it out, and save "
             "with torch.distributed.checkpoint"
         )
 

@@ -39,7 +39,7 @@ def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[
         protocol: Whatever a reader should know of data and training; JSON.
 
     Raises:
-        SettingsError: A protocol that is no JSON; a folder that can not be written to.
+        SettingsError: A protocol that is no JSON; a folder that cannot be written to.
 
     Example:
         >>> import tempfile, torch, metanudge as mn
@@ -78,7 +78,7 @@ def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[
     try:
         text = json.dumps(record, indent=1, ensure_ascii=False)
     except TypeError as error:
-        raise SettingsError(f"the settings, or the protocol, can not be written as JSON: {error}") from error
+        raise SettingsError(f"the settings, or the protocol, cannot be written as JSON: {error}") from error
     folder = Path(folder)
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **
             if name not in left_out:
                 given[name] = make(record[name])
     except (ValueError, KeyError, TypeError) as error:
-        raise SettingsError(f"{folder / SETTINGS} can not be understood: {error!r}") from error
+        raise SettingsError(f"{folder / SETTINGS} cannot be understood: {error!r}") from error
     for name in left_out:
         if name not in settings:
             raise SettingsError(f"the {name} of this learner could not be written down; give {name}= as it was")
@@ -188,18 +188,18 @@ def _span(value: Tensor) -> tuple[int, int]:
 
 def _listed(adapt_only: Any) -> str | list[str] | None:
     if not (adapt_only is None or isinstance(adapt_only, str | list | tuple)):
-        raise SettingsError("adapt_only is a function, which can not be written down; give names or patterns instead")
+        raise SettingsError("adapt_only is a function, which cannot be written down; give names or patterns instead")
     return adapt_only if adapt_only is None or isinstance(adapt_only, str) else list(adapt_only)
 
 
 def _described(kind: str, part: Any, registry: Mapping[str, type[Any]]) -> dict[str, Any]:
     name = next((name for name, known in registry.items() if type(part) is known), None)
     if name is None or not dataclasses.is_dataclass(part):
-        raise SettingsError(f"{part!r} can not be written down; it is none of the {kind}s {', '.join(registry)}")
+        raise SettingsError(f"{part!r} cannot be written down; it is none of the {kind}s {', '.join(registry)}")
     fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
     for field, value in fields.items():
         if callable(value):
-            raise SettingsError(f"{field} of {type(part).__name__} is a function, which can not be written down")
+            raise SettingsError(f"{field} of {type(part).__name__} is a function, which cannot be written down")
         if isinstance(value, Stencil):
             fields[field] = dataclasses.asdict(value)
     return {"name": name, **fields}

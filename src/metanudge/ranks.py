@@ -38,7 +38,7 @@ class Ranks:
         """Of a learner's ``process_group``; nothing is sent.
 
         Raises:
-            SettingsError: No process group, one that this process is not in, or whose backend can not reach the model;
+            SettingsError: No process group, one that this process is not in, or whose backend cannot reach the model;
                 a warm start.
         """
         ranks = cls(group, model)

@@ -27,7 +27,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def _multi_step(optimizer: torch.optim.Optimizer, milestones: tuple[int, ...], gamma: float = 0.1) -> MultiStepLR:
-    """Torch's own, whose annotations can not be read."""
+    """Torch's own, whose annotations cannot be read."""
     return MultiStepLR(optimizer, milestones, gamma)
 
 

@@ -48,7 +48,7 @@ def train(config: Config, fresh: bool, progress: bool, console: Console, ranks: 
     """Train with every seed into OUT/seed-N, each from its last checkpoint on, if there is one; the first rank writes.
 
     Raises:
-        SettingsError: Settings that can not work; a folder that holds a training with others.
+        SettingsError: Settings that cannot work; a folder that holds a training with others.
     """
     check_folder(config.out)
     others = tuple(seed for seed in trained(config.out) if seed not in config.whole.seeds)
@@ -92,7 +92,7 @@ def seeds_of(out: Path) -> tuple[int, ...]:
 
 
 def _check(config: Config, ranks: Ranks) -> None:
-    """Tell what can not work before anything is written: settings, and whether model, loss and tasks fit each other."""
+    """Tell what cannot work before anything is written: settings, and whether model, loss and tasks fit each other."""
     given, seed = config.training, config.whole.seeds[0]
     check_training(given.steps, given.tasks_per_step, given.max_norm, given.every, given.workers)
     check_tensorboard(config.out, given.tensorboard)
@@ -234,7 +234,7 @@ def check_settings(config: Config, path: Path, cure: str, free: tuple[str, ...] 
 
 
 def _settled(table: dict[str, Any]) -> dict[str, Any]:
-    """What a training can not change on its way, by dotted key."""
+    """What a training cannot change on its way, by dotted key."""
     found = {}
     for name in FIXED:
         part = table.get(name)

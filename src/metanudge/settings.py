@@ -65,7 +65,7 @@ def check_folder(out: Path) -> None:
     if not nearest.is_dir():
         raise SettingsError(f"results go into a folder, but {nearest} is a file; choose another place")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise SettingsError(f"results can not go into {out}: {nearest} may not be written to; choose another place")
+        raise SettingsError(f"results cannot go into {out}: {nearest} may not be written to; choose another place")
 
 
 def check_not_negative(**settings: float) -> None:
@@ -97,7 +97,7 @@ FOR_GOOD = {
     "automatic",
     "ranks",
 }
-"""What a learner is made with, or is made of it, that can not be set later."""
+"""What a learner is made with, or is made of it, that cannot be set later."""
 AT_ANY_TIME = ("prox", "solver", "estimator", "adapt_only", "sharpness_radius", "warm_start")
 """Those that can."""
 
@@ -166,7 +166,7 @@ def check_parts(
     estimators: Mapping[str, type[Any]],
     warm_start: object,
 ) -> None:
-    """Raise a SettingsError for what can not be these parts of a learner; ``solvers`` and ``estimators`` are known."""
+    """Raise a SettingsError for what cannot be these parts of a learner; ``solvers`` and ``estimators`` are known."""
     asked = ("steps", "needs", "differentiable", "plan", "init", "step", "settle", "point", "finished")
     if isinstance(solver, optim.Optimizer):
         name = type(solver).__name__
@@ -188,7 +188,7 @@ def check_function(argument: str, given: object, form: str) -> None:
         raise SettingsError(f"{argument} must be a function {form}, got {given!r}{hint}")
     try:
         signature = inspect.signature(given, follow_wrapped=False)
-    except Exception:  # written in C, or annotated by what is not there: it can not be told
+    except Exception:  # written in C, or annotated by what is not there: it cannot be told
         return
     try:
         signature.bind(None, None)

@@ -92,7 +92,7 @@ def fit(
 
     In ``out`` it leaves ``log.csv`` and ``log.jsonl``, ``last.pt`` (all that resuming needs, every ``every`` steps;
     written whole or not at all, read without running code), and with validation ``best``, a folder for
-    ``mn.load_pretrained``, which asks for settings that are functions and so can not be written down.
+    ``mn.load_pretrained``, which asks for settings that are functions and so cannot be written down.
 
     With a learner that has a ``process_group``, all ranks call it with the same arguments and see the same ``out``;
     they divide ``tasks_per_step`` and the validation tasks, and the first one writes and shows.
@@ -134,7 +134,7 @@ def fit(
         Records of all steps, and the validation.
 
     Raises:
-        SettingsError: Settings that can not work, before anything is done; a checkpoint of another training; ranks that
+        SettingsError: Settings that cannot work, before anything is done; a checkpoint of another training; ranks that
             were not given the same.
         TasksError: Tasks that do not fit.
         NonFiniteError: The meta-training diverged: the model's parameters are not finite any more, or no task is after

@@ -24,7 +24,7 @@ def over(coefficient: Tensor, leaf: Tensor) -> Tensor:
 
 
 def or_one(divisor: Tensor) -> Tensor:
-    """``divisor``, and one where it is zero, as what it divides is too: any least value would have a unit."""
+    """``divisor`` with zeros replaced by one; the numerator is zero there too. An epsilon would have a unit."""
     return where(divisor == 0, ones_like(divisor), divisor)
 
 
@@ -100,7 +100,7 @@ def select(mask: Tensor, a: Params, b: Params) -> Params:
 
 
 def touched(a: Tensor, by: Tensor, least: Tensor) -> Tensor:
-    """A leaf where ``by`` is above ``least``, and zero elsewhere: what is idle has no say in what is far."""
+    """``a`` with zeros where |by| <= least: idle parameters do not count towards a length."""
     return a.masked_fill(by.abs() <= over(least, by), 0.0)
 
 

@@ -119,7 +119,7 @@ Weights: TypeAlias = Mapping[Role, float | Tensor]
 
 
 class Need(Enum):
-    """What an estimator or a solver can not do without; the learner checks it before any work. Reason and cure."""
+    """What an estimator or a solver cannot do without; the learner checks it before any work. Reason and cure."""
 
     PROXIMAL_TERM = (
         "it rests on the proximal inner problem, and prox is 0",
@@ -134,10 +134,10 @@ class Need(Enum):
         "compiled gradients allow",
         'Use FOBMAML, which needs first derivatives only, products="two_gradient" for IMAML and Tangent, HFMAML in the '
         'place of MAML, or execution="vectorized" without compile, where vmap can run the model ("auto" goes in place '
-        "where it can not).",
+        "where it cannot).",
     )
     LIVE_MODULE = (
-        "it steps the parameters of the live module, which tasks can not share in the vectorized execution",
+        "it steps the parameters of the live module, which tasks cannot share in the vectorized execution",
         'Use execution="in_place" or "auto", or the solvers GradientDescent, Nesterov or Adam.',
     )
     START_AT_THETA = (
@@ -155,7 +155,7 @@ class Need(Enum):
 
     @property
     def reason(self) -> str:
-        """Why it can not work."""
+        """Why it cannot work."""
         return self.value[0]
 
     @property
@@ -235,7 +235,7 @@ class MetaStep(NamedTuple):
             ``mn.check`` finds that. With a ``sharpness_radius``, of the query gradients where they were taken. NaN for
             all but FO-B-MAML with its linear nudge.
         amplified_tasks: Tasks whose meta-gradient is longer than their query gradient. Where the inner problem is
-            convex that can not be: ``prox`` is too small, or their nudged solves diverge.
+            convex that cannot be: ``prox`` is too small, or their nudged solves diverge.
         nu: Mean nudge (0 for estimators without one).
         gradient_norm: Euclidean norm of the mean meta-gradient that was added to ``.grad``.
         dropped_tasks: Tasks left out because their solve diverged, or their loss or meta-gradient was not finite.

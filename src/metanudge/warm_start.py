@@ -178,7 +178,7 @@ class WarmStart:
         """The file, extended where it is shorter."""
         kind = str(dtype).removeprefix("torch.")
         if kind not in MAPPED:
-            raise SettingsError(f"solutions of dtype {kind} can not be memory-mapped; keep them in memory")
+            raise SettingsError(f"solutions of dtype {kind} cannot be memory-mapped; keep them in memory")
         folder.mkdir(parents=True, exist_ok=True)
         self._file = np.memmap(folder / "solutions.bin", dtype=kind, mode=mode, shape=(number, width))
         return torch.from_numpy(self._file)

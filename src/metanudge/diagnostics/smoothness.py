@@ -88,6 +88,7 @@ def smoothness(
     learner: MetaLearner,
     tasks: Tasks | Iterable[Tasks],
     optimizer: torch.optim.Optimizer | None = None,
+    *,
     steps: int = 30,
 ) -> Smoothness:
     r"""Estimate L0 and L1 of ||Hess F|| <= L0 + L1 ||∇F|| along meta-steps, and the step sizes that theory gives.

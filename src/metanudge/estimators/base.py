@@ -34,7 +34,7 @@ class Estimator(Protocol):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What it can not do without."""
+        """What it cannot do without."""
         ...
 
     def __call__(self, problem: InnerProblem, solver: Solver) -> Estimate:
@@ -47,7 +47,7 @@ _TWICE = re.compile(r"differentia|derivative|double backward|use_reentrant|vmap|
 
 @contextmanager
 def told_to_go_first_order(estimator: Estimator) -> Iterator[None]:
-    """Where a model can not be differentiated twice, or not for many tasks at once, tell what can learn it.
+    """Where a model cannot be differentiated twice, or not for many tasks at once, tell what can learn it.
 
     Raises:
         LossError: In the place of what PyTorch, or the oracle, said.
@@ -76,8 +76,8 @@ def check_estimate(estimator: Estimator, estimate: object, problem: InnerProblem
         odd = ", ".join(sorted(map(str, estimate.gradient.keys() ^ wanted)))
         raise SettingsError(
             f"the estimator {name} must give a meta-gradient for the leaves of problem.theta and of "
-            f"problem.losses.shared, these and no others, and differs in {odd}; of shared parameters it is at least "
-            "FreeSolve.direct, or declare Need.NO_SHARED_PARAMETERS"
+            f"problem.losses.shared, these and no others, and differs in {odd}; for shared parameters "
+            "return at least free.direct(problem), or declare metanudge.extend.Need.NO_SHARED_PARAMETERS"
         )
 
 

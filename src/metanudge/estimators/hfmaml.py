@@ -94,7 +94,7 @@ class HFMAML:
         displacement: Of the difference, relative to the parameters; None for the cube root of the unit round-off.
 
     Raises:
-        SettingsError: A displacement that is not positive, or a solver that autograd can not follow.
+        SettingsError: A displacement that is not positive, or a solver that autograd cannot follow.
 
     Source: Fallah, Mokhtari & Ozdaglar, AISTATS 2020; multi-step: Ji, Yang & Liang, JMLR 23 (2022).
 

@@ -28,7 +28,7 @@ class MAML:
         checkpoint: Keep sqrt(K) iterates and recompute the steps between them in the backward pass.
 
     Raises:
-        SettingsError: In place, or with a solver that autograd can not follow.
+        SettingsError: In place, or with a solver that autograd cannot follow.
 
     Source: Finn, Abbeel & Levine, ICML 2017; checkpointing: Chen et al., arXiv:1604.06174.
 

@@ -50,7 +50,7 @@ class Kept:
     used: set[Path] = field(default_factory=set)
 
     def find(self, function: Callable[[Job], Outcome], jobs: Sequence[Job], called: str) -> dict[int, Outcome]:
-        """The outcomes that are there, by the place of their job; a file that can not be read is as none."""
+        """The outcomes that are there, by the place of their job; a file that cannot be read is as none."""
         kind = outcome_class(function)
         found = {}
         for place, job in enumerate(jobs):
@@ -76,7 +76,7 @@ class Kept:
         fields = outcome._asdict()
         if strange := [name for name, value in fields.items() if not _plain(value)]:
             raise TypeError(
-                f"{', '.join(strange)} of what {function.__qualname__} found can not be kept: only numbers, strings, "
+                f"{', '.join(strange)} of what {function.__qualname__} found cannot be kept: only numbers, strings, "
                 "tensors, and plain lists, tuples and dictionaries of them can"
             )
         if source_digest() != self.source:
@@ -138,7 +138,7 @@ def outcome_class(function: Callable[[Job], Outcome]) -> Any:
     """The NamedTuple that the function is annotated to return.
 
     Raises:
-        TypeError: It is another type, which can not be kept.
+        TypeError: It is another type, which cannot be kept.
     """
     kind = get_type_hints(function).get("return", None)
     if not (isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")):

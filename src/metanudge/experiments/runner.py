@@ -39,7 +39,7 @@ def reproduce(
         console: Where progress and the claims are shown.
 
     Raises:
-        SettingsError: A name in ``only`` that the experiment does not have, a seed below 0, or a folder that can not be
+        SettingsError: A name in ``only`` that the experiment does not have, a seed below 0, or a folder that cannot be
             written to; before any work.
     """
     for name in only:

@@ -160,7 +160,7 @@ class BatchNorm:
             self._seen.setdefault(layer, []).append((mean, variance))
         else:
             raise LossError(
-                'batch_norm="support" can not go with activation checkpointing inside the model, which calls BatchNorm '
+                'batch_norm="support" cannot go with activation checkpointing inside the model, which calls BatchNorm '
                 "layers again in the backward pass; leave checkpointing out, or give another policy"
             )
         scaled = (inputs - mean.view(shape)) * (variance.view(shape) + layer.eps).rsqrt()

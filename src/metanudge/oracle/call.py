@@ -1,4 +1,4 @@
-"""A user's function of the model, called with other tensors, and what is told where vmap can not run it."""
+"""A user's function of the model, called with other tensors, and what is told where vmap cannot run it."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ _UNABLE = re.compile(
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Tell what to do where vmap can not run a model or a loss."""
+    """Tell what to do where vmap cannot run a model or a loss."""
     try:
         yield
     except RuntimeError as error:
@@ -114,14 +114,14 @@ def explained() -> Iterator[None]:
 
 
 _NUMBER = (
-    "out of a tensor, which torch.func.vmap can not do for many tasks at once. A loss or metric has to return the "
+    "out of a tensor, which torch.func.vmap cannot do for many tasks at once. A loss or metric has to return the "
     "tensor itself: through a number no gradient reaches the parameters, in either execution. Leave it out, or where "
     'its value is only looked at (a print, a branch, a constant), give the MetaLearner execution="in_place"'
 )
 
 
 def _does(error: RuntimeError) -> str:
-    """What vmap can not run, and what to do about it; nothing that would be refused in place again."""
+    """What vmap cannot run, and what to do about it; nothing that would be refused in place again."""
     said, frame = str(error), traceback.extract_tb(error.__traceback__)[-1]
     if "item()" in said:
         return f"calls .item(), float(), int() or .tolist() to take a number {_NUMBER}"
@@ -129,7 +129,7 @@ def _does(error: RuntimeError) -> str:
         return f"calls .numpy() to take an array {_NUMBER}, and .detach() before .numpy()"
     if "implemented for sparse tensors" in said:
         return (
-            "gives sparse gradients (nn.Embedding(sparse=True)), which torch.func.vmap can not take for many tasks at "
+            "gives sparse gradients (nn.Embedding(sparse=True)), which torch.func.vmap cannot take for many tasks at "
             'once. Leave out sparse=True, or give the MetaLearner execution="in_place", which makes them dense'
         )
     if "functorch transform" in said or "does not require grad" in said:
@@ -145,11 +145,11 @@ def _does(error: RuntimeError) -> str:
     if "there exists a Tensor `other`" in said:
         return (
             "writes what differs between tasks into a tensor that they share, such as torch.zeros(n).index_add_(...), "
-            "which torch.func.vmap can not do for many tasks at once. Take the form that makes a new tensor "
+            "which torch.func.vmap cannot do for many tasks at once. Take the form that makes a new tensor "
             '(index_add), begin with one of the task (x.new_zeros(n)), or give the MetaLearner execution="in_place"'
         )
     return (
-        "uses an operation that torch.func.vmap can not run for many tasks at once, as it has no batching rule "
+        "uses an operation that torch.func.vmap cannot run for many tasks at once, as it has no batching rule "
         "(nn.GRU, nn.LSTM and nn.RNN are such, and others, which PyTorch names below). Give the MetaLearner "
         'execution="in_place", which runs any model, or do without it'
     )

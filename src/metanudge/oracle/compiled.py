@@ -130,7 +130,7 @@ class Bound:
             given: A tree; what is no tensor in it is frozen in the program.
 
         Raises:
-            LossError: It can not be traced, or not compiled.
+            LossError: It cannot be traced, or not compiled.
         """
         leaves: list[Tensor] = []
         form = taken_apart(given, leaves)

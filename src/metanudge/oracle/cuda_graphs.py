@@ -18,7 +18,7 @@ from metanudge.oracle.recorded import Found
 T = TypeVar("T")
 
 _UNRECORDABLE = (
-    "with cuda_graphs=True neither the model nor the loss may do what a GPU can not repeat by itself: take a number "
+    "with cuda_graphs=True neither the model nor the loss may do what a GPU cannot repeat by itself: take a number "
     "out of a tensor (.item(), float(), if or while on its value), index by a mask (multiply by it instead), make "
     "tensors out of Python's numbers or of the CPU's tensors, or keep random states (activation checkpointing: "
     "preserve_rng_state=False); leave cuda_graphs out."

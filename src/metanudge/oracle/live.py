@@ -237,7 +237,7 @@ class LiveLosses(InnerGradients):
             tree.accumulate(sums, names, part)
 
     def _taken(self, key: str) -> Tensor:
-        """The gradient ``.backward()`` left; the module forgets it, so that the next one can not write into it."""
+        """The gradient ``.backward()`` left; the module forgets it, so that the next one cannot write into it."""
         parts = []
         for parameter in self.live.held(key):
             gradient, parameter.grad = parameter.grad, None

@@ -49,7 +49,7 @@ class Recorder(Protocol):
         """What ``work`` gives, once what is returned beside it has been called: that does it, as often as it is called.
 
         Raises:
-            LossError: It can not be recorded.
+            LossError: It cannot be recorded.
             torch.OutOfMemoryError: There is no room for it.
         """
         ...
@@ -143,7 +143,7 @@ class Recordings:
             strangers: Further tensors that it depends on.
 
         Raises:
-            LossError: It can not be recorded.
+            LossError: It cannot be recorded.
         """
         given, structure = tree_flatten(batch)
         if self._stopped or any(leaf.device != self.random.device or leaf.requires_grad for leaf in given):

@@ -101,7 +101,7 @@ class StackedForward:
         if any(id(leaf) in held for some in found.values() for leaf in some):
             raise UnmappableError(
                 "the model or the loss reads a parameter of the model by another way than its name, as from a list, "
-                'where a stack can not put another in its place. Give the MetaLearner execution="in_place", which '
+                'where a stack cannot put another in its place. Give the MetaLearner execution="in_place", which '
                 "does, or read it by its name (torch.nn.ParameterList holds several)"
             )
         for role, some in found.items():

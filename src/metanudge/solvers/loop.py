@@ -26,7 +26,7 @@ class Solver(Protocol):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What it can not do without."""
+        """What it cannot do without."""
         ...
 
     @property
@@ -98,6 +98,7 @@ def solve(solver: Solver, energy: Energy, start: Params, observe: Observer | Non
     schedule = Schedule(solver.plan(energy, start), [])
     if observe is not None:
         observe(0, start)
+    # what it begins with has no name here, and so is let go after the first step
     state = advance(solver, energy, schedule, solver.init(energy, start, schedule.plan), range(solver.steps), observe)
     return Solution(solver.point(state), schedule)
 
@@ -111,6 +112,6 @@ def replay(solver: Solver, energy: Energy, start: Params, schedule: Schedule) ->
         start: Where to begin.
         schedule: What the free solve left, or that settled.
     """
-    begun = solver.init(energy, energy.lanes(start), schedule.plan)
-    state = advance(solver, energy, schedule, begun, range(len(schedule.decisions)))
+    steps = range(len(schedule.decisions))
+    state = advance(solver, energy, schedule, solver.init(energy, energy.lanes(start), schedule.plan), steps)
     return solver.point(state)

@@ -36,7 +36,7 @@ class TorchOptimizer(FixedSteps):
     """A real ``torch.optim`` optimizer, made afresh for every solve.
 
     Each step gives it the gradient of the energy in ``.grad`` and calls ``step()``. In-place execution only: an
-    optimizer may mix its parameters (Muon, L-BFGS, clipping by global norm), so tasks can not share one.
+    optimizer may mix its parameters (Muon, L-BFGS, clipping by global norm), so tasks cannot share one.
     The proximal term holds parameters at the initialisation: weight decay, which draws them to zero, makes it another
     inner problem than the one that is judged (``MetaStep.residual`` stays high), so leave it out.
     Cost: one gradient of the energy a step. Memory: phi and the optimizer's state.
@@ -66,7 +66,7 @@ class TorchOptimizer(FixedSteps):
         if isinstance(given, torch.optim.Optimizer):
             name = type(given).__name__
             raise SettingsError(
-                "factory must be a function from parameters to a torch.optim optimizer, got one that is made, a "
+                "factory must be a function from parameters to a torch.optim optimizer, got an already constructed "
                 f"{name}; give lambda p: torch.optim.{name}(p, ...)"
             )
         if not callable(self.factory):
@@ -88,7 +88,7 @@ class TorchOptimizer(FixedSteps):
             )
         if isinstance(optimizer, torch.optim.LBFGS):
             raise SettingsError(
-                "TorchOptimizer can not drive L-BFGS, which evaluates the loss on its own; "
+                "TorchOptimizer cannot drive L-BFGS, which evaluates the loss on its own; "
                 "use Nesterov, or another optimizer"
             )
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

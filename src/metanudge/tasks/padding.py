@@ -69,7 +69,7 @@ def _examples(task: Tasks, part: str, place: int) -> int:
     """How many a set has."""
     batch = getattr(task, part, None)
     if as_minibatches(batch):
-        raise TasksError("mn.Minibatches can not be padded; give such tasks as a list")
+        raise TasksError("mn.Minibatches cannot be padded; give such tasks as a list")
     if not isinstance(batch, Batch):
         raise TasksError(f"expected a list of mn.Tasks of mn.Batch, found {type(task).__name__}: {task!r:.80}")
     check_not_empty(task, f" of task {place} (counted from 0)")

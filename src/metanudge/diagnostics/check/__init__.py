@@ -42,7 +42,7 @@ def check(
     (With a ``sharpness_radius``, ∇f is taken aside of the exact solution, by the rule of the training.)
 
     The exact one is had from a solve of ``reference_steps`` steps, Newton's method, and conjugate gradients on exact
-    Hessian products, on a float64 copy of model and tasks where both losses take them; where the loss can not be
+    Hessian products, on a float64 copy of model and tasks where both losses take them; where the loss cannot be
     differentiated twice, from a fourth-order stencil of converged solves. It is asked whether it converged itself; at
     the learner's own prox it is tried again with four times the steps where it did not. What stays in doubt gets a
     verdict only where the doubt does not decide it: an error four times the doubt and above 10 % is bad. Steps, ν, prox
@@ -68,7 +68,7 @@ def check(
 
     Raises:
         TasksError: Tasks that do not fit, or whose support sets are ``mn.Minibatches``.
-        SettingsError: prox = 0, where there is no exact meta-gradient; a model that can not be copied; names of no
+        SettingsError: prox = 0, where there is no exact meta-gradient; a model that cannot be copied; names of no
             estimator; numbers that are none.
         NonFiniteError: No task has a finite exact meta-gradient.
 

@@ -33,7 +33,7 @@ class Bench:
             self.model = copy.deepcopy(learner.model)
         except Exception as error:
             raise SettingsError(
-                f"check works on a copy of the model, and {type(learner.model).__name__} can not be copied: {error}"
+                f"check works on a copy of the model, and {type(learner.model).__name__} cannot be copied: {error}"
             ) from error
         self.model.zero_grad(set_to_none=True)
         self.double = self._in_double()

@@ -24,7 +24,7 @@ class Inner(NamedTuple):
 
     Attributes:
         solver: The inner solver.
-        prox: λ; 0 for none, which estimators that rest on the proximal problem can not take.
+        prox: λ; 0 for none, which estimators that rest on the proximal problem cannot take.
         radius: ``sharpness_radius``.
     """
 

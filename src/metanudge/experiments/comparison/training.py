@@ -64,7 +64,7 @@ class Job:
         """At its start.
 
         Raises:
-            SettingsError: The estimator can not take the inner problem, or can not be compiled.
+            SettingsError: The estimator cannot take the inner problem, or cannot be compiled.
         """
         benchmark = BENCHMARKS[self.benchmark]()
         return mn.MetaLearner(

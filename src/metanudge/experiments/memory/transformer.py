@@ -123,7 +123,7 @@ SUMMARY = (
     "A transformer encoder as torch has it. First-order estimators run the fused attention kernel, as training does; "
     "it has no second derivative, so that iMAML and MAML have to compute attention by plain operations, whose memory "
     "grows with the square of the length. On a GPU the first-order ones run in bfloat16 by autocast, under which that "
-    "attention can not be differentiated twice, so that the others are in float32; and where sequences are short, it "
+    "attention cannot be differentiated twice, so that the others are in float32; and where sequences are short, it "
     "waits for kernels to be launched, of which an estimate has some more than its gradients have."
 )
 

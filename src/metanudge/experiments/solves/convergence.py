@@ -48,7 +48,7 @@ is, by up to tens of its length, while Nesterov's matched ones stay below it: an
 step, and does not turn it.
 
 L-BFGS also has an unrolled derivative that explodes, and its last memory, frozen into a preconditioner so that nudged \
-solves are matched, diverges; it keeps 16 copies of the parameters. So it can not be the default, but deserves to be a \
+solves are matched, diverges; it keeps 16 copies of the parameters. So it cannot be the default, but deserves to be a \
 choice for FO-B-MAML on smooth models. Single tasks of a random tanh network are wrong by their own length or more \
 with any solver: their inner problem is nearly singular, and what comes out depends on where the solve ended."""
 CAPTION = (

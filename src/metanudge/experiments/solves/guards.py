@@ -1,7 +1,7 @@
 """What a user meets who leaves everything at its default, and one who starves the inner solve.
 
 The learner as it comes is meta-trained from many seeds, smooth and kinked: does any meta-gradient come out NaN? And a
-setting that can not work (4 steps, prox 0.1) is given to ``mn.check``: is it told bad, and does the advice mend it?
+setting that cannot work (4 steps, prox 0.1) is given to ``mn.check``: is it told bad, and does the advice mend it?
 """
 
 from __future__ import annotations

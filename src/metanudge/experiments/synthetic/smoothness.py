@@ -106,7 +106,7 @@ def claims(found: list[dict[str, Any]], quadratic: dict[str, float]) -> list[Cla
         violations == 0,
     )
     flat = Claim(
-        "A quadratic support loss can not show the effect",
+        "A quadratic support loss cannot show the effect",
         "|L1| <= 1e-6",
         f"|L1| = {abs(quadratic['L1']):.1g}",
         abs(quadratic["L1"]) <= 1e-6,
