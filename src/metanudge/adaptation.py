@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import math
 from types import FunctionType
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from metanudge.batching import as_stacks, ordinary
-from metanudge.checks import check_not_empty, check_stack, leaves, wrapped
+from metanudge import advice
+from metanudge.checks import not_finite
 from metanudge.energy import InnerProblem
-from metanudge.errors import SettingsError, TasksError
+from metanudge.errors import NonFiniteError, SettingsError
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle import BatchNorm
 from metanudge.oracle.common import device_of, leaves_of, scalar_loss
@@ -26,49 +24,6 @@ from metanudge.solvers.loop import solve
 from metanudge.types import Batch, LossFunction, Params, Role, Tasks
 from metanudge.warned import warn
 
-Shapes: TypeAlias = tuple[tuple[int, ...], ...]
-"""Of the tensors of one task's support set, inputs and targets."""
-
-
-def shapes_of(stacks: Iterable[Tasks]) -> set[Shapes]:
-    """Of the tasks of checked stacks; those of minibatches are not looked at."""
-    supports = [stack.support for stack in stacks if as_minibatches(stack.support) is None]
-    return {tuple(tuple(leaf.shape[1:]) for leaf in leaves(support)) for support in supports}
-
-
-def looked_at(model: nn.Module, stacks: list[Tasks], seen: set[Shapes]) -> set[Shapes]:
-    """``shapes_of`` checked stacks; warns where tasks of new shapes look like the examples of one.
-
-    A regression's examples without a task axis are a stack of tasks, each an example without an axis of its own, which
-    many models take without a word.
-
-    Raises:
-        TasksError: Tasks of new shapes look like stacks of those seen.
-    """
-    for shapes in shapes_of(stacks):
-        _refuse_stack(shapes, seen, "every task of a list, or of a stack, is one task", CUT)
-    layer = next((one for one in model.modules() if isinstance(one, nn.Linear | nn.modules.conv._ConvNd)), None)
-    for stack in stacks:
-        if layer is None or shapes_of([stack]) <= seen:  # of minibatches there are none
-            continue
-        inputs = [batch.inputs for batch in stack]
-        if all(isinstance(one, Tensor) and one.is_floating_point() and _is_one(one.shape[1:], layer) for one in inputs):
-            number, *shape = stack.support.inputs.shape
-            warn(
-                f"each of {number} tasks has one input of shape {tuple(shape)} without an axis of examples, as the "
-                f"model's first layer, {type(layer).__name__}, takes a single example: is the task axis missing? "
-                "A stack of tasks is [tasks, examples, ...]; one task goes in a list, [mn.Tasks(...)]",
-                UserWarning,
-            )
-    return shapes_of(stacks)
-
-
-def _is_one(shape: torch.Size, layer: nn.Linear | nn.modules.conv._ConvNd) -> bool:
-    """Whether it is that of a single example of the layer's inputs."""
-    if isinstance(layer, nn.Linear):
-        return tuple(shape) == (layer.in_features,)
-    return len(shape) == len(layer.kernel_size) + 1 and shape[0] == layer.in_channels
-
 
 def check_copyable(model: nn.Module) -> None:
     """Raise a SettingsError for a sharded model."""
@@ -76,53 +31,6 @@ def check_copyable(model: nn.Module) -> None:
         raise SettingsError(
             "adapt copies the model, which FSDP2 does not allow; use evaluate, or adapt the model unsharded, from "
             "the initialisation that torch.distributed.checkpoint saves"
-        )
-
-
-def alone(support: Batch, device: torch.device, seen: set[Shapes]) -> list[Tasks]:
-    """The stack of a task whose query does not matter.
-
-    Args:
-        support: Of the task.
-        device: Of the model.
-        seen: Of the tasks that were learnt from or evaluated.
-
-    Raises:
-        TasksError: No batch, or a stack: but for a leading axis, its tensors have the shapes of a task seen.
-    """
-    source = as_minibatches(support)
-    if source is not None:
-        return as_stacks([Tasks(support, source[0])], device)[0]
-    if not isinstance(support, Batch):
-        raise TasksError(
-            f"adapt expects mn.Batch(inputs, targets) of one task, got {type(support).__name__}"
-            + (f"; {ONE}" if isinstance(support, Tasks) else wrapped(support))
-        )
-    check_not_empty(Tasks(support, support))
-    _refuse_stack(tuple(tuple(leaf.shape) for leaf in leaves(support)), seen, "adapt takes one task", ONE)
-    stack = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, support)
-    one = Tasks(stack, stack)
-    check_stack(one, device)
-    return [ordinary(one)]
-
-
-CUT = "give stacks one by one, or their tasks: stack.unstack()"
-ONE = "give the support set of one task, task.support; out of a stack, tasks.unstack()[i].support"
-
-
-def _refuse_stack(shapes: Shapes, seen: set[Shapes], wanted: str, cure: str) -> None:
-    """Many models take a stack of tasks without a word, as one task of more examples.
-
-    As many would take a task of sequences where single vectors were seen, so all sizes have to fit, the number of
-    examples as well: a task refused wrongly has no way in.
-    """
-    known = {tuple(map(len, one)) for one in seen}
-    stacked = all(shapes) and len({shape[0] for shape in shapes}) == 1
-    if stacked and tuple(map(len, shapes)) not in known and tuple(shape[1:] for shape in shapes) in seen:
-        told = " and ".join(map(str, shapes))
-        raise TasksError(
-            f"{wanted}, but this looks like a stack of {shapes[0][0]}: its tensors have the shapes {told}, "
-            f"those of a task this learner has seen with an axis more; {cure}"
         )
 
 
@@ -206,6 +114,41 @@ def _holds_closures(module: nn.Module) -> bool:
     held = (one for name, one in vars(module).items() if name != "_compiled_call_impl")  # which copies are without
     callables = (one for one in held if callable(one) and not isinstance(one, plain))
     return any(not isinstance(one, FunctionType) or one.__closure__ or one.__kwdefaults__ for one in callables)
+
+
+def check_adapted(before: float, after: float, finite: bool, stacks: list[Tasks], solver: Solver, prox: float) -> None:
+    """Look at an adaptation to the one task of ``stacks``, whose query is its support.
+
+    Args:
+        before: Its support loss at the initialisation.
+        after: And at the adapted parameters.
+        finite: Whether these are finite.
+        stacks: The task.
+        solver: As of the learner.
+        prox: As of the learner.
+
+    Raises:
+        NonFiniteError: It ended in NaN.
+
+    Warns:
+        UserWarning: It ended far above where it began.
+    """
+    if finite and math.isfinite(after):
+        if after > before + 10 * abs(before):
+            warn(
+                f"adaptation raised the support loss from {before:.3g} to {after:.3g}: {advice.calmer(solver, prox)}",
+                UserWarning,
+            )
+        return
+    said = (
+        "adaptation ended in non-finite parameters" if not finite else "adaptation ended in a non-finite support loss"
+    )
+    if bad := not_finite(stacks, [0]):
+        where = bad[0].split(" and query")[0]
+        raise NonFiniteError(f"{said}: there are NaN or infinite numbers in the {where}; mend these")
+    if not math.isfinite(before):
+        raise NonFiniteError(f"{said}: {advice.NEVER_FINITE}")
+    raise NonFiniteError(f"{said}; {advice.calmer(solver, prox)}")
 
 
 def losses_of(problem: InnerProblem, phi: Params) -> tuple[float, float]:

@@ -178,41 +178,6 @@ def _lost(probes: list[Probe], given: Given, solver: Solver, prox: float) -> str
     return ". ".join(said)
 
 
-def check_adapted(before: float, after: float, finite: bool, stacks: list[Tasks], solver: Solver, prox: float) -> None:
-    """Look at an adaptation to the one task of ``stacks``, whose query is its support.
-
-    Args:
-        before: Its support loss at the initialisation.
-        after: And at the adapted parameters.
-        finite: Whether these are finite.
-        stacks: The task.
-        solver: As of the learner.
-        prox: As of the learner.
-
-    Raises:
-        NonFiniteError: It ended in NaN.
-
-    Warns:
-        UserWarning: It ended far above where it began.
-    """
-    if finite and math.isfinite(after):
-        if after > before + 10 * abs(before):
-            warn(
-                f"adaptation raised the support loss from {before:.3g} to {after:.3g}: {advice.calmer(solver, prox)}",
-                UserWarning,
-            )
-        return
-    said = (
-        "adaptation ended in non-finite parameters" if not finite else "adaptation ended in a non-finite support loss"
-    )
-    if bad := not_finite(stacks, [0]):
-        where = bad[0].split(" and query")[0]
-        raise NonFiniteError(f"{said}: there are NaN or infinite numbers in the {where}; mend these")
-    if not math.isfinite(before):
-        raise NonFiniteError(f"{said}: {advice.NEVER_FINITE}")
-    raise NonFiniteError(f"{said}; {advice.calmer(solver, prox)}")
-
-
 def _tell_once(told: Told, kind: type[Warning], text: str) -> None:
     told.kinds.add(kind)
     warn(text, kind)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from metanudge import advice, settings
 from metanudge.accumulation import FiniteMean, summarize
-from metanudge.adaptation import Shapes, adapted_copy, alone, check_copyable, curves, looked_at, losses_of
+from metanudge.adaptation import adapted_copy, check_adapted, check_copyable, curves, losses_of
 from metanudge.batching import as_stacks
 from metanudge.choosing import Running, check_hooks, check_needs, check_recordable, choose_execution
-from metanudge.deposit import Given, Told, add_to_grad, check_adapted, in_order, verdict
+from metanudge.deposit import Given, Told, add_to_grad, in_order, verdict
 from metanudge.energy import InnerProblem
 from metanudge.errors import NonFiniteWarning, SettingsError, TasksError, UnmappableError
 from metanudge.estimators import ESTIMATORS, FOBMAML, Estimator
@@ -25,12 +25,13 @@ from metanudge.estimators.base import check_estimate, told_to_go_first_order
 from metanudge.exclusive import exclusive
 from metanudge.execution import Execution, Lent, Use
 from metanudge.fallback import falls_back
-from metanudge.metrics import called
+from metanudge.metrics import metric_name
 from metanudge.oracle import BatchNorm, Policy, Tally, device_of
 from metanudge.permutations import permuted
 from metanudge.probe import Probe
 from metanudge.ranks import Ranks
 from metanudge.selection import AdaptOnly, Selection, listed, select_parameters
+from metanudge.shapes import Shapes, alone, looked_at
 from metanudge.sharding import is_sharded
 from metanudge.solvers import SOLVERS, Nesterov, Solver
 from metanudge.solvers.loop import solve
@@ -173,7 +174,7 @@ class MetaLearner:
         self.automatic = execution == "auto"
         self._selection()
         self.ranks = Ranks.of(process_group, model, warm_start is not None)
-        self._checked = False
+        self._ranks_compared = False
         self._seen: set[Shapes] = set()
         self._told = Told()  # from here on, what is set is checked
 
@@ -268,9 +269,9 @@ class MetaLearner:
         """
         ranks, tally, mean = self.ranks, Tally(), FiniteMean()
         probes: list[Probe] = []
-        if not self._checked:
+        if not self._ranks_compared:
             ranks.check_model()
-            self._checked = True
+            self._ranks_compared = True
         with ranks.together():
             stacks, places = as_stacks(tasks, device_of(self.model))
             self._seen |= looked_at(self.model, stacks, self._seen)
@@ -415,7 +416,7 @@ class MetaLearner:
             values.append(torch.stack(found).mean(0))
         if not values:
             raise TasksError("there are no tasks to evaluate; the iterable was empty")
-        return summarize(torch.cat(values), called(metric))
+        return summarize(torch.cat(values), metric_name(metric))
 
     def save_pretrained(self, folder: str | Path, protocol: Mapping[str, Any] | None = None) -> None:
         """Write the initialisation as safetensors, with its settings; ``mn.load_pretrained`` reads it.

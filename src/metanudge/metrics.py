@@ -29,7 +29,7 @@ def counted(targets: Tensor) -> Tensor:
     return targets != IGNORED if targets.dtype.is_signed else torch.ones_like(targets, dtype=torch.bool)
 
 
-def called(metric: LossFunction | None) -> str:
+def metric_name(metric: LossFunction | None) -> str:
     """A metric in words; None is the query loss."""
     return "query loss" if metric is None else (getattr(metric, "__name__", None) or "metric").replace("_", " ")
 

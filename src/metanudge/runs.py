@@ -20,7 +20,7 @@ from metanudge.families import draw
 from metanudge.files import write
 from metanudge.learner import MetaLearner
 from metanudge.logs import check_tensorboard
-from metanudge.metrics import called
+from metanudge.metrics import metric_name
 from metanudge.order import Order, length, moved
 from metanudge.preflight import check_best, check_scheduler, check_training
 from metanudge.ranks import ALONE, Ranks
@@ -144,7 +144,7 @@ def _train(config: Config, seed: int, fresh: bool, progress: bool, console: Cons
     ended = "" if last.step == given.steps else f" of {given.steps}, no better validation came"
     told = f"seed {seed}: {last.step} steps{ended}, {last.seconds:.0f} s, query loss {last.query_loss:.4g}"
     if found.validation is not None:
-        told += f", validation {called(config.metric)} {found.validation.mean:.4g} ± {found.validation.ci95:.2g}"
+        told += f", validation {metric_name(config.metric)} {found.validation.mean:.4g} ± {found.validation.ci95:.2g}"
         told += f", best {found.best:.4g} at step {found.best_step}"
     console.print(told, highlight=False, soft_wrap=True)
     return found

@@ -18,7 +18,7 @@ from metanudge.checkpoint import BEST, LAST, how_far, waited
 from metanudge.config import Config, Training, read_config
 from metanudge.errors import SettingsError
 from metanudge.files import load_state, write
-from metanudge.metrics import called
+from metanudge.metrics import metric_name
 from metanudge.order import moved
 from metanudge.pretrained import load_weights
 from metanudge.runs import CONFIG, check_settings, device_of, first, learner_of, seeds_of, tasks_of, trained
@@ -92,7 +92,7 @@ def evaluate(
     for seed, folder in folders.items():
         with console.status(f"seed {seed}: adapting to {len(tasks)} tasks"):
             found[seed] = _evaluated(config, folder, tasks, permutations, weights)
-    whole = summarize(torch.stack([one.values for one in found.values()]).mean(0), called(config.metric))
+    whole = summarize(torch.stack([one.values for one in found.values()]).mean(0), metric_name(config.metric))
     means = torch.tensor([one.mean for one in found.values()], dtype=torch.float64, device="cpu")
     record = {
         "metric": whole.metric,

@@ -20,7 +20,7 @@ from metanudge.divergence import Watch
 from metanudge.errors import NonFiniteError, SettingsError
 from metanudge.learner import MetaLearner
 from metanudge.logs import TABLE, Logs, Record, check_tensorboard
-from metanudge.metrics import called
+from metanudge.metrics import metric_name
 from metanudge.order import Order, check_single, digest_of, first_task, length, moved
 from metanudge.preflight import check_best, check_optimizer, check_ranks, check_scheduler, check_training, check_whole
 from metanudge.progress import Shown, bar
@@ -142,8 +142,9 @@ def fit(
             ``restore_best`` the model has its best weights.
 
     Warns:
-        UserWarning: The query loss is a thousand times what it was at first, once; what is gone on with began with
-            other parameters than the model has; or its best weights are gone.
+        UserWarning: The query loss is a thousand times what it was at first, once; the optimizer lacks parameters of
+            the model; what is gone on with began with other parameters than the model has, or with a loss that was
+            written differently; or its best weights are gone.
 
     Example:
         >>> import torch, metanudge as mn
@@ -219,7 +220,7 @@ def fit(
     watch = Watch(run, max_norm, every, None if folder is None else (folder / LAST, folder / BEST))
     lost = folder is not None and resume and done == 0 and (folder / TABLE).is_file()  # killed before a checkpoint
     last = done if best.waited else steps
-    shown = Shown(last, every, called(metric), progress and ranks.first, lost)
+    shown = Shown(last, every, metric_name(metric), progress and ranks.first, lost)
     with best.rescued(), Logs(mine, run.history, tensorboard and ranks.first) as logs, bar(run, shown) as tell:
         for indices, batch in order.batches(tasks, done, last, workers, device):
             step = _step(run, watch, batch, indices, max_norm)

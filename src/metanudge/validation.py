@@ -17,7 +17,7 @@ from metanudge.batching import as_stacks, split
 from metanudge.checks import check_stack, leaves, not_finite
 from metanudge.errors import NonFiniteWarning, SettingsError, TasksError
 from metanudge.learner import MetaLearner
-from metanudge.metrics import called
+from metanudge.metrics import metric_name
 from metanudge.oracle.common import device_of, same_modes
 from metanudge.random_state import forked
 from metanudge.sources import is_dataset, listed
@@ -148,7 +148,7 @@ def larger_is_better(better: Better, metric: LossFunction | None) -> bool:
         raise SettingsError(f'better must be "auto", "smaller" or "larger", got {better!r}')
     if better == "auto" and metric not in (None, metrics.accuracy, metrics.squared_error, metrics.cross_entropy):
         raise SettingsError(
-            f"the best weights are kept, and of {called(metric)}, a metric of your own, it is not known whether a "
+            f"the best weights are kept, and of {metric_name(metric)}, a metric of your own, it is not known whether a "
             'larger or a smaller one is better; say so: better="larger" or better="smaller"'
         )
     return better == "larger" or (better == "auto" and metric is metrics.accuracy)
