@@ -23,9 +23,7 @@ IGNORED = -100
 
 
 def counted(targets: Tensor) -> Tensor:
-    """Which targets count: class indices but -100 (where there are no negative ones, uint8, all), numbers but NaN."""
-    if targets.is_floating_point():
-        return ~targets.isnan()
+    """Which class indices count; where there are no negative ones (uint8), all."""
     return targets != IGNORED if targets.dtype.is_signed else torch.ones_like(targets, dtype=torch.bool)
 
 
@@ -122,9 +120,9 @@ def squared_error(model: nn.Module, batch: Batch) -> Tensor:
     _same_shape("predictions", predictions, "targets", batch.targets)
     if not batch.targets.is_floating_point():
         raise LossError(f"squared_error takes targets that are floats, got {batch.targets.dtype}; give targets.float()")
-    counts = counted(batch.targets)
-    error: Tensor = (predictions - batch.targets).where(counts, 0)
-    return error.square().mean() / counts.to(error.dtype).mean()  # sums would overflow in float16
+    missing = batch.targets.isnan()
+    error: Tensor = (predictions - batch.targets).masked_fill(missing, 0.0)  # where() would copy the number to a GPU
+    return error.square().mean() / (~missing).to(error.dtype).mean()  # sums would overflow in float16
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
