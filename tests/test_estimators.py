@@ -776,6 +776,8 @@ def test_a_stencil_in_another_unit_is_the_same_scheme(unit: float, nudge: str) -
     ("make", "told"),
     [
         (lambda: mn.FOBMAML(scheme=["symmetric"]), "scheme must be"),
+        (lambda: mn.FOBMAML(scheme=torch.zeros(2)), "scheme must be"),
+        (lambda: mn.Stencil((True, False), (1, -1), order=1), "nodes must be a tuple of numbers"),
         (lambda: mn.Stencil(("a", "b"), (1, 2), order=1), "nodes must be a tuple of numbers"),
         (lambda: mn.Stencil((0, 1), (-1, 1), order=True), "order of a stencil must be a whole number"),
     ],

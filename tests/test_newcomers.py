@@ -689,10 +689,11 @@ def test_a_wrong_second_derivative_of_torch_is_refused(estimator: object) -> Non
     assert all(parameter.grad is None for parameter in fused.parameters())
 
 
-def test_a_query_set_of_padding_is_not_taken_for_divergence() -> None:
+@pytest.mark.parametrize(("prox", "estimator"), [(1.0, mn.FOBMAML()), (0.0, mn.FOMAML())])
+def test_a_query_set_of_padding_is_not_taken_for_divergence(prox: float, estimator: object) -> None:
     stack = mn.Tasks(*(mn.Batch(torch.randn(3, 4, 2), torch.randint(3, (3, 4))) for _ in range(2)))
     stack.query.targets[1] = -100
-    learner = mn.MetaLearner(nn.Linear(2, 3), mn.metrics.cross_entropy)
+    learner = mn.MetaLearner(nn.Linear(2, 3), mn.metrics.cross_entropy, prox=prox, estimator=estimator)
     with pytest.warns(mn.NonFiniteWarning) as told:
         assert learner.backward(stack).dropped_tasks == 1
     (said,) = [str(one.message) for one in told]
@@ -733,7 +734,8 @@ def test_a_part_of_a_name_is_led_to_the_pattern() -> None:
     assert "base" not in str(told.value)
 
 
-def test_evaluate_takes_the_query_loss_in_microbatches() -> None:
+def test_evaluate_scores_a_query_set_whole_whatever_the_microbatch() -> None:
+    """A score of pieces would be another one, of a masked mean."""
     seen = []
 
     class Counting(nn.Linear):
@@ -742,17 +744,17 @@ def test_evaluate_takes_the_query_loss_in_microbatches() -> None:
             return super().forward(x)
 
     torch.manual_seed(0)
-    tasks = [mn.Tasks(*[mn.Batch(torch.randn(10, 2), torch.randn(10, 1))] * 2)]
-    model = Counting(2, 1)
+    support = mn.Batch(torch.randn(10, 2).double(), torch.randn(10, 1).double())
+    query = mn.Batch(torch.randn(10, 2).double(), torch.randn(10, 1).double())
+    query.targets[4:6] = float("nan")
+    model = Counting(2, 1).double()
     learner = mn.MetaLearner(model, mn.metrics.squared_error, execution="in_place", microbatch=4)
     whole = mn.MetaLearner(model, mn.metrics.squared_error, execution="in_place")
-    found = learner.evaluate(tasks).values
-    assert max(seen) == 4
-    torch.testing.assert_close(found, whole.evaluate(tasks).values)
-    learner.evaluate(tasks, mn.metrics.squared_error)
-    seen.clear()
-    learner.evaluate(tasks, lambda model, batch: model(batch.inputs).max())  # no mean over examples
-    assert max(seen) == 10
+    for metric in (None, mn.metrics.squared_error, lambda model, batch: mn.metrics.squared_error(model, batch)):
+        found = learner.evaluate([mn.Tasks(support, query)], metric).values
+        assert set(seen) == {2, 4, 10}
+        torch.testing.assert_close(found, whole.evaluate([mn.Tasks(support, query)], metric).values)
+        seen.clear()
 
 
 def test_take_of_what_is_no_stack_is_refused() -> None:
@@ -763,3 +765,20 @@ def test_take_of_what_is_no_stack_is_refused() -> None:
     ):
         with pytest.raises(mn.TasksError, match="only a stack"):
             one.take(2)
+
+
+@pytest.mark.parametrize("part", ["support", "query"])
+@pytest.mark.parametrize(("prox", "estimator"), [(1.0, mn.FOBMAML()), (0.0, mn.FOMAML())])
+def test_a_target_that_is_missing_is_named_where_the_loss_reads_it(part: str, prox: float, estimator: object) -> None:
+    stack = mn.Tasks(*(mn.Batch(torch.randn(3, 4, 2), torch.randn(3, 4, 1)) for _ in range(2)))
+    getattr(stack, part).targets[1, 2] = float("nan")
+    own = mn.MetaLearner(
+        nn.Linear(2, 1), lambda m, b: (m(b.inputs) - b.targets).square().mean(), prox=prox, estimator=estimator
+    )
+    with pytest.warns(mn.NonFiniteWarning, match=rf"task 1: {part} targets.*a loss has to leave out, as mn\.metrics"):
+        assert own.backward(stack).dropped_tasks == 1
+    ready = mn.MetaLearner(nn.Linear(2, 1), mn.metrics.squared_error, prox=prox, estimator=estimator)
+    assert ready.backward(stack).dropped_tasks == 0
+    if part == "support":
+        with pytest.raises(mn.NonFiniteError, match=r"numbers in the support targets; mend these \(targets of NaN"):
+            own.adapt(stack.unstack()[1].support)

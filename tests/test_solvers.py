@@ -568,3 +568,10 @@ def test_only_steps_of_nesterov_come_without_their_name():
 def test_numbers_of_other_libraries_are_told_as_that(make):
     with pytest.raises(mn.SettingsError, match=r"a (int64|float32|Tensor|int32): take its \.item\(\)"):
         make()
+
+
+@pytest.mark.parametrize("lr", [np.float32(-1), float("nan"), torch.tensor(-0.1), 10**400, True, "0.1"])
+def test_numbers_that_no_cure_mends_are_told_without_one(lr):
+    with pytest.raises(mn.SettingsError, match="lr must be a finite number above 0, got ") as told:
+        mn.GradientDescent(steps=3, lr=lr)
+    assert "item" not in str(told.value)

@@ -428,6 +428,23 @@ def test_padding_leaves_the_tasks_and_the_loader_collates_by_it():
     torch.testing.assert_close(mn.tasks.pad(same), mn.tasks.collate(same), rtol=0, atol=0)
 
 
+def test_a_mask_beside_the_targets_is_padded_by_false():
+    def batch(number: int) -> mn.Batch:
+        return mn.Batch(torch.ones(number, 2), (torch.arange(number), torch.ones(number, dtype=torch.bool)))
+
+    stack = mn.tasks.pad([mn.Tasks(batch(n), batch(n)) for n in (1, 3)])
+    assert stack.query.targets[0].tolist() == [[0, -100, -100], [0, 1, 2]]
+    assert stack.query.targets[1].tolist() == [[True, False, False], [True, True, True]]
+
+
+def test_a_mean_over_few_half_precision_targets_is_one():
+    """3 of 100,000: shares would be rounded to nothing."""
+    targets = torch.full((100_000,), float("nan")).half()
+    targets[:3] = 0.0625
+    found = mn.metrics.squared_error(nn.Identity(), mn.Batch(torch.zeros_like(targets), targets))
+    assert float(found) == 0.0625**2
+
+
 def test_a_prediction_that_is_nan_is_not_taken_for_padding():
     batch = mn.Batch(torch.tensor([[1.0], [float("nan")]]), torch.tensor([[3.0], [1.0]]))
     assert mn.metrics.squared_error(nn.Identity(), batch).isnan()
@@ -447,6 +464,8 @@ def _wider(tasks):
         (lambda tasks: [], "no tasks"),
         (lambda tasks: mn.tasks.collate(tasks[:1]), "of one size"),
         (lambda tasks: list(mn.tasks.collate(tasks[:1])), "found Batch"),
+        (iter, "list_iterator"),
+        (lambda tasks: mn.tasks.Episodes(lambda index: tasks[index]), r"got Episodes; give \.take\(n\)"),
         (_wider, "task 1 .* differs from task 0"),
         (lambda tasks: [tasks[0], mn.Tasks(mn.Minibatches([tasks[1].support]), tasks[1].query)], "Minibatches"),
         (lambda tasks: [mn.Tasks(mn.Batch(one.support.inputs, ()), one.query) for one in tasks], "there are none"),
@@ -485,7 +504,7 @@ def test_padding_takes_no_blame_for_a_task_that_diverges():
     with pytest.raises(mn.NonFiniteError, match=r"1 of 2 tasks hold NaN .* \(task 0: support targets"):
         learner.backward(stack)
     own = mn.MetaLearner(Scaled(1), lambda m, b: (m(**b.inputs) - b.targets).square().mean())
-    with pytest.raises(mn.NonFiniteError, match="targets of NaN, missing or padding"):
+    with pytest.raises(mn.NonFiniteError, match=r"support targets.*targets of NaN, missing or padding"):
         own.backward(mn.tasks.pad(sized([3, 6], [5, 2], targets="numbers")))
 
 

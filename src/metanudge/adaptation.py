@@ -143,12 +143,13 @@ def check_adapted(before: float, after: float, finite: bool, stacks: list[Tasks]
     said = (
         "adaptation ended in non-finite parameters" if not finite else "adaptation ended in a non-finite support loss"
     )
-    if bad := not_finite(stacks, [0]):
-        where = bad[0].split(" and query")[0]
-        raise NonFiniteError(f"{said}: there are NaN or infinite numbers in the {where}; mend these")
-    if not math.isfinite(before):
-        raise NonFiniteError(f"{said}: {advice.NEVER_FINITE}")
-    raise NonFiniteError(f"{said}; {advice.calmer(solver, prox)}")
+    if math.isfinite(before):
+        raise NonFiniteError(f"{said}; {advice.calmer(solver, prox)}")
+    if bad := [where for where in not_finite(stacks, [0]).get(0, []) if where.startswith("support")]:
+        raise NonFiniteError(
+            f"{said}: there are NaN or infinite numbers in the {' and '.join(bad)}; mend these{advice.missing(bad)}"
+        )
+    raise NonFiniteError(f"{said}: {advice.NEVER_FINITE}")
 
 
 def losses_of(problem: InnerProblem, phi: Params) -> tuple[float, float]:

@@ -201,11 +201,17 @@ def calmer(solver: Any, prox: float) -> str:
     return f"let the inner solver ({name}) take smaller steps ({whose})"
 
 
-def bad_data(bad: Mapping[int, str], total: int) -> str:
+def bad_data(bad: Mapping[int, Sequence[str]], total: int) -> str:
     """Which tasks hold what is not finite."""
-    which = "; ".join(f"task {place}: {where}" for place, where in list(bad.items())[:5])
+    which = "; ".join(f"task {place}: {' and '.join(where)}" for place, where in list(bad.items())[:5])
     more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
     return f"{len(bad)} of {total} tasks hold NaN or infinite numbers in their data ({which}{more}; counted from 0)"
+
+
+def missing(*tensors: Sequence[str]) -> str:
+    """What to go on with where targets are among the tensors that are not finite."""
+    targets = any(where.endswith("targets") for some in tensors for where in some)
+    return " (targets of NaN, missing or padding, a loss has to leave out, as mn.metrics.squared_error does)" * targets
 
 
 def _named(places: Sequence[int]) -> str:
@@ -222,8 +228,7 @@ def diverged(places: Sequence[int], total: int) -> str:
 
 LOOK_FOR = (
     "look for a division by zero (a mask that leaves nothing, of all examples or of those of a microbatch), the "
-    "logarithm or root of zero, numbers so large that they overflow, or targets of NaN, missing or padding, which "
-    "mn.metrics.squared_error leaves out, and a loss of your own has to"
+    "logarithm or root of zero, or numbers so large that they overflow"
 )
 NEVER_FINITE = f"the loss is not finite at the initialisation already, before any step, though the data are: {LOOK_FOR}"
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import hashlib
 import inspect
 import math
-import platform
+import textwrap
 from collections import Counter
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Run:
     Attributes:
         protocol: Settings that a checkpoint must share with the training that goes on from it.
         settings: Of learner, optimizer and ``fit``, likewise; of functions their names.
-        code: Of the losses, in words: a digest of what Python made of them.
+        code: Of the losses, in words: a digest of their source.
         begun: What the model was when the training began, as ``told_apart`` tells it; "" where nothing is kept.
         kept: The same of the model at its best.
         history: A record a meta-step.
@@ -205,27 +205,17 @@ def qualified_name(function: Any) -> str:
 
 
 def code_of(function: Any) -> str:
-    """A digest of a function as this Python compiled it, wherever it stands; "" where that cannot be had."""
+    """A digest of a function's source as Python reads it, without texts on itself; "" where there is none to be had."""
     while isinstance(function, functools.partial):
         function = function.func
-    code = getattr(function, "__code__", None)
-    if not isinstance(code, CodeType):
+    try:
+        read = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    except (OSError, TypeError, ValueError, SyntaxError):  # of an interpreter, of C, or a lambda within a call
         return ""
-    digest = hashlib.sha256(repr(_steps(code, function.__doc__)).encode()).hexdigest()
-    return f"{platform.python_version()} {digest[:12]}"
-
-
-def _steps(code: CodeType, text: str | None) -> tuple[Any, ...]:
-    """What it does: without its file, its lines and the ``text`` on itself."""
-    constants: list[Any] = []
-    for one in code.co_consts:
-        if isinstance(one, CodeType):
-            constants.append(_steps(one, None))
-        elif isinstance(one, frozenset):  # in an order that every process has of its own
-            constants.append(sorted(map(repr, one)))
-        elif one != text:
-            constants.append(repr(one))
-    return code.co_code, code.co_names, constants
+    for node in ast.walk(read):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return hashlib.sha256(ast.unparse(read).encode()).hexdigest()[:12]
 
 
 def _described(part: Any) -> str:
@@ -271,10 +261,9 @@ def tell_rounded(path: Path, before: dict[str, Any], now: dict[str, Any]) -> Non
 
 
 def tell_rewritten(path: Path, before: dict[str, str], now: dict[str, str]) -> None:
-    """Warn of functions known of both, by one Python, that are not written alike."""
+    """Warn of functions known of both that are not written alike."""
     for name, digest in now.items():
-        there = before.get(name, "")
-        if there and digest and there != digest and there.split()[0] == digest.split()[0]:
+        if digest and before.get(name, "") not in ("", digest):
             warn(
                 f"{name} was written differently when the training of {path} took its last step, which it goes on from "
                 "as it is: what was done is of the former one. Begin anew with resume=False, or in another folder",

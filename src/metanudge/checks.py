@@ -136,10 +136,13 @@ def largest(stacks: list[Tasks]) -> float:
     return max((float(leaf.where(leaf.isfinite(), 0).max()) for leaf in numbers if leaf.numel()), default=0.0)
 
 
-def not_finite(stacks: list[Tasks], places: list[int]) -> dict[int, str]:
+def not_finite(stacks: list[Tasks], places: list[int], *, missing: bool = True) -> dict[int, list[str]]:
     """Of the tasks whose own tensors hold NaN or infinite numbers: place, and which tensors.
 
-    Targets that are NaN beside others that are not are missing, or padding.
+    Args:
+        stacks: Of tasks.
+        places: Theirs.
+        missing: Whether targets of NaN count beside others that are none: they may be missing, or padding.
     """
     found: dict[int, list[str]] = {}
     first = 0
@@ -149,15 +152,14 @@ def not_finite(stacks: list[Tasks], places: list[int]) -> dict[int, str]:
             if as_minibatches(batch):
                 continue
             for field, held in zip(Batch._fields, batch, strict=True):
-                wrong = [_wrong(leaf.reshape(number, -1), missing=field == "targets") for leaf in leaves(held)]
+                known = missing or field != "targets"
+                wrong = [_wrong(leaf.reshape(number, -1), known) for leaf in leaves(held)]
                 for row in torch.stack(wrong).any(0).nonzero().flatten().tolist() if wrong else []:
                     found.setdefault(places[first + row], []).append(f"{part} {field}")
         first += number
-    return {place: " and ".join(found[place]) for place in sorted(found)}
+    return {place: found[place] for place in sorted(found)}
 
 
-def _wrong(rows: Tensor, *, missing: bool) -> Tensor:
-    """Which rows hold what is not finite; unless they are all NaN, NaN may be missing."""
-    if missing:
-        return rows.isinf().any(1) | rows.isnan().all(1)
-    return ~rows.isfinite().all(1)
+def _wrong(rows: Tensor, known: bool) -> Tensor:
+    """Which rows hold what is not finite; where not all has to be ``known``, that all is NaN, or any infinite."""
+    return ~rows.isfinite().all(1) if known else rows.isinf().any(1) | rows.isnan().all(1)

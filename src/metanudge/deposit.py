@@ -155,26 +155,34 @@ def verdict(
 
 def _lost(probes: list[Probe], given: Given, solver: Solver, prox: float) -> str:
     """Which tasks were left out and why, and what would mend it."""
-    kept = torch.cat([probe.kept.reshape(-1).cpu() for probe in probes]).tolist()
-    lost = sorted(place for place, keeps in zip(given.places, kept, strict=True) if not keeps)
-    bad = {place: where for place, where in not_finite(*given).items() if place in lost}
+
+    def of_tasks(parts: list[Tensor]) -> dict[int, bool]:
+        flags = torch.cat([part.reshape(-1).cpu() for part in parts]).tolist()
+        return dict(zip(given.places, flags, strict=True))
+
+    kept, begun, solved = (of_tasks([getattr(probe, name) for probe in probes]) for name in ("kept", "begun", "solved"))
+    judged = of_tasks([probe.query_loss.isfinite() for probe in probes])
+    held = not_finite(*given)
+    bad: dict[int, list[str]] = {}
+    never, unjudged, diverged = list[int](), list[int](), list[int]()
+    for place in sorted(place for place, keeps in kept.items() if not keeps):
+        # what a loss left out, as it may padding, is not why the task was lost
+        read = {"support": not begun[place], "query": not begun[place] or (solved[place] and not judged[place])}
+        if where := [where for where in held.get(place, []) if read[where.split()[0]]]:
+            bad[place] = where
+        elif not begun[place]:
+            never.append(place)
+        else:
+            (unjudged if solved[place] and not judged[place] else diverged).append(place)
     said = []
     if bad:
-        said.append(f"{advice.bad_data(bad, len(kept))}: mend these or leave them out")
-    begun = torch.cat([probe.begun.reshape(-1).cpu() for probe in probes]).tolist()
-    never = [place for place, has in zip(given.places, begun, strict=True) if not has and place in lost]
-    if never := sorted(place for place in never if place not in bad):
+        said.append(f"{advice.bad_data(bad, len(kept))}: mend these or leave them out{advice.missing(*bad.values())}")
+    if never:
         said.append(advice.never_finite(never, len(kept)))
-    losses, residuals = (
-        torch.cat([part.reshape(-1).cpu() for part in parts]).isfinite().tolist()
-        for parts in ([probe.query_loss for probe in probes], [probe.residual for probe in probes])
-    )
-    judged = zip(given.places, losses, residuals, strict=True)
-    unjudged = sorted(place for place, has, solved in judged if not has and solved and place in lost)
-    if unjudged := [place for place in unjudged if place not in bad and place not in never]:
+    if unjudged:
         said.append(advice.unjudged(unjudged, len(kept)))
-    if others := [place for place in lost if place not in bad and place not in never and place not in unjudged]:
-        said.append(f"{advice.diverged(others, len(kept))}: {advice.calmer(solver, prox)}")
+    if diverged:
+        said.append(f"{advice.diverged(diverged, len(kept))}: {advice.calmer(solver, prox)}")
     return ". ".join(said)
 
 

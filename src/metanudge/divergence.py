@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from metanudge.checkpoint import Run
 from metanudge.errors import NonFiniteError
 from metanudge.optim import NormalizedSGD
 from metanudge.sharding import whole
+from metanudge.tree import accumulator
 from metanudge.types import MetaStep
 from metanudge.warned import warn
 
@@ -22,7 +23,7 @@ RISE = 1e3
 USUAL = 100
 """Steps, the first ones, of which the middle one tells what is usual: a first step that is small by chance does not."""
 FAR = 10
-"""How many times their first length parameters are far from where they began."""
+"""How many times their first length, or 1, parameters that are far from where they began are long."""
 FEW = 10
 """Fewer steps have no middle worth the name: the largest tells."""
 PATIENCE = 10
@@ -95,7 +96,7 @@ class Watch:
         """Whether the query loss is far above what is usual, or above the first one with parameters that are too."""
         if rose(self._first, [record.query_loss for record in self.run.history[:USUAL]], now):
             return True  # the early ones tell nothing of a training that explodes at once
-        return rose(self._first, [], now) and _length(self._watched) > FAR * self._length > 0
+        return rose(self._first, [], now) and _length(self._watched) > FAR * max(self._length, 1.0)
 
     def _diverged(self, how: str) -> str:
         step = len(self.run.history) + 1
@@ -131,14 +132,15 @@ def rose(first: float, early: Sequence[float], now: float) -> bool:
 
 
 def _finite(parameters: Sequence[Tensor]) -> bool:
-    return math.isfinite(_total(parameter.detach() for parameter in parameters))  # NaN, inf pass through
+    sums = [whole(parameter.detach().sum(dtype=torch.float64)) for parameter in parameters]  # NaN, inf pass through
+    return not sums or bool(torch.stack([one.to(sums[0].device) for one in sums]).isfinite().all())
 
 
 def _length(parameters: Sequence[Tensor]) -> float:
     """Euclidean norm."""
-    return math.sqrt(_total(parameter.detach().square() for parameter in parameters))
-
-
-def _total(tensors: Iterable[Tensor]) -> float:
-    sums = [whole(tensor.sum(dtype=torch.float64)) for tensor in tensors]
-    return torch.stack([one.to(sums[0].device) for one in sums]).sum().item() if sums else 0.0
+    wide = [accumulator(parameter.dtype) for parameter in parameters]
+    norms = [
+        torch.linalg.vector_norm(parameter.detach(), dtype=kind)
+        for parameter, kind in zip(parameters, wide, strict=True)
+    ]
+    return math.hypot(*(float(whole(norm)) for norm in norms))

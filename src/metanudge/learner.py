@@ -71,7 +71,8 @@ class MetaLearner:
             shared by all tasks and get their own meta-gradient (from FOMAML only ∂f/∂w); frozen ones cost nothing.
         chunk_size: Tasks at once, to save memory; None for all. (In place it is one at a time.)
         microbatch: Examples of a task in one forward pass of the in-place execution; gradients are added up over the
-            pieces, so losses have to be means over the examples. None for all at once. (Metrics always see all.)
+            pieces, so losses have to be means over the examples. None for all at once. (``evaluate`` scores a query set
+            whole, without a backward pass.)
         query_loss: The loss that judges adapted models, in the form of ``loss``; None for ``loss`` itself.
         sharpness_radius: How far uphill of an adapted model the query gradient is taken, relative to the distance
             ||φ - θ|| of the adaptation. Above 0, say .1 to .3, meta-steps descend f(φ + ξ), ξ being the worst step of
@@ -309,10 +310,11 @@ class MetaLearner:
         check_estimate(self.estimator, estimate, problem)
         kept = mean.add(problem, estimate, lent.summed)
         tried = replace(problem, start=None) if self.execution.tries else None
-        query_loss, residual, begun = (
-            of_lanes.reshape(-1) for of_lanes in (estimate.query_loss, estimate.residual, estimate.begun)
+        solved = estimate.support_loss.isfinite() & ~estimate.diverged
+        query_loss, residual, begun, solved = (
+            of_lanes.reshape(-1) for of_lanes in (estimate.query_loss, estimate.residual, estimate.begun, solved)
         )
-        probes.append(Probe(query_loss, residual, kept, begun, tried, problem.sampled))
+        probes.append(Probe(query_loss, residual, kept, begun, solved, tried, problem.sampled))
         if self.warm_start is None:
             return None
         diverged = estimate.diverged.reshape(-1, 1)

@@ -122,7 +122,8 @@ def squared_error(model: nn.Module, batch: Batch) -> Tensor:
         raise LossError(f"squared_error takes targets that are floats, got {batch.targets.dtype}; give targets.float()")
     missing = batch.targets.isnan()
     error: Tensor = (predictions - batch.targets).masked_fill(missing, 0.0)  # where() would copy the number to a GPU
-    return error.square().mean() / (~missing).to(error.dtype).mean()  # sums would overflow in float16
+    mean: Tensor = error.square().sum(dtype=accumulator(error.dtype)) / (~missing).sum()
+    return mean
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:

@@ -85,12 +85,11 @@ def check_optimizer(optimizer: torch.optim.Optimizer, learner: MetaLearner) -> N
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trainable = {name: id(leaf) for name, leaf in learner.model.named_parameters() if leaf.requires_grad}
     left = [name for name, leaf in trainable.items() if leaf not in held]
-    if left and len(left) < len(trainable):
+    if left and len(left) < len(trainable) and learner.ranks.first:
         warn(
             f"the optimizer, a {type(optimizer).__name__}, has {len(trainable) - len(left)} of the model's "
             f"{len(trainable)} trainable parameters; the others, such as {left[0]}, get a meta-gradient that nothing "
-            "follows, and tasks adapt them from where they stand. Give it all of them, or, where they should neither "
-            "be learned nor adapted, give them requires_grad_(False)",
+            "follows. Give it all of them, or, where they should neither be learned nor adapted, requires_grad_(False)",
             UserWarning,
         )
     if len(left) == len(trainable):

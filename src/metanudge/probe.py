@@ -47,6 +47,7 @@ class Probe(NamedTuple):
         residual: Relative residuals, one a task.
         kept: Which of the tasks count.
         begun: In which of them the support loss is finite at the initialisation.
+        solved: In which of them it is at the solution too, which is no further up than the solve began.
         problem: The problem; None where no more steps of it may be tried (``Execution.tries``).
         sampled: Whether its support set was seen through minibatches.
     """
@@ -55,6 +56,7 @@ class Probe(NamedTuple):
     residual: Tensor
     kept: Tensor
     begun: Tensor
+    solved: Tensor
     problem: InnerProblem | None
     sampled: bool = False
 

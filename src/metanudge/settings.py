@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 import os
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +29,27 @@ def shown(**settings: object) -> str:
     return "".join(f", {name}={value!r}" for name, value in settings.items() if value is not None)
 
 
-def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_real(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _got(value: object) -> str:
-    """What was given; a number of numpy's or torch's, which could not be written down, with its cure."""
-    scalar = hasattr(value, "item") and getattr(value, "ndim", None) == 0
-    return f"got {value!r}" + (f", a {type(value).__name__}: take its .item(), a number of Python's" if scalar else "")
+def _check(name: str, value: Any, holds: Callable[[Any], bool], wanted: str) -> None:
+    """Raise a SettingsError unless it ``holds``; with a cure for numbers of numpy's, which no file could hold."""
+    if holds(value):
+        return
+    cure = ""
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0 and holds(value.item()):
+        cure = f", a {type(value).__name__}: take its .item(), a number of Python's"
+    raise SettingsError(f"{name} must be {wanted}, got {value!r}{cure}")
 
 
 def check_number(number: int, name: str, least: int = 0) -> None:
     """Raise a SettingsError unless ``number`` is a whole number of at least ``least``."""
-    if not _is_whole(number, least):
-        raise SettingsError(f"{name} must be a whole number of at least {least}, {_got(number)}")
+    _check(name, number, lambda v: _is_whole(v) and v >= least, f"a whole number of at least {least}")
 
 
 def check_steps(steps: int, name: str = "steps") -> None:
@@ -71,15 +74,14 @@ def check_folder(out: Path) -> None:
 def check_not_negative(**settings: float) -> None:
     """Raise a SettingsError unless every setting is a finite number >= 0."""
     for name, value in settings.items():
-        if not _is_real(value) or value < 0:
-            raise SettingsError(f"{name} must be a finite number of at least 0, {_got(value)}")
+        _check(name, value, lambda v: _is_real(v) and v >= 0, "a finite number of at least 0")
 
 
 def check_sizes(**settings: int | None) -> None:
     """Raise a SettingsError unless every setting is a whole number >= 1, or None."""
     for name, number in settings.items():
-        if number is not None and not _is_whole(number, 1):
-            raise SettingsError(f"{name} must be a whole number of at least 1 or None, {_got(number)}")
+        whole = "a whole number of at least 1 or None"
+        _check(name, number, lambda v: v is None or (_is_whole(v) and v >= 1), whole)
 
 
 FOR_GOOD = {
@@ -123,15 +125,13 @@ def check_flag(**settings: bool) -> None:
 def check_positive(**settings: float) -> None:
     """Raise a SettingsError unless every setting is a finite number > 0."""
     for name, value in settings.items():
-        if not _is_real(value) or value <= 0:
-            raise SettingsError(f"{name} must be a finite number above 0, {_got(value)}")
+        _check(name, value, lambda v: _is_real(v) and v > 0, "a finite number above 0")
 
 
 def check_fraction(**settings: float) -> None:
     """Raise a SettingsError unless every setting is a number in [0, 1)."""
     for name, value in settings.items():
-        if not _is_real(value) or not 0 <= value < 1:
-            raise SettingsError(f"{name} must be a number in [0, 1), {_got(value)}")
+        _check(name, value, lambda v: _is_real(v) and 0 <= v < 1, "a number in [0, 1)")
 
 
 def check_model(model: object) -> None:

@@ -121,7 +121,7 @@ def fit(
         out: Folder; None to keep nothing on disk.
         resume: Go on from ``out/last.pt`` where it is, with the same settings of learner and optimizer, ``max_norm``,
             ``scheduler``, metric, ``better``, validation tasks (or none) and first task (functions are told apart by
-            their names; of a loss that is written differently it warns). With another ``execution``, ``compile``,
+            their names; where a loss's source is another it warns). With another ``execution``, ``compile``,
             ``cuda_graphs``, ``chunk_size``, ``microbatch``, or number of processes, after running out of memory, say,
             it warns and goes on, the same but for round-off, and for dropout in train mode, whose draws differ. False
             to begin anew: once all is checked, what a training left in ``out`` is removed.

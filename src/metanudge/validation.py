@@ -119,7 +119,8 @@ def _tell_not_finite(found: Evaluation, tasks: Tasks | Sequence[Tasks], step: in
     why = "their data are finite: the adapted model or the metric is not"
     if wrong:
         why = (
-            f"task {wrong[0]} holds NaN or infinite numbers in its {held[wrong[0]]}: mend such tasks or leave them out"
+            f"task {wrong[0]} holds NaN or infinite numbers in its {' and '.join(held[wrong[0]])}: mend such tasks or "
+            "leave them out"
         )
     warn(
         f"the validation score at meta-step {step} is NaN, of {len(places)} of {len(found.values)} tasks (from 0: "

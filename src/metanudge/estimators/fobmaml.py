@@ -97,7 +97,7 @@ class FOBMAML:
     certify: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.scheme, Stencil) and self.scheme not in list(STENCILS):  # a list cannot be looked up
+        if not isinstance(self.scheme, Stencil) and not (isinstance(self.scheme, str) and self.scheme in STENCILS):
             raise SettingsError(f"scheme must be a mn.Stencil or one of {', '.join(STENCILS)}, got {self.scheme!r}")
         if self.nudge not in ("linear", "full"):
             raise SettingsError(f'nudge must be "linear" or "full", got {self.nudge!r}')

@@ -50,7 +50,7 @@ class Stencil:
     def __post_init__(self) -> None:
         for name in ("nodes", "weights"):
             given = getattr(self, name)
-            if not isinstance(given, tuple | list) or not all(isinstance(number, int | float) for number in given):
+            if not isinstance(given, tuple | list) or not all(type(number) in (int, float) for number in given):
                 raise SettingsError(f"{name} must be a tuple of numbers, got {given!r}")
         object.__setattr__(self, "nodes", tuple(self.nodes))
         object.__setattr__(self, "weights", tuple(self.weights))

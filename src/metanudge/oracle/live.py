@@ -79,13 +79,13 @@ class LiveLosses(InnerGradients):
 
     def value(self, function: LossFunction, role: Role, phi: Params) -> Tensor:  # noqa: D102
         self.live.load(phi)
-        averaged = function is self.forward.losses[role]  # a metric need not be a mean over examples
-        return self.forward.value(function, role, self.microbatch if averaged else None)
+        return self.forward.value(function, role, None)
 
     def loss(self, role: Role, phi: Params) -> Tensor:  # noqa: D102
         if role is Role.SUPPORT and self.passed is not None and self._is_theta(phi):
             return self.passed
-        loss = self.value(self.forward.losses[role], role, phi)
+        self.live.load(phi)
+        loss = self.forward.value(self.forward.losses[role], role, self.microbatch)
         if role is Role.SUPPORT and self._is_theta(phi):
             self.passed = loss
         return loss

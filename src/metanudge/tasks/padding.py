@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from metanudge.batching import form
@@ -14,6 +13,7 @@ from metanudge.checks import check_not_empty, leaves
 from metanudge.errors import TasksError
 from metanudge.metrics import IGNORED
 from metanudge.minibatches import as_minibatches
+from metanudge.sources import is_dataset, taken
 from metanudge.types import Batch, Tasks
 
 
@@ -23,8 +23,8 @@ def pad(tasks: Sequence[Tasks]) -> Tasks:
     A set that is shorter than the longest gets examples of its own once more, which no model can stumble over, with
     targets that say that they do not count: -100 for class indices, as everywhere in torch, and NaN for floats. The
     functions of ``mn.metrics`` leave both out, and so must a loss of your own; then the stack gives what the list does,
-    unless examples see each other, as by BatchNorm. For ``mn.fit``, ``mn.tasks.pad(tasks).unstack()`` is a list of
-    single tasks of one size; for a loader it is a ``collate_fn``.
+    unless examples see each other, as by BatchNorm, or are cut into pieces (``microbatch``), each of which is a mean of
+    its own. ``mn.fit`` takes the stack; for a loader this is a ``collate_fn``.
 
     Args:
         tasks: Single tasks, without a task axis, whose tensors differ in their leading axis alone.
@@ -42,14 +42,14 @@ def pad(tasks: Sequence[Tasks]) -> Tasks:
         tensor([[   0,    1, -100, -100],
                 [   0,    1,    2,    3]])
     """
-    if isinstance(tasks, Tasks):
-        raise TasksError(
-            "expected a list of single tasks, got mn.Tasks, one task or a stack, whose tasks are of one size"
-        )
+    if isinstance(tasks, Tasks) or not isinstance(tasks, list | tuple):
+        got = "mn.Tasks, one task or a stack, whose tasks are of one size" if isinstance(tasks, Tasks) else ""
+        got = got or f"{type(tasks).__name__}" + (f"; give {taken(tasks)}" if is_dataset(tasks) else "")
+        raise TasksError(f"expected a list of single tasks, got {got}")
     if not tasks:
         raise TasksError("there are no tasks to pad")
     lengths = [[_examples(task, part, place) for part in Tasks._fields] for place, task in enumerate(tasks)]
-    firsts = [form(_first(task)) for task in tasks]
+    firsts = [form(tree_map(lambda leaf: leaf[:1], task)) for task in tasks]
     other = next((place for place, first in enumerate(firsts) if first != firsts[0]), None)
     if other is not None:
         raise TasksError(
@@ -82,30 +82,30 @@ def _examples(task: Tasks, part: str, place: int) -> int:
     return numbers.pop()
 
 
-def _first(task: Tasks) -> Tasks:
-    """Its first examples."""
-    return tree_map(lambda leaf: leaf[:1], task)  # type: ignore[no-any-return]
-
-
 def _padded(batch: Batch, length: int, longest: int) -> Batch:
     """A set with its first examples once more, uncounted."""
     if length == longest:
         return batch
     more = torch.arange(longest, device="cpu") % length
     again: Batch = tree_map(lambda leaf: leaf[more.to(leaf.device)], batch)
-    if not leaves(again.targets):
+    marks = [_mark(leaf.dtype) for leaf in leaves(again.targets)]
+    if all(mark in (None, False) for mark in marks):
+        kinds = ", ".join(str(leaf.dtype) for leaf in leaves(again.targets)) or "there are none"
         raise TasksError(
-            "padding is marked in the targets, but there are none; give tasks of different sizes as a list"
+            f"padding is marked by targets of -100 or NaN, which these cannot hold: {kinds}; give class indices as "
+            ".long(), other targets as .float(), or such tasks as a list"
         )
-    return again._replace(targets=tree_map(lambda leaf: _uncounted(leaf, length), again.targets))
+    for leaf, mark in zip(leaves(again.targets), marks, strict=True):
+        if mark is None:
+            raise TasksError(f"padding cannot be marked in {leaf.dtype}; give .long() or .float()")
+        leaf[length:] = mark
+    return again
 
 
-def _uncounted(targets: Tensor, first: int) -> Tensor:
-    """Targets that from an example on do not count."""
-    if not targets.is_floating_point() and (not targets.dtype.is_signed or targets.is_complex()):
-        raise TasksError(
-            f"padding is marked by targets of -100 or NaN, which {targets.dtype} does not have; give class indices as "
-            ".long(), other targets as .float()"
-        )
-    targets[first:] = math.nan if targets.is_floating_point() else IGNORED
-    return targets
+def _mark(kind: torch.dtype) -> float | None:
+    """What targets that do not count hold; a mask beside them is False."""
+    if kind.is_floating_point:
+        return math.nan
+    if kind is torch.bool:
+        return False
+    return IGNORED if kind.is_signed and not kind.is_complex else None

@@ -50,7 +50,8 @@ class Bench:
 
     def bad(self) -> dict[int, str]:
         """Tasks with NaN or infinite numbers in their data, and where."""
-        return not_finite(*as_stacks(self.tasks, self.device))
+        found = not_finite(*as_stacks(self.tasks, self.device), missing=False)
+        return {place: " and ".join(where) for place, where in found.items()}
 
     def _in_double(self) -> tuple[nn.Module, list[Tasks]] | None:
         """Model and tasks in float64, if both losses take them."""
