@@ -462,7 +462,7 @@ def _wider(tasks):
     ("change", "told"),
     [
         (lambda tasks: [], "no tasks"),
-        (lambda tasks: mn.tasks.collate(tasks[:1]), "of one size"),
+        (lambda tasks: mn.tasks.collate(tasks[:1]), "have one size"),
         (lambda tasks: list(mn.tasks.collate(tasks[:1])), "found Batch"),
         (iter, "list_iterator"),
         (lambda tasks: mn.tasks.Episodes(lambda index: tasks[index]), r"got Episodes; give \.take\(n\)"),

@@ -166,14 +166,17 @@ def _lost(probes: list[Probe], given: Given, solver: Solver, prox: float) -> str
     bad: dict[int, list[str]] = {}
     never, unjudged, diverged = list[int](), list[int](), list[int]()
     for place in sorted(place for place, keeps in kept.items() if not keeps):
-        # what a loss left out, as it may padding, is not why the task was lost
-        read = {"support": not begun[place], "query": not begun[place] or (solved[place] and not judged[place])}
-        if where := [where for where in held.get(place, []) if read[where.split()[0]]]:
-            bad[place] = where
+        fails_in_query = solved[place] and not judged[place]
+        # tensors that a loss leaves out where they are not finite, as padding, are not why the task was lost
+        blamed = {"support": not begun[place], "query": not begun[place] or fails_in_query}
+        if tensors := [name for name in held.get(place, []) if blamed[name.split()[0]]]:
+            bad[place] = tensors
         elif not begun[place]:
             never.append(place)
+        elif fails_in_query:
+            unjudged.append(place)
         else:
-            (unjudged if solved[place] and not judged[place] else diverged).append(place)
+            diverged.append(place)
     said = []
     if bad:
         said.append(f"{advice.bad_data(bad, len(kept))}: mend these or leave them out{advice.missing(*bad.values())}")

@@ -42,13 +42,15 @@ def pad(tasks: Sequence[Tasks]) -> Tasks:
         tensor([[   0,    1, -100, -100],
                 [   0,    1,    2,    3]])
     """
-    if isinstance(tasks, Tasks) or not isinstance(tasks, list | tuple):
-        got = "mn.Tasks, one task or a stack, whose tasks are of one size" if isinstance(tasks, Tasks) else ""
-        got = got or f"{type(tasks).__name__}" + (f"; give {taken(tasks)}" if is_dataset(tasks) else "")
-        raise TasksError(f"expected a list of single tasks, got {got}")
+    if isinstance(tasks, Tasks):
+        raise TasksError("expected a list of single tasks, got mn.Tasks: one, or a stack, whose tasks have one size")
+    if not isinstance(tasks, list | tuple):
+        cure = f"; give {taken(tasks)}" if is_dataset(tasks) else ""
+        raise TasksError(f"expected a list of single tasks, got {type(tasks).__name__}{cure}")
     if not tasks:
         raise TasksError("there are no tasks to pad")
-    lengths = [[_examples(task, part, place) for part in Tasks._fields] for place, task in enumerate(tasks)]
+    for place, task in enumerate(tasks):
+        _check(task, f"of task {place} (counted from 0)")
     firsts = [form(tree_map(lambda leaf: leaf[:1], task)) for task in tasks]
     other = next((place for place, first in enumerate(firsts) if first != firsts[0]), None)
     if other is not None:
@@ -56,34 +58,35 @@ def pad(tasks: Sequence[Tasks]) -> Tasks:
             f"tasks are padded to the same number of examples, but task {other} (counted from 0) differs from task 0 "
             f"in more than that: {tasks[other]} and {tasks[0]}; pad sequences before, with a mask that the model heeds"
         )
-    longest = [max(column) for column in zip(*lengths, strict=True)]
-    padded = [
-        Tasks(*(_padded(batch, *sizes) for batch, *sizes in zip(task, own, longest, strict=True)))
-        for task, own in zip(tasks, lengths, strict=True)
-    ]
-    stack: Tasks = tree_map(lambda *same: torch.stack(same), *padded)
+    return Tasks(*(_stacked(sets) for sets in zip(*tasks, strict=True)))
+
+
+def _check(task: Tasks, whose: str) -> None:
+    """Raise a TasksError for what is no task, or whose sets are not of so many examples."""
+    for part in Tasks._fields:
+        batch = getattr(task, part, None)
+        if as_minibatches(batch):
+            raise TasksError("mn.Minibatches cannot be padded; give such tasks as a list")
+        if not isinstance(batch, Batch):
+            raise TasksError(f"expected a list of mn.Tasks of mn.Batch, found {type(task).__name__}: {task!r:.80}")
+        check_not_empty(task, f" {whose}")
+        sizes = {len(leaf) if leaf.ndim else None for leaf in leaves(batch)}
+        if len(sizes) != 1 or None in sizes:
+            raise TasksError(
+                f"the tensors of a set must all begin with the axis of its examples, but the {part} {whose} is {batch}"
+            )
+
+
+def _stacked(sets: Sequence[Batch]) -> Batch:
+    """Sets of different sizes as one of stacks."""
+    longest = max(len(leaves(batch)[0]) for batch in sets)
+    stack: Batch = tree_map(lambda *same: torch.stack(same), *(_padded(batch, longest) for batch in sets))
     return stack
 
 
-def _examples(task: Tasks, part: str, place: int) -> int:
-    """How many a set has."""
-    batch = getattr(task, part, None)
-    if as_minibatches(batch):
-        raise TasksError("mn.Minibatches cannot be padded; give such tasks as a list")
-    if not isinstance(batch, Batch):
-        raise TasksError(f"expected a list of mn.Tasks of mn.Batch, found {type(task).__name__}: {task!r:.80}")
-    check_not_empty(task, f" of task {place} (counted from 0)")
-    numbers = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves(batch)}
-    if len(numbers) != 1 or 0 in numbers:
-        raise TasksError(
-            f"the tensors of a set must all begin with the axis of its examples, but the {part} of task {place} "
-            f"(counted from 0) is {batch}"
-        )
-    return numbers.pop()
-
-
-def _padded(batch: Batch, length: int, longest: int) -> Batch:
+def _padded(batch: Batch, longest: int) -> Batch:
     """A set with its first examples once more, uncounted."""
+    length = len(leaves(batch)[0])
     if length == longest:
         return batch
     more = torch.arange(longest, device="cpu") % length
