@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import metanudge as mn
-from metanudge import validation
 from metanudge.accumulation import summarize
 from metanudge.cli import main
-from metanudge.config import read_config
+from metanudge.command.config import read_config
+from metanudge.command.runs import learner_of
 from metanudge.files import load_state, save_state
-from metanudge.runs import learner_of
+from metanudge.training import validation
 
 TASKS = mn.tasks.episodes(mn.tasks.sinusoid, shots=4, queries=4)
 HELD = mn.tasks.sinusoid(6, seed=1)

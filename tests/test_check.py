@@ -12,7 +12,7 @@ import torch
 
 import metanudge as mn
 from metanudge.cli import main
-from metanudge.loading import load_learner
+from metanudge.command.loading import load_learner
 from problems import PROBLEMS, distance, estimate, single_tasks, squared_error
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "sinusoid.py"

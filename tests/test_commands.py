@@ -17,13 +17,14 @@ import torch
 from PIL import Image
 
 import metanudge as mn
-from metanudge import cli, runs
+from metanudge import cli
 from metanudge.accumulation import summarize
-from metanudge.checkpoint import LAST
 from metanudge.cli import main
-from metanudge.config import read_config
+from metanudge.command import runs
+from metanudge.command.config import read_config
+from metanudge.command.runs import learner_of, tasks_of
 from metanudge.files import load_state
-from metanudge.runs import learner_of, tasks_of
+from metanudge.training.checkpoint import LAST
 
 CONFIG = """
 seeds = [0, 1, 2]

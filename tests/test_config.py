@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import metanudge as mn
-from metanudge.config import read_config
-from metanudge.families import draw
-from metanudge.named import conform
-from metanudge.runs import learner_of, tasks_of
+from metanudge.command.config import read_config
+from metanudge.command.families import draw
+from metanudge.command.named import conform
+from metanudge.command.runs import learner_of, tasks_of
 
 SMALL = """
 seeds = [4]

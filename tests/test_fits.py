@@ -18,12 +18,12 @@ from torch.optim import lr_scheduler as schedules
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, TensorDataset
 
 import metanudge as mn
-from metanudge.checkpoint import LAST, code_of, qualified_name
-from metanudge.divergence import rose
 from metanudge.files import load_state, save_state
 from metanudge.oracle import compiled
-from metanudge.order import first_task
-from metanudge.validation import improves
+from metanudge.training.checkpoint import LAST, code_of, qualified_name
+from metanudge.training.divergence import rose
+from metanudge.training.order import first_task
+from metanudge.training.validation import improves
 
 DATA = TensorDataset(torch.randn(60, 3, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 6)
 SQUARE = {"ways": 3, "shots": 3, "queries": 3}  # support and query of one shape: what a stack looks like
@@ -564,7 +564,7 @@ def test_lines_are_shown_where_there_is_no_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     clock = iter(range(0, 1000, 12))  # twelve seconds a step: a line at the third one, though `every` is five
-    monkeypatch.setattr("metanudge.progress.monotonic", lambda: next(clock))
+    monkeypatch.setattr("metanudge.training.progress.monotonic", lambda: next(clock))
     given = COMMON | {"every": 5, "progress": True, "validation": ENDLESS.take(2)}
     done = mn.fit(*begun(), ENDLESS, steps=7, **given)
     lines = capsys.readouterr().err.splitlines()

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import metanudge as mn
-from metanudge import config
 from metanudge.cli import main
-from metanudge.runs import learner_of, tasks_of
+from metanudge.command import config
+from metanudge.command.runs import learner_of, tasks_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -283,7 +283,7 @@ def test_errors_in_ones_own_file_are_told_by_its_lines(
 
 def test_a_mistake_of_ours_keeps_its_traceback(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metanudge.cli.read_config", lambda *_: torch.zeros(2) @ torch.zeros(3))
-    monkeypatch.setattr("metanudge.failures._NOT_THEIRS", ("/",))
+    monkeypatch.setattr("metanudge.command.failures._NOT_THEIRS", ("/",))
     with pytest.raises(RuntimeError):
         main(["train", "small.toml"])
 

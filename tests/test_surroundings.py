@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import metanudge as mn
-from metanudge.order import moved
+from metanudge.training.order import moved
 from problems import PROBLEMS, distance, flat_gradient
 
 SPLITS = ("train", "validation", "test")

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import metanudge as mn
-from metanudge.checkpoint import LAST
-from metanudge.order import Order
+from metanudge.training.checkpoint import LAST
+from metanudge.training.order import Order
 from problems import ESTIMATORS, SOLVERS
 
 

@@ -1,6 +1,8 @@
 """Meta-learning for PyTorch with first derivatives only."""
 
 from metanudge import extend, metrics, optim, tasks
+from metanudge.command.families import FAMILIES
+from metanudge.command.registries import LOSSES, METRICS, OPTIMIZERS, SCHEDULERS
 from metanudge.diagnostics import Check, Smoothness, check, smoothness
 from metanudge.energy import InnerProblem
 from metanudge.errors import (
@@ -25,15 +27,13 @@ from metanudge.estimators import (
     Stencil,
     Tangent,
 )
-from metanudge.families import FAMILIES
 from metanudge.learner import MetaLearner
-from metanudge.logs import Record
 from metanudge.minibatches import Minibatches
 from metanudge.models import MODELS
 from metanudge.pretrained import load_pretrained
-from metanudge.registries import LOSSES, METRICS, OPTIMIZERS, SCHEDULERS
 from metanudge.solvers import SOLVERS, Adam, GradientDescent, Nesterov, Solver, TorchOptimizer
 from metanudge.training import Fit, fit
+from metanudge.training.logs import Record
 from metanudge.types import Batch, Estimate, Evaluation, LossFunction, MetaStep, Tasks
 from metanudge.warm_start import WarmStart
 

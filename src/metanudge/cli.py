@@ -15,16 +15,16 @@ import tyro
 from rich.console import Console
 
 import metanudge
-from metanudge.config import read_config
+from metanudge.command.config import read_config
+from metanudge.command.failures import told
+from metanudge.command.loading import load_learner
+from metanudge.command.runs import train
+from metanudge.command.scoring import evaluate
 from metanudge.diagnostics import check, smoothness
 from metanudge.errors import SettingsError
-from metanudge.failures import told
-from metanudge.loading import load_learner
-from metanudge.progress import line
 from metanudge.ranks import joined
-from metanudge.runs import train
-from metanudge.scoring import evaluate
 from metanudge.settings import check_folder, nearest
+from metanudge.training.progress import line
 
 EXPERIMENTS = ("synthetic", "solves", "sinusoid", "mnist1d", "memory")
 

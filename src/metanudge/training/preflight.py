@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from metanudge.checkpoint import LAST
 from metanudge.errors import SettingsError
 from metanudge.learner import MetaLearner
-from metanudge.order import first_task, length
 from metanudge.ranks import Ranks
 from metanudge.settings import check_flag, check_number, check_part, check_positive, check_steps
 from metanudge.sharding import is_sharded
+from metanudge.training.checkpoint import LAST
+from metanudge.training.order import first_task, length
 from metanudge.warned import warn
 
 

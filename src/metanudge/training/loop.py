@@ -12,26 +12,33 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
-from metanudge.anew import discard, discard_logs
 from metanudge.batching import singles
-from metanudge.best import Best
-from metanudge.checkpoint import BEST, LAST, Run, qualified_name, told_apart
-from metanudge.divergence import Watch
 from metanudge.errors import NonFiniteError, SettingsError
 from metanudge.learner import MetaLearner
-from metanudge.logs import TABLE, Logs, Record, check_tensorboard
 from metanudge.metrics import metric_name
-from metanudge.order import Order, check_single, digest_of, first_task, length, moved
-from metanudge.preflight import check_best, check_optimizer, check_ranks, check_scheduler, check_training, check_whole
-from metanudge.progress import Shown, bar
 from metanudge.settings import (
     check_flag,
     check_folder,
     check_function,
     check_seed,
 )
+from metanudge.training.anew import discard, discard_logs
+from metanudge.training.best import Best
+from metanudge.training.checkpoint import BEST, LAST, Run, qualified_name, told_apart
+from metanudge.training.divergence import Watch
+from metanudge.training.logs import TABLE, Logs, Record, check_tensorboard
+from metanudge.training.order import Order, check_single, digest_of, first_task, length, moved
+from metanudge.training.preflight import (
+    check_best,
+    check_optimizer,
+    check_ranks,
+    check_scheduler,
+    check_training,
+    check_whole,
+)
+from metanudge.training.progress import Shown, bar
+from metanudge.training.validation import Better, Validation, fixed, larger_is_better, number_of
 from metanudge.types import Evaluation, LossFunction, MetaStep, Tasks
-from metanudge.validation import Better, Validation, fixed, larger_is_better, number_of
 
 
 class Fit(NamedTuple):

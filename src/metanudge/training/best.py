@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from metanudge.checkpoint import BEST, Run, told_apart, waited
 from metanudge.errors import NonFiniteError
 from metanudge.pretrained import SETTINGS, WEIGHTS, load_weights, save_pretrained
+from metanudge.training.checkpoint import BEST, Run, told_apart, waited
+from metanudge.training.validation import improves
 from metanudge.types import Evaluation
-from metanudge.validation import improves
 from metanudge.warned import warn
 
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from metanudge.checkpoint import Run
-from metanudge.logs import Record
+from metanudge.training.checkpoint import Run
+from metanudge.training.logs import Record
 from metanudge.types import Evaluation
 
 PAUSE = 30.0

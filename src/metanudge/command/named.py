@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+from metanudge.command.loading import load_function
 from metanudge.errors import SettingsError
-from metanudge.loading import load_function
 from metanudge.settings import nearest
 
 T = TypeVar("T")

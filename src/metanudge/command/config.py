@@ -14,17 +14,17 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
 from metanudge import metrics
+from metanudge.command.families import FAMILIES, MOST_SEEDS
+from metanudge.command.named import arguments, choose, part
+from metanudge.command.registries import LOSSES, METRICS, OPTIMIZERS, SCHEDULERS
 from metanudge.errors import SettingsError
 from metanudge.estimators import ESTIMATORS, FOBMAML, Estimator
-from metanudge.families import FAMILIES, MOST_SEEDS
 from metanudge.models import MODELS
-from metanudge.named import arguments, choose, part
 from metanudge.oracle import Policy
-from metanudge.registries import LOSSES, METRICS, OPTIMIZERS, SCHEDULERS
 from metanudge.settings import check_number, check_seed, check_steps, nearest
 from metanudge.solvers import SOLVERS, Nesterov, Solver
+from metanudge.training.validation import Better
 from metanudge.types import LossFunction, Tasks
-from metanudge.validation import Better
 
 T = TypeVar("T")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from metanudge.checkpoint import BEST, LAST
-from metanudge.logs import BOARD, LOGS, OURS
 from metanudge.pretrained import SETTINGS, WEIGHTS
+from metanudge.training.checkpoint import BEST, LAST
+from metanudge.training.logs import BOARD, LOGS, OURS
 
 
 def discard(folder: Path) -> None:

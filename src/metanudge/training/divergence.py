@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from metanudge.checkpoint import Run
 from metanudge.errors import NonFiniteError
 from metanudge.optim import NormalizedSGD
 from metanudge.sharding import whole
+from metanudge.training.checkpoint import Run
 from metanudge.tree import accumulator
 from metanudge.types import MetaStep
 from metanudge.warned import warn

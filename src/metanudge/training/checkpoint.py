@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from metanudge.errors import SettingsError
 from metanudge.files import load_state, save_state
 from metanudge.learner import MetaLearner
-from metanudge.logs import Record
+from metanudge.training.logs import Record
 from metanudge.types import Role
 from metanudge.warned import warn
 

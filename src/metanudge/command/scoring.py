@@ -14,16 +14,16 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Subset
 
 from metanudge.accumulation import summarize
-from metanudge.checkpoint import BEST, LAST, how_far, waited
-from metanudge.config import Config, Training, read_config
+from metanudge.command.config import Config, Training, read_config
+from metanudge.command.runs import CONFIG, check_settings, device_of, first, learner_of, seeds_of, tasks_of, trained
 from metanudge.errors import SettingsError
 from metanudge.files import load_state, write
 from metanudge.metrics import metric_name
-from metanudge.order import moved
 from metanudge.pretrained import load_weights
-from metanudge.runs import CONFIG, check_settings, device_of, first, learner_of, seeds_of, tasks_of, trained
 from metanudge.settings import check_steps
 from metanudge.tasks.episodes import collate
+from metanudge.training.checkpoint import BEST, LAST, how_far, waited
+from metanudge.training.order import moved
 from metanudge.types import Evaluation, Tasks
 
 RESULT = "evaluation.json"

@@ -12,23 +12,23 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, Subset
 
-from metanudge.anew import discard, discard_logs
-from metanudge.checkpoint import LAST, ROUNDED, check_done, how_far
-from metanudge.config import TABLES, Config
+from metanudge.command.config import TABLES, Config
+from metanudge.command.families import draw
 from metanudge.errors import SettingsError
-from metanudge.families import draw
 from metanudge.files import write
 from metanudge.learner import MetaLearner
-from metanudge.logs import check_tensorboard
 from metanudge.metrics import metric_name
-from metanudge.order import Order, length, moved
-from metanudge.preflight import check_best, check_scheduler, check_training
 from metanudge.ranks import ALONE, Ranks
 from metanudge.settings import check_folder
 from metanudge.tasks.image_folders import Split
 from metanudge.training import Fit, fit
+from metanudge.training.anew import discard, discard_logs
+from metanudge.training.checkpoint import LAST, ROUNDED, check_done, how_far
+from metanudge.training.logs import check_tensorboard
+from metanudge.training.order import Order, length, moved
+from metanudge.training.preflight import check_best, check_scheduler, check_training
+from metanudge.training.validation import larger_is_better
 from metanudge.types import Tasks
-from metanudge.validation import larger_is_better
 from metanudge.warm_start import WarmStart
 
 CONFIG = "config.toml"

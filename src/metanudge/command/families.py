@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
 from metanudge import tasks
-from metanudge.order import length
 from metanudge.tasks.episodes import Episodes
 from metanudge.tasks.image_folders import Split
 from metanudge.tasks.mnist1d import Protocol
+from metanudge.training.order import length
 from metanudge.types import Tasks
 
 FIRST = {"train": 0, "validation": 10**15, "test": 2 * 10**15}
