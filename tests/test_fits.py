@@ -21,7 +21,7 @@ import metanudge as mn
 from metanudge.files import load_state, save_state
 from metanudge.oracle import compiled
 from metanudge.training.checkpoint import LAST, code_of, qualified_name
-from metanudge.training.divergence import rose
+from metanudge.training.divergence import length, rose
 from metanudge.training.order import first_task
 from metanudge.training.validation import improves
 
@@ -515,6 +515,12 @@ def test_a_query_loss_that_explodes_is_told_once_and_ended():
     assert "at meta-step 3" in rise  # in one step alone the tasks may be odd ones
     assert "lr = 10000 of the optimizer, SGD" in rise
     assert "prox" not in rise
+
+
+@pytest.mark.parametrize("value", [300.0, 1e-4])
+def test_half_precision_has_a_length(value: float):
+    """Its squares overflow, or vanish."""
+    assert length([torch.full((16,), value).half()]) == pytest.approx(4 * value, rel=1e-2)
 
 
 def test_what_a_rise_is():

@@ -94,7 +94,8 @@ def split(tasks: Tasks, size: int | None) -> Iterator[tuple[Tasks, int]]:
     """Cut a stack into stacks of at most ``size`` tasks, each with its number of tasks."""
     if as_minibatches(tasks.support):
         raise UnmappableError(
-            'mn.Minibatches are taken one task after the other; give the MetaLearner execution="in_place"'
+            'mn.Minibatches are taken one task after the other; give the MetaLearner execution="in_place", and an '
+            "estimator that runs there, such as FOBMAML"
         )
     number = leaves(tasks)[0].shape[0]
     step = size or number

@@ -47,7 +47,7 @@ class Watch:
         self._rises, self._told = 0, False
         held = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
         self._watched = [parameter for parameter in held if parameter.requires_grad and _finite([parameter])]
-        self._length = _length(self._watched)
+        self._length = length(self._watched)
 
     @property
     def _high(self) -> bool:
@@ -96,7 +96,7 @@ class Watch:
         """Whether the query loss is far above what is usual, or above the first one with parameters that are too."""
         if rose(self._first, [record.query_loss for record in self.run.history[:USUAL]], now):
             return True  # the early ones tell nothing of a training that explodes at once
-        return rose(self._first, [], now) and _length(self._watched) > FAR * max(self._length, 1.0)
+        return rose(self._first, [], now) and length(self._watched) > FAR * max(self._length, 1.0)
 
     def _diverged(self, how: str) -> str:
         step = len(self.run.history) + 1
@@ -136,7 +136,7 @@ def _finite(parameters: Sequence[Tensor]) -> bool:
     return not sums or bool(torch.stack([one.to(sums[0].device) for one in sums]).isfinite().all())
 
 
-def _length(parameters: Sequence[Tensor]) -> float:
+def length(parameters: Sequence[Tensor]) -> float:
     """Euclidean norm."""
     wide = [accumulator(parameter.dtype) for parameter in parameters]
     norms = [
