@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import metanudge as mn
+from metanudge.checks import not_finite
 from metanudge.permutations import permuted
 from metanudge.tasks.few_shot import labels_of
 from metanudge.tasks.mnist1d import CLASSES, signals
@@ -508,15 +509,21 @@ def test_padding_takes_no_blame_for_a_task_that_diverges():
         own.backward(mn.tasks.pad(sized([3, 6], [5, 2], targets="numbers")))
 
 
-def test_padded_tasks_are_checked_trained_on_and_scored_under_permutations():
-    torch.manual_seed(0)
+def test_padding_is_data_that_may_be_missing():
     padded = mn.tasks.pad(sized([3, 7], [5, 2], targets="numbers"))
-    learner = mn.MetaLearner(Scaled(1), mn.metrics.squared_error, prox=2.0)
-    assert mn.check(learner, padded, compare=[], reference_steps=200).rows[0].relative_error < 0.05
+    assert not_finite([padded], [0, 1]) == {0: ["support targets"], 1: ["query targets"]}
+    assert not_finite([padded], [0, 1], missing=False) == {}  # as mn.check reads it
+    padded.query.targets[1] = float("nan")
+    padded.support.targets[0, 0] = float("inf")
+    assert not_finite([padded], [0, 1], missing=False) == {0: ["support targets"], 1: ["query targets"]}
+
+
+def test_padded_tasks_are_trained_on_and_scored_under_permutations():
+    torch.manual_seed(0)
     classes = sized([3, 7, 2, 5], [5, 2, 4, 4])
     learner = mn.MetaLearner(Scaled(3), mn.metrics.cross_entropy, prox=2.0)
     optimizer = mn.optim.NormalizedSGD(learner.model.parameters(), lr=0.05)
-    mn.fit(learner, optimizer, mn.tasks.pad(classes).unstack(), steps=2, tasks_per_step=4, progress=False)
+    mn.fit(learner, optimizer, mn.tasks.pad(classes), steps=2, tasks_per_step=4, progress=False)
     found = learner.evaluate(mn.tasks.pad(classes), mn.metrics.accuracy, permutations=3)
     expected = learner.evaluate(classes, mn.metrics.accuracy, permutations=3)
     torch.testing.assert_close(found.values, expected.values)

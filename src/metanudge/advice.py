@@ -201,14 +201,14 @@ def calmer(solver: Any, prox: float) -> str:
     return f"let the inner solver ({name}) take smaller steps ({whose})"
 
 
-def bad_data(bad: Mapping[int, Sequence[str]], total: int) -> str:
+def bad_data(bad: Mapping[int, list[str]], total: int) -> str:
     """Which tasks hold what is not finite."""
     which = "; ".join(f"task {place}: {' and '.join(where)}" for place, where in list(bad.items())[:5])
     more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
     return f"{len(bad)} of {total} tasks hold NaN or infinite numbers in their data ({which}{more}; counted from 0)"
 
 
-def missing(*tensors: Sequence[str]) -> str:
+def missing(*tensors: list[str]) -> str:
     """What to go on with where targets are among the tensors that are not finite."""
     targets = any(where.endswith("targets") for some in tensors for where in some)
     return " (targets of NaN, missing or padding, a loss has to leave out, as mn.metrics.squared_error does)" * targets

@@ -42,7 +42,7 @@ def verdict(
     reference: Reference,
     tasks: int,
     kinked: bool,
-    bad: Mapping[int, str],
+    bad: Mapping[int, list[str]],
     warm: bool,
     noise: str = "",
     estimator: Estimator | None = None,

@@ -48,10 +48,9 @@ class Bench:
         """Of the model."""
         return device_of(self.model)
 
-    def bad(self) -> dict[int, str]:
+    def bad(self) -> dict[int, list[str]]:
         """Tasks with NaN or infinite numbers in their data, and where."""
-        found = not_finite(*as_stacks(self.tasks, self.device), missing=False)
-        return {place: " and ".join(where) for place, where in found.items()}
+        return not_finite(*as_stacks(self.tasks, self.device), missing=False)
 
     def _in_double(self) -> tuple[nn.Module, list[Tasks]] | None:
         """Model and tasks in float64, if both losses take them."""
