@@ -20,8 +20,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, TensorDa
 import metanudge as mn
 from metanudge.files import load_state, save_state
 from metanudge.oracle import compiled
-from metanudge.training.checkpoint import LAST, code_of, qualified_name
+from metanudge.training.checkpoint import LAST
 from metanudge.training.divergence import length, rose
+from metanudge.training.identity import code_of, qualified_name
 from metanudge.training.order import first_task
 from metanudge.training.validation import improves
 

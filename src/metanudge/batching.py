@@ -1,7 +1,8 @@
-"""Stacks of tasks: stacking and splitting."""
+"""Stacks of tasks: stacking, splitting, and the order of what is in them."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import DataLoader
 
 from metanudge.checks import check_axes, check_not_empty, check_stack, leaves
-from metanudge.errors import TasksError, UnmappableError
+from metanudge.errors import SettingsError, TasksError, UnmappableError
 from metanudge.minibatches import as_minibatches
 from metanudge.sources import check_loader, is_dataset, taken
 from metanudge.types import Batch, Tasks
@@ -55,8 +56,31 @@ def as_stacks(tasks: Tasks | Sequence[Tasks], device: torch.device) -> tuple[lis
             continue
         check_not_empty(task, f" of task {place} (counted from 0)")
         groups.setdefault(form(task), []).append(place)
-    stacks = [_stacked([tasks[place] for place in group], device) for group in groups.values()]
+    stacks = [_checked([tasks[place] for place in group], device) for group in groups.values()]
     return stacks, [place for group in groups.values() for place in group]
+
+
+def in_order(indices: Sequence[int] | None, places: list[int], warm: bool) -> list[int]:
+    """The indices of tasks, or their places, in the order in which they are solved.
+
+    Raises:
+        SettingsError: Indices without a warm start, or the other way round; ones that do not name every task once.
+    """
+    if (indices is not None) != warm:
+        given, wanted = ("no ", "give indices=[...]") if indices is None else ("", "give the learner a warm_start")
+        raise SettingsError(f"backward got {given}indices of tasks: indices and warm_start go together; {wanted}")
+    if indices is None:
+        return places
+    try:
+        listed = [operator.index(index) for index in indices]
+    except TypeError as error:
+        raise SettingsError(f"indices must be whole numbers, one a task: {error}") from error
+    if len(listed) != len(places) or len(set(listed)) < len(listed):
+        raise SettingsError(
+            f"indices must name every task once, {len(places)} different whole numbers, got {len(listed)} of which "
+            f"{len(set(listed))} differ"
+        )
+    return [listed[place] for place in places]
 
 
 Given = TypeVar("Given", Tasks, Batch)
@@ -71,6 +95,11 @@ def ordinary(given: Given) -> Given:
     return tree_map(plain, given)  # type: ignore[no-any-return]
 
 
+def stacked(given: Sequence[Given]) -> Given:
+    """Tasks, or sets, of equal shapes as one with an axis of tasks."""
+    return tree_map(lambda *same: torch.stack(same), *given)  # type: ignore[no-any-return]
+
+
 def form(task: Tasks) -> Hashable:
     """Equal for tasks that can be stacked.
 
@@ -80,12 +109,12 @@ def form(task: Tasks) -> Hashable:
     return str(tree_flatten(task)[1]), tuple((leaf.shape, leaf.dtype) for leaf in leaves(task))
 
 
-def _stacked(tasks: list[Tasks], device: torch.device) -> Tasks:
+def _checked(tasks: list[Tasks], device: torch.device) -> Tasks:
     """A checked stack of tasks of equal shapes; of one with minibatches, only the query is stacked."""
     first = tasks[0]
     if as_minibatches(first.support):
-        return _stacked([Tasks(first.query, first.query)], device)._replace(support=first.support)
-    stack: Tasks = tree_map(lambda *same: torch.stack(same), *tasks)
+        return _checked([Tasks(first.query, first.query)], device)._replace(support=first.support)
+    stack = stacked(tasks)
     check_stack(stack, device)
     return stack
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -15,7 +13,7 @@ from metanudge import advice
 from metanudge.accumulation import FiniteMean, Numbers
 from metanudge.bundles import copy_into
 from metanudge.checks import largest, not_finite
-from metanudge.errors import NonFiniteError, NonFiniteWarning, SettingsError, UnsolvedWarning
+from metanudge.errors import NonFiniteError, NonFiniteWarning, UnsolvedWarning
 from metanudge.estimators import Estimator
 from metanudge.probe import Probe, needed
 from metanudge.ranks import Ranks
@@ -23,29 +21,6 @@ from metanudge.sharding import whole
 from metanudge.solvers import Solver
 from metanudge.types import Named, Need, Tasks
 from metanudge.warned import warn
-
-
-def in_order(indices: Sequence[int] | None, places: list[int], warm: bool) -> list[int]:
-    """The indices of tasks, or their places, in the order in which they are solved.
-
-    Raises:
-        SettingsError: Indices without a warm start, or the other way round; ones that do not name every task once.
-    """
-    if (indices is not None) != warm:
-        given, wanted = ("no ", "give indices=[...]") if indices is None else ("", "give the learner a warm_start")
-        raise SettingsError(f"backward got {given}indices of tasks: indices and warm_start go together; {wanted}")
-    if indices is None:
-        return places
-    try:
-        listed = [operator.index(index) for index in indices]
-    except TypeError as error:
-        raise SettingsError(f"indices must be whole numbers, one a task: {error}") from error
-    if len(listed) != len(places) or len(set(listed)) < len(listed):
-        raise SettingsError(
-            f"indices must name every task once, {len(places)} different whole numbers, got {len(listed)} of which "
-            f"{len(set(listed))} differ"
-        )
-    return [listed[place] for place in places]
 
 
 class Given(NamedTuple):
@@ -130,7 +105,7 @@ def verdict(
     numbers = mean.numbers()
     told.take(numbers)
     if lost and NonFiniteWarning not in told.kinds:
-        _tell_once(
+        _tell(
             told,
             NonFiniteWarning,
             f"{_lost(probes, given, solver, prox)}. They were left out of the mean "
@@ -146,10 +121,10 @@ def verdict(
             if sharpens and not noise and residual > advice.ROUGH > 2 * told.first:
                 said += advice.sharpened(told.first)
             said += advice.scale(largest(given.stacks))
-            _tell_once(told, UnsolvedWarning, said)
+            _tell(told, UnsolvedWarning, said)
         elif 2 * numbers.amplified_tasks > mean.kept:
             lr = advice.fixed_lr(solver)
-            _tell_once(told, UnsolvedWarning, advice.amplified(numbers.amplified_tasks, mean.kept, prox, lr))
+            _tell(told, UnsolvedWarning, advice.amplified(numbers.amplified_tasks, mean.kept, prox, lr))
     return numbers
 
 
@@ -189,7 +164,7 @@ def _lost(probes: list[Probe], given: Given, solver: Solver, prox: float) -> str
     return ". ".join(said)
 
 
-def _tell_once(told: Told, kind: type[Warning], text: str) -> None:
+def _tell(told: Told, kind: type[Warning], text: str) -> None:
     told.kinds.add(kind)
     warn(text, kind)
 

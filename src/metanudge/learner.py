@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from metanudge import advice, settings
 from metanudge.accumulation import FiniteMean, summarize
 from metanudge.adaptation import adapted_copy, check_adapted, check_copyable, curves, losses_of
-from metanudge.batching import as_stacks
+from metanudge.batching import as_stacks, in_order
 from metanudge.choosing import Running, check_hooks, check_needs, check_recordable, choose_execution
-from metanudge.deposit import Given, Told, add_to_grad, in_order, verdict
+from metanudge.deposit import Given, Told, add_to_grad, verdict
 from metanudge.energy import InnerProblem
 from metanudge.errors import NonFiniteWarning, SettingsError, TasksError, UnmappableError
 from metanudge.estimators import ESTIMATORS, FOBMAML, Estimator

@@ -58,16 +58,18 @@ def _called(model: nn.Module, inputs: Any) -> object:
         return model(inputs)
     try:
         inspect.signature(model.forward).bind(**inputs)
-    except TypeError as unfit:
-        try:
-            return model(inputs)
-        except Exception as error:
-            error.add_note(
-                "The inputs are a dict, and were given to the model as one argument, as its forward() does not take "
-                f"{', '.join(map(str, inputs))}: {unfit}."
-            )
-            raise
-    return model(**inputs)
+    except TypeError as error:
+        unfit = str(error)
+    else:
+        return model(**inputs)
+    try:
+        return model(inputs)
+    except Exception as error:
+        error.add_note(
+            "The inputs are a dict, and were given to the model as one argument, as its forward() does not take "
+            f"{', '.join(map(str, inputs))}: {unfit}."
+        )
+        raise
 
 
 def accuracy(model: nn.Module, batch: Batch) -> Tensor:

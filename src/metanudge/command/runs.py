@@ -23,7 +23,8 @@ from metanudge.settings import check_folder
 from metanudge.tasks.image_folders import Split
 from metanudge.training import Fit, fit
 from metanudge.training.anew import discard, discard_logs
-from metanudge.training.checkpoint import LAST, ROUNDED, check_done, how_far
+from metanudge.training.checkpoint import LAST, check_done, how_far
+from metanudge.training.identity import ROUNDED
 from metanudge.training.logs import check_tensorboard
 from metanudge.training.order import Order, length, moved
 from metanudge.training.preflight import check_best, check_scheduler, check_training

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
-from metanudge.batching import form
+from metanudge.batching import form, stacked
 from metanudge.errors import SettingsError, TasksError
 from metanudge.minibatches import as_minibatches
 from metanudge.settings import check_steps
@@ -128,5 +127,4 @@ def collate(tasks: Sequence[Tasks]) -> Tasks | list[Tasks]:
         return list(tasks)
     if len(set(map(form, tasks))) > 1:
         return list(tasks)
-    stack: Tasks = tree_map(lambda *same: torch.stack(same), *tasks)
-    return stack
+    return stacked(tasks)

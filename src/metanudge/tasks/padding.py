@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch.utils._pytree import tree_map
 
-from metanudge.batching import form
+from metanudge.batching import form, stacked
 from metanudge.checks import check_not_empty, leaves
 from metanudge.errors import TasksError
 from metanudge.metrics import IGNORED
@@ -58,18 +58,18 @@ def pad(tasks: Sequence[Tasks]) -> Tasks:
             f"tasks are padded to the same number of examples, but task {other} (counted from 0) differs from task 0 "
             f"in more than that: {tasks[other]} and {tasks[0]}; pad sequences before, with a mask that the model heeds"
         )
-    return Tasks(*(_stacked(sets) for sets in zip(*tasks, strict=True)))
+    return Tasks(*(_evened(sets) for sets in zip(*tasks, strict=True)))
 
 
 def _check(task: Tasks, whose: str) -> None:
     """Raise a TasksError for what is no task, or whose sets are not of so many examples."""
-    for part in Tasks._fields:
-        batch = getattr(task, part, None)
-        if as_minibatches(batch):
-            raise TasksError("mn.Minibatches cannot be padded; give such tasks as a list")
-        if not isinstance(batch, Batch):
-            raise TasksError(f"expected a list of mn.Tasks of mn.Batch, found {type(task).__name__}: {task!r:.80}")
-        check_not_empty(task, f" {whose}")
+    parts = {part: getattr(task, part, None) for part in Tasks._fields}
+    if any(map(as_minibatches, parts.values())):
+        raise TasksError("mn.Minibatches cannot be padded; give such tasks as a list")
+    if not all(isinstance(batch, Batch) for batch in parts.values()):
+        raise TasksError(f"expected a list of mn.Tasks of mn.Batch, found {type(task).__name__}: {task!r:.80}")
+    check_not_empty(task, f" {whose}")
+    for part, batch in parts.items():
         sizes = {len(leaf) if leaf.ndim else None for leaf in leaves(batch)}
         if len(sizes) != 1 or None in sizes:
             raise TasksError(
@@ -77,11 +77,10 @@ def _check(task: Tasks, whose: str) -> None:
             )
 
 
-def _stacked(sets: Sequence[Batch]) -> Batch:
+def _evened(sets: Sequence[Batch]) -> Batch:
     """Sets of different sizes as one of stacks."""
     longest = max(len(leaves(batch)[0]) for batch in sets)
-    stack: Batch = tree_map(lambda *same: torch.stack(same), *(_padded(batch, longest) for batch in sets))
-    return stack
+    return stacked([_padded(batch, longest) for batch in sets])
 
 
 def _padded(batch: Batch, longest: int) -> Batch:

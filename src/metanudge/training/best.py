@@ -13,7 +13,8 @@ from typing import Any
 
 from metanudge.errors import NonFiniteError
 from metanudge.pretrained import SETTINGS, WEIGHTS, load_weights, save_pretrained
-from metanudge.training.checkpoint import BEST, Run, told_apart, waited
+from metanudge.training.checkpoint import BEST, Run, waited
+from metanudge.training.identity import told_apart
 from metanudge.training.validation import improves
 from metanudge.types import Evaluation
 from metanudge.warned import warn

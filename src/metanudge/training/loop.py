@@ -24,8 +24,9 @@ from metanudge.settings import (
 )
 from metanudge.training.anew import discard, discard_logs
 from metanudge.training.best import Best
-from metanudge.training.checkpoint import BEST, LAST, Run, qualified_name, told_apart
+from metanudge.training.checkpoint import BEST, LAST, Run
 from metanudge.training.divergence import Watch
+from metanudge.training.identity import qualified_name, told_apart
 from metanudge.training.logs import TABLE, Logs, Record, check_tensorboard
 from metanudge.training.order import Order, check_single, digest_of, first_task, length, moved
 from metanudge.training.preflight import (
