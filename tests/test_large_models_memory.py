@@ -284,6 +284,28 @@ def test_microbatches_equal_the_whole_batch(size: int, estimator: object) -> Non
     assert distance(gradient(data, estimator=estimator, microbatch=size), whole) < 1e-12
 
 
+@pytest.mark.parametrize("marked", ["classes", "numbers"])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_pieces_weigh_as_much_as_what_counts_in_them(marked: str, size: int) -> None:
+    """Sequences of 8, 1, 0, 5 and 0 targets that count: one loss, one meta-gradient, as of all at once."""
+    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+    lengths = torch.tensor([8, 1, 0, 5, 0])
+    inputs = torch.randn(5, 8, 3).double()
+    counts = torch.arange(8) < lengths[:, None]
+    if marked == "classes":
+        loss, targets = mn.metrics.cross_entropy, torch.randint(4, (5, 8)).where(counts, -100)
+    else:
+        loss, targets = mn.metrics.squared_error, torch.randn(5, 8, 4).double().where(counts[..., None], float("nan"))
+    batch = mn.Batch(inputs, targets)
+    found = []
+    for microbatch in (None, size):
+        model.zero_grad()
+        learner = mn.MetaLearner(model, loss, execution="in_place", microbatch=microbatch)
+        step = learner.backward([mn.Tasks(batch, batch)])
+        found.append([torch.tensor(step.query_loss).double(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
 def test_microbatches_report_and_cost_the_same() -> None:
     data, model = vectors(2, size=7, width=6, dtype=DTYPE), network()
     one, other = (

@@ -486,7 +486,7 @@ def test_accuracy_leaves_padding_out() -> None:
 
 
 def test_microbatch_warns_of_a_masked_mean_where_all_examples_have_one_loss() -> None:
-    """As of a language model that has learnt nothing yet, whose padding decides what every token weighs."""
+    """As of a language model that has learnt nothing yet, whose sequences weigh as much as each other."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(23, 16), nn.Linear(16, 23))
     for parameter in model.parameters():
@@ -496,10 +496,16 @@ def test_microbatch_warns_of_a_masked_mean_where_all_examples_have_one_loss() ->
     for row in range(4):
         padded_[0, row, 4 * row + 4 :] = -100
 
-    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
-        return nn.functional.cross_entropy(model(batch.inputs).flatten(0, 1), batch.targets.flatten())
+    def of_sequences(model: nn.Module, batch: mn.Batch) -> Tensor:
+        losses = nn.functional.cross_entropy(model(batch.inputs).mT, batch.targets, reduction="none")
+        return (losses.sum(1) / (batch.targets != -100).sum(1)).mean()
 
-    for targets, told in ((padded_, ["support", "query"]), (whole, [])):
+    tokens_weigh, sequences_weigh = mn.metrics.cross_entropy, of_sequences
+    for loss, targets, told in (
+        (sequences_weigh, padded_, ["support", "query"]),
+        (sequences_weigh, whole, []),
+        (tokens_weigh, padded_, []),
+    ):
         learner = mn.MetaLearner(model, loss, solver=mn.GradientDescent(2, lr=0.1), microbatch=2)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")

@@ -394,13 +394,15 @@ class Scaled(nn.Module):
         return self.layers(x * scale)
 
 
-@pytest.mark.parametrize("execution", ["vectorized", "in_place"])
+@pytest.mark.parametrize(
+    "settings", [{"execution": "vectorized"}, {"execution": "in_place"}, {"microbatch": 1}, {"microbatch": 4}], ids=str
+)
 @pytest.mark.parametrize(("targets", "loss"), [("classes", "cross_entropy"), ("numbers", "squared_error")])
-def test_a_padded_stack_gives_what_the_list_gives(targets, loss, execution):
+def test_a_padded_stack_gives_what_the_list_gives(targets, loss, settings):
     torch.manual_seed(0)
     tasks = sized([3, 7, 1, 7], [5, 2, 9, 4], targets=targets)
     model, metric = Scaled(3 if targets == "classes" else 1), getattr(mn.metrics, loss)
-    learner = mn.MetaLearner(model, metric, prox=2.0, execution=execution, estimator=mn.FOBMAML(nu=0.01))
+    learner = mn.MetaLearner(model, metric, prox=2.0, estimator=mn.FOBMAML(nu=0.01), **settings)
     found = []
     stack = mn.tasks.pad(tasks)
     for given in (tasks, stack, stack.unstack()):

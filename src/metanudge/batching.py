@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from metanudge.checks import check_axes, check_not_empty, check_stack, leaves
 from metanudge.errors import SettingsError, TasksError, UnmappableError
+from metanudge.metrics import counted
 from metanudge.minibatches import as_minibatches
 from metanudge.sources import check_loader, is_dataset, taken
 from metanudge.types import Batch, Tasks
@@ -151,20 +152,31 @@ def singles(tasks: Tasks) -> list[Tasks]:
     return stack.unstack()
 
 
-def pieces(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:
-    """Cut a task's batch into batches of at most ``size`` examples, each with its share of them.
+def pieces(batch: Batch, size: int | None, *, by_what_counts: bool = True) -> list[tuple[Batch, float]]:
+    """Cut a task's batch into batches of at most ``size`` examples, each with its share in a mean over the whole.
+
+    Args:
+        batch: Of one task.
+        size: Most examples of a piece; None for all.
+        by_what_counts: Whether shares are those of the targets that count, a tensor's other than -100 and NaN, and
+            pieces without any are left out; otherwise they are shares of the examples, as where all count, or none.
 
     Raises:
         TasksError: Its tensors do not agree on the number of examples, their leading axis.
     """
     if size is None:
-        yield batch, 1.0
-        return
+        return [(batch, 1.0)]
     number = examples(batch)
-    for first in range(0, number, size):
-        last = min(first + size, number)
-        piece = tree_map(lambda leaf, a=first, b=last: leaf[a:b] if leaf.ndim else leaf, batch)
-        yield piece, (last - first) / number
+    weights = [1] * number
+    if by_what_counts and isinstance(batch.targets, Tensor) and batch.targets.ndim:
+        counts: list[int] = counted(batch.targets).reshape(number, -1).sum(1).tolist()
+        weights = counts if any(counts) else weights
+    total, cuts = sum(weights), [slice(first, first + size) for first in range(0, number, size)]
+    return [
+        (tree_map(lambda leaf, cut=cut: leaf[cut] if leaf.ndim else leaf, batch), share)
+        for cut in cuts
+        if (share := sum(weights[cut]) / total)
+    ]
 
 
 def examples(batch: Batch) -> int:

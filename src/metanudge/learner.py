@@ -71,8 +71,9 @@ class MetaLearner:
             shared by all tasks and get their own meta-gradient (from FOMAML only ∂f/∂w); frozen ones cost nothing.
         chunk_size: Tasks at once, to save memory; None for all. (In place it is one at a time.)
         microbatch: Examples of a task in one forward pass of the in-place execution; gradients are added up over the
-            pieces, so losses have to be means over the examples. None for all at once. (``evaluate`` scores a query set
-            whole, without a backward pass.)
+            pieces, so losses have to be means over the examples, or over the targets that count: where some are -100 or
+            NaN, a piece weighs as much as it has others. (With FSDP2 by its examples.) None for all at once.
+            (``evaluate`` scores a query set whole, without a backward pass.)
         query_loss: The loss that judges adapted models, in the form of ``loss``; None for ``loss`` itself.
         sharpness_radius: How far uphill of an adapted model the query gradient is taken, relative to the distance
             ||φ - θ|| of the adaptation. Above 0, say .1 to .3, meta-steps descend f(φ + ξ), ξ being the worst step of

@@ -23,7 +23,9 @@ IGNORED = -100
 
 
 def counted(targets: Tensor) -> Tensor:
-    """Which class indices count; where there are no negative ones (uint8), all."""
+    """Which targets count: of numbers those that are no NaN, of class indices those other than -100."""
+    if targets.is_floating_point() or targets.is_complex():
+        return ~targets.isnan()
     return targets != IGNORED if targets.dtype.is_signed else torch.ones_like(targets, dtype=torch.bool)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,27 +30,29 @@ class Look(NamedTuple):
     gradient: Tensor
 
 
-def settled(
-    role: Role,
-    look: Callable[[Batch], Look],
-    batch: Batch,
-    microbatch: int,
-    round_off: float,
-    is_random: Callable[[], bool],
-) -> bool:
-    """Compare the loss of a piece with the mean of those of its halves; False where the loss is too random to tell.
+def ends(batch: Batch, size: int) -> Batch:
+    """The first examples of a batch and the last, which may be padding: ``size`` // 2 of each."""
+    half = size // 2
+    halves = [
+        tree_map(lambda leaf, part=part: leaf[part] if leaf.ndim else leaf, batch)
+        for part in (slice(half), slice(-half, None))
+    ]
+    both: Batch = tree_map(lambda *two: torch.cat(two) if two[0].ndim else two[0], *halves)
+    return both
+
+
+def settled(role: Role, piece: Look, halves: Sequence[tuple[Look, float]], is_random: bool, round_off: float) -> bool:
+    """Compare the loss of a piece with the mean of those of its halves; False where it is too random to tell.
 
     And its gradient: where all examples have one loss, as in a model that has learnt nothing yet, any weights make the
-    mean. The piece holds the first examples and the last, which may be padding. Cost: a gradient of a piece, and of its
-    two halves.
+    mean.
 
     Args:
         role: Of the loss.
-        look: At a batch.
-        batch: To take the piece from.
-        microbatch: Size of the piece.
-        round_off: Relative, of gradients.
+        piece: What it gives.
+        halves: What both halves give, and their shares in the mean.
         is_random: Whether the loss has drawn random numbers, as with dropout.
+        round_off: Relative, of gradients.
 
     Raises:
         LossError: It is their sum.
@@ -58,16 +60,10 @@ def settled(
     Warns:
         UserWarning: It is neither: what is added up over pieces is another loss then.
     """
-    half = microbatch // 2
-    halves = [
-        tree_map(lambda leaf, part=part: leaf[part] if leaf.ndim else leaf, batch)
-        for part in (slice(half), slice(-half, None))
-    ]
-    piece = tree_map(lambda *two: torch.cat(two) if two[0].ndim else two[0], *halves)
-    (whole, slope), (first, left), (second, right) = map(look, (piece, *halves))
-    size, mean = abs(whole), (first + second) / 2
+    (whole, slope), ((first, left), share), ((second, right), rest) = piece, *halves
+    size, mean = abs(whole), share * first + rest * second
     longest = float(torch.stack([one.norm() for one in (slope, left, right)]).max())
-    off = float((slope - (left + right) / 2).norm()) / longest if longest > LEAST * abs(whole) else 0.0
+    off = float((slope - share * left - rest * right).norm()) / longest if longest > LEAST * abs(whole) else 0.0
     turned = off > max(FAR, 256 * round_off)
     if abs(whole - mean) < NEAR * size and not turned:
         return True
@@ -77,16 +73,16 @@ def settled(
             f"{first:.4g} and {second:.4g}), while microbatch takes the mean over pieces: reduce it with .mean() "
             '(reduction="mean"), or leave microbatch out'
         )
-    if is_random():
+    if is_random:
         return False
     far = not abs(whole - mean) <= FAR * max(size, abs(mean))  # NaN of a half is far as well
     if math.isfinite(whole) and (far or turned):
         warn(
-            f"the {role.name.lower()} loss is no mean over the examples: of a piece of {microbatch} it is {whole:.4g}, "
+            f"the {role.name.lower()} loss is no mean over the examples: of a piece it is {whole:.4g}, "
             f"and of the two halves {first:.4g} and {second:.4g}; its gradient is {100 * off:.2g} % off the mean of "
-            "theirs. microbatch takes the mean over pieces, which is another loss then: of a masked mean (as over the "
-            "labels that are not -100), weigh the examples of the whole task beforehand, and take their plain mean; or "
-            "leave microbatch out",
+            "theirs. microbatch takes the mean over pieces, weighed by their targets that count, which is another loss "
+            "then: mark targets that do not count by -100, or NaN, in the place of a mask; or weigh the examples of "
+            "the whole task beforehand, and take their plain mean; or leave microbatch out",
             UserWarning,
         )
     return True

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from metanudge import tree
-from metanudge.batching import examples, pieces
+from metanudge.batching import examples
 from metanudge.bundles import Bundles
 from metanudge.losses import HessianProduct, InnerGradients
 from metanudge.minibatches import as_minibatches
-from metanudge.oracle.averages import Look, settled
+from metanudge.oracle.averages import Look, ends, settled
 from metanudge.oracle.common import Tally, require_gradient, round_off, times
 from metanudge.oracle.known import gradients_aside
 from metanudge.oracle.live_forward import Draw, LiveForward
@@ -165,7 +165,7 @@ class LiveLosses(InnerGradients):
         for draw in weights:
             self._check_mean(draw, wanted)
         for draw, weight in weights.items():
-            for batch, share in pieces(self.forward.batch(draw), self.microbatch):
+            for batch, share in self.forward.pieces(draw, self.microbatch):
                 recording = self.forward.recorded(draw, batch, parameters)
                 if recording is not None:
                     value = share * recording.repeat(batch, weight * share)
@@ -217,9 +217,13 @@ class LiveLosses(InnerGradients):
                 parameter.grad = None
             return Look(float(loss.detach()), gradient)
 
-        before = random.state()
-        unit = round_off([self.live.held(key)[0] for key in few])
-        done = settled(role, look, batch, self.microbatch, unit, lambda: random.state() != before)
+        before, done = random.state(), False
+        piece = ends(batch, self.microbatch)
+        halves = self.forward.cut(piece, self.microbatch // 2)
+        if len(halves) == 2:  # else one is all padding
+            whole, parts = look(piece), [(look(half), share) for half, share in halves]
+            unit = round_off([self.live.held(key)[0] for key in few])
+            done = settled(role, whole, parts, random.state() != before, unit)
         self.forward.known.looks[role] = 0 if done else left - 1
         self.live.renew()  # what a forward pass without a backward pass leaves
 

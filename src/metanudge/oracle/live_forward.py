@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -50,6 +50,7 @@ class LiveForward:
         norm: What BatchNorm layers normalise by.
         known: What was seen of the losses before.
         recordings: Of passes, where they are recorded.
+        kept: The sets in pieces, as far as they were needed.
     """
 
     live: LiveModule
@@ -60,6 +61,7 @@ class LiveForward:
     norm: BatchNorm
     known: Known
     recordings: Recordings | None = None
+    kept: dict[tuple[Role, int | None], list[tuple[Batch, float]]] = field(default_factory=dict)
 
     def batch(self, draw: Draw) -> Batch:
         """The examples of an evaluation, and its random state."""
@@ -71,6 +73,20 @@ class LiveForward:
             check_device(leaves(batch), self.random.device)
             self.random.enter(self.index, draw.role, draw.step)
         return batch
+
+    def pieces(self, draw: Draw, microbatch: int | None) -> list[tuple[Batch, float]]:
+        """The examples of an evaluation in batches of at most ``microbatch``, each with its share in their mean."""
+        batch = self.batch(draw)
+        if as_minibatches(self.task[draw.role.value]) is not None:
+            return self.cut(batch, microbatch)
+        key = draw.role, microbatch
+        if key not in self.kept:  # what counts is read once, as a GPU has to be waited for
+            self.kept[key] = self.cut(batch, microbatch)
+        return self.kept[key]
+
+    def cut(self, batch: Batch, size: int | None) -> list[tuple[Batch, float]]:
+        """A batch in pieces; of FSDP2's ranks, which may have other examples each, all have to take as many."""
+        return pieces(batch, size, by_what_counts=not self.live.sharded)
 
     def value(self, function: LossFunction, role: Role, microbatch: int | None) -> Tensor:
         """A loss or metric, without its graph; over all ranks."""
@@ -123,8 +139,7 @@ class LiveForward:
         draw = Draw(role)
         with torch.set_grad_enabled(graph):
             return [
-                share * self._evaluate(function, draw, batch).detach()
-                for batch, share in pieces(self.batch(draw), microbatch)
+                share * self._evaluate(function, draw, batch).detach() for batch, share in self.pieces(draw, microbatch)
             ]
 
     def _graph(self, draw: Draw, batch: Batch) -> Tensor:
