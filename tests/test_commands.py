@@ -299,6 +299,20 @@ def test_more_steps_go_on_and_other_settings_are_refused(
     assert len(state(Path("runs/small/seed-0"))["history"]) == 12
 
 
+def test_seeds_of_other_numbers_of_steps_are_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", written(tmp_path), "--quiet", "--seeds", "0"]) == 0
+    fewer = written(tmp_path, **{"steps = 12": "steps = 8"})
+    assert main(["train", fewer, "--quiet", "--seeds", "1"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "runs/small"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "seed 0 is at step 12, beyond the 8 of the settings" in told
+    assert main(["evaluate", "runs/small", "--partial"]) == 0
+
+
 def test_fresh_removes_what_was_there_of_all_its_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -681,3 +681,22 @@ def test_many_programs_are_told_of_once(traced: None, monkeypatch: pytest.Monkey
     with pytest.warns(UserWarning, match="has compiled 4 gradients by now"):
         learner.backward(tasks_of(3))
     learner.backward(tasks_of(4))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch.func and of the compiler
+def test_derivatives_within_the_loss_are_built() -> None:
+    """A Laplacian by torch.func.hessian, whose layout the compiler changes under a view."""
+
+    def loss(model: nn.Module, batch: mn.Batch) -> Tensor:
+        hessians = torch.vmap(torch.func.hessian(lambda x: model(x[None])[0, 0]))(batch.inputs)
+        return (hessians.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) - batch.targets).square().mean()
+
+    found = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+        settings = {"solver": mn.GradientDescent(1, lr=0.1), "estimator": mn.FOMAML(), "compile": compile}
+        mn.MetaLearner(model, loss, **settings).backward(tasks_of(2, width=2))
+        found.append(flat_gradient(model))
+    assert float(found[0].norm()) > 0.01
+    assert distance(*found) < 1e-12

@@ -9,12 +9,16 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metanudge as mn
 import naive
 from metanudge.estimators import fobmaml
+from metanudge.estimators.stencil import STENCILS
+from metanudge.execution import Use
+from metanudge.oracle import Tally
+from metanudge.selection import select_parameters
 from problems import (
     DTYPE,
     ESTIMATORS,
@@ -785,3 +789,20 @@ def test_a_stencil_in_another_unit_is_the_same_scheme(unit: float, nudge: str) -
 def test_schemes_of_another_kind_are_told(make, told):
     with pytest.raises(mn.SettingsError, match=told):
         make()
+
+
+@pytest.mark.parametrize("first", [torch.bfloat16, torch.float64])
+def test_weights_of_a_stencil_are_not_those_of_another_dtype(first: torch.dtype) -> None:
+    """Σ w n over the nodes is 1 to the round-off of the leaf, whatever that of the first parameter is."""
+    model = nn.Sequential(nn.Linear(1, 1, dtype=first), nn.Linear(1, 1, dtype=torch.float64))
+    data = mn.Batch(torch.ones(1, 4, 1), torch.ones(1, 4, 1))
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, execution="vectorized")
+    selection = select_parameters(model, None)
+    scheme = STENCILS["fourth_order"]
+
+    def term(nodes: Tensor) -> tuple[dict[str, Tensor]]:
+        return ({"leaf": nodes.double()[..., None].expand(-1, -1, 5)},)
+
+    with learner.execution.lend(Use(selection, [mn.Tasks(data, data)], 1.0, Tally())) as lent:
+        ((found,),) = next(lent.problems).losses.stencil_sums(scheme.nodes, (scheme.weights,), term)
+    assert float((found["leaf"] - 1).abs().max()) < 1e-14

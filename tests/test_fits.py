@@ -23,7 +23,7 @@ from metanudge.oracle import compiled
 from metanudge.training.checkpoint import LAST
 from metanudge.training.divergence import length, rose
 from metanudge.training.identity import code_of, qualified_name
-from metanudge.training.order import first_task
+from metanudge.training.order import first_digest
 from metanudge.training.validation import improves
 
 DATA = TensorDataset(torch.randn(60, 3, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 6)
@@ -328,7 +328,7 @@ def test_validation_tasks_drawn_anew_go_on(tmp_path: Path):
 
 def test_tasks_drawn_anew_go_on_and_looking_at_them_draws_nothing(tmp_path: Path):
     state = torch.get_rng_state()
-    assert first_task(Redrawn()) is None
+    assert first_digest(Redrawn()) is None
     assert torch.equal(torch.get_rng_state(), state)
     for steps in (2, 4):
         done = mn.fit(*begun(), Redrawn(), steps=steps, out=tmp_path, **COMMON)

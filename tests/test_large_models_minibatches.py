@@ -238,3 +238,72 @@ def off(solver: object, seed: int) -> float:
 def test_more_steps_on_minibatches_do_not_freeze(seed: int) -> None:
     """Secants between minibatches raised L without end, and 128 steps left more of the error than 16."""
     assert off(mn.Nesterov(128), seed) < min(off(mn.Nesterov(16), seed), 0.5)
+
+
+def unrolled(estimator_steps: int = STEPS) -> Tensor:
+    """d/dθ f(φ_K(θ)), step k of gradient descent on minibatch k, by autograd through all steps."""
+    model = network()
+    theta = nn.utils.parameters_to_vector(model.parameters()).detach().requires_grad_()
+
+    def at(data: mn.Batch, phi: Tensor) -> Tensor:
+        named, first = {}, 0
+        for name, parameter in model.named_parameters():
+            named[name] = phi[first : first + parameter.numel()].view(parameter.shape)
+            first += parameter.numel()
+        return squared_error(lambda x: torch.func.functional_call(model, named, (x,)), data)
+
+    phi: Tensor = theta
+    for k in range(estimator_steps):
+        energy = at(BATCHES[k], phi) + PROX / 2 * (phi - theta).square().sum()
+        phi = phi - LR * torch.autograd.grad(energy, phi, create_graph=True)[0]
+    return torch.autograd.grad(at(QUERY, phi), theta)[0]
+
+
+def test_the_way_back_sees_the_minibatches_of_the_way_there() -> None:
+    """The error falls as the square of the displacement, to round-off."""
+    expected = unrolled()
+    errors = [
+        distance(gradient(mn.Minibatches(BATCHES), estimator=mn.HFMAML(displacement=size)), expected)
+        for size in (1e-2, 1e-3, 1e-4)
+    ]
+    assert errors[2] < 1e-7
+    assert 50 < errors[0] / errors[1] < 200
+    assert 50 < errors[1] / errors[2] < 200
+
+
+@pytest.mark.parametrize("kind", [mn.IMAML, mn.Tangent])
+def test_one_hessian_of_many_minibatches_is_refused(kind: type) -> None:
+    with pytest.raises(mn.SettingsError, match=r"of which mn\.Minibatches show another part"):
+        gradient(mn.Minibatches(BATCHES), estimator=kind(products="two_gradient"))
+
+
+def test_a_task_is_no_list_of_minibatches() -> None:
+    """A tuple of two batches it is: the query set would be the second minibatch."""
+    with pytest.raises(mn.SettingsError, match=r"list of mn\.Batch .*got Tasks"):
+        mn.Minibatches(mn.Tasks(BATCHES[0], QUERY))
+    with pytest.raises(TypeError, match="not iterable"):
+        list(mn.Minibatches(BATCHES))
+
+
+def test_an_optimizer_whose_state_is_there_from_the_beginning() -> None:
+    """Adagrad's is, and it is stepped as by hand."""
+    solver = mn.TorchOptimizer(lambda parameters: torch.optim.Adagrad(parameters, lr=0.1), steps=3)
+    model, by_hand = network(), network()
+    learner = mn.MetaLearner(model, squared_error, prox=PROX, solver=solver)
+    adapted = nn.utils.parameters_to_vector(learner.adapt(BATCHES[0]).parameters()).detach()
+    theta = nn.utils.parameters_to_vector(by_hand.parameters()).detach()
+    optimizer = torch.optim.Adagrad(by_hand.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        away = nn.utils.parameters_to_vector(by_hand.parameters()) - theta
+        (squared_error(by_hand, BATCHES[0]) + PROX / 2 * away.square().sum()).backward()
+        optimizer.step()
+    assert distance(adapted, nn.utils.parameters_to_vector(by_hand.parameters()).detach()) < 1e-12
+    used: list[torch.optim.Optimizer] = []
+
+    def again(parameters: object) -> torch.optim.Optimizer:
+        used.append(used[0] if used else torch.optim.Adagrad(parameters, lr=0.1))
+        return used[0]
+
+    with pytest.raises(mn.SettingsError, match="gave one that has taken steps"):
+        gradient(BATCHES[0], mn.TorchOptimizer(again, steps=2), mn.FOBMAML(nudge="full", certify=False))

@@ -788,3 +788,157 @@ def test_a_target_that_is_missing_is_named_where_the_loss_reads_it(part: str, pr
     if part == "support":
         with pytest.raises(mn.NonFiniteError, match=r"numbers in the support targets; mend these \(targets of NaN"):
             own.adapt(stack.unstack()[1].support)
+
+
+# What may be set, and when.
+
+
+def test_what_is_set_later_is_taken_as_when_a_learner_is_made() -> None:
+    model = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+    learner = mn.MetaLearner(model, mn.metrics.squared_error)
+    learner.adapt_only = (name for name in ["2"])
+    for _ in range(2):  # it is read at every step
+        learner.backward(mn.tasks.sinusoid(2))
+    assert learner.adapt_only == ("2",)
+    learner.adapt_only = {"2", "0"}
+    assert learner.adapt_only == ("0", "2")
+    with pytest.warns(UserWarning, match="sharpness_radius=2 takes query gradients as far"):
+        learner.sharpness_radius = 2
+
+
+def test_a_warning_that_is_an_error_is_one_again() -> None:
+    """The step it ended was not taken, and so nobody was told of it for good."""
+    stack = mn.tasks.sinusoid(4)
+    stack.support.inputs[2, 0] = float("nan")
+    model = line()
+    learner = mn.MetaLearner(model, mn.metrics.squared_error)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", mn.NonFiniteWarning)
+        for _ in range(2):
+            with pytest.raises(mn.NonFiniteWarning, match="task 2"):
+                learner.backward(stack)
+            assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.warns(mn.NonFiniteWarning, match="task 2"):
+        assert learner.backward(stack).dropped_tasks == 1
+    assert learner.backward(stack).dropped_tasks == 1
+
+
+# Science: derivatives in the loss, complex numbers.
+
+
+@pytest.mark.parametrize("settings", [{"execution": "in_place"}, {"execution": "in_place", "microbatch": 2}], ids=str)
+def test_inputs_that_ask_for_gradients_are_data(settings: dict[str, object]) -> None:
+    """A residual u' + u, of inputs with requires_grad=True outside: the loss asks itself, whatever they were."""
+
+    def residual(model: nn.Module, batch: mn.Batch) -> Tensor:
+        inputs = batch.inputs.requires_grad_()
+        u = model(inputs)
+        (slope,) = torch.autograd.grad(u.sum(), inputs, create_graph=True)
+        return (slope + u).square().mean()
+
+    found = []
+    for asks in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+        x = torch.linspace(0, 1, 6)[:, None].requires_grad_(asks)
+        learner = mn.MetaLearner(model, residual, solver=mn.GradientDescent(3, lr=0.1), **settings)
+        batch = mn.Batch(x, ())
+        for _ in range(2):
+            learner.backward([mn.Tasks(batch, batch)])
+        assert x.grad is None
+        assert x.requires_grad is asks
+        found.append([*(p.grad for p in model.parameters()), *learner.adapt(batch).parameters()])
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_complex_targets_are_not_halved() -> None:
+    batch = mn.Batch(*(torch.ones(3, 1, dtype=torch.complex64),) * 2)
+    with pytest.raises(mn.LossError, match=r"got torch.complex64; take torch.view_as_real"):
+        mn.metrics.squared_error(nn.Identity(), batch)
+
+
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.register_buffer("phase", torch.ones(1, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x) * self.phase).real.float()
+
+
+def test_numbers_that_can_not_be_saved_are_told_before_a_training(tmp_path: Path) -> None:
+    model = Turned()
+    learner = mn.MetaLearner(model, mn.metrics.squared_error, execution="in_place")
+    told = r"phase is torch.complex128, which safetensors cannot hold"
+    with pytest.raises(mn.SettingsError, match=told):
+        learner.save_pretrained(tmp_path / "one")
+    optimizer, tasks = torch.optim.Adam(model.parameters()), mn.tasks.episodes(mn.tasks.sinusoid)
+    given = {"steps": 1, "tasks_per_step": 2, "progress": False, "out": tmp_path / "two"}
+    with pytest.raises(mn.SettingsError, match=told):
+        mn.fit(learner, optimizer, tasks, validation=mn.tasks.sinusoid(2), **given)
+    assert list(tmp_path.iterdir()) == []
+    mn.fit(learner, optimizer, tasks, **given)  # a checkpoint holds any
+    again = Turned()
+    with torch.no_grad():
+        again.layer.weight.zero_()
+    mn.fit(
+        mn.MetaLearner(again, mn.metrics.squared_error, execution="in_place"),
+        torch.optim.Adam(again.parameters()),
+        tasks,
+        **given | {"steps": 1},
+        resume=False,
+    )
+
+
+def test_a_protocol_that_is_no_dict_is_told(tmp_path: Path) -> None:
+    circular: dict[str, object] = {}
+    circular["self"] = circular
+    for wrong in ([1, 2], "x", circular):
+        with pytest.raises(mn.SettingsError, match="cannot be written as JSON"):
+            mn.MetaLearner(line(), mn.metrics.squared_error).save_pretrained(tmp_path, wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loader_as_validation_is_told_what_to_give() -> None:
+    loader = DataLoader(mn.tasks.episodes(mn.tasks.sinusoid, number=4), collate_fn=mn.tasks.collate)
+    with pytest.raises(mn.TasksError, match=r"got DataLoader; give its dataset, loader\.dataset"):
+        trained(validation=loader)
+
+
+def test_a_stack_is_told_from_a_task_by_a_learner_that_was_read(tmp_path: Path) -> None:
+    learner, stack = mn.MetaLearner(line(), mn.metrics.squared_error), mn.tasks.sinusoid(4)
+    learner.backward(stack)
+    learner.save_pretrained(tmp_path)
+    again = mn.load_pretrained(tmp_path, line(), mn.metrics.squared_error)
+    with pytest.raises(mn.TasksError, match="looks like a stack of 4"):
+        again.adapt(stack.support)
+    again.adapt(stack.unstack()[0].support)
+
+
+# HF-MAML.
+
+
+def networks(kinks: bool) -> nn.Module:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for channels in (1, 8):
+        layers.append(nn.Conv2d(channels, 8, 3, padding=1))
+        layers += [nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)] if kinks else [nn.Tanh(), nn.AvgPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 5)).double()
+
+
+@pytest.mark.parametrize(("kinks", "displacement"), [(True, None), (False, None), (True, 0.1)])
+def test_differences_across_kinks_are_told_of(kinks: bool, displacement: float | None) -> None:
+    targets = torch.arange(5).repeat_interleave(2).repeat(3, 1)
+    tasks = mn.Tasks(*(mn.Batch(torch.randn(3, 10, 1, 8, 8).double(), targets) for _ in range(2)))
+    estimator = mn.HFMAML(displacement=displacement)
+    settings = {"prox": 2.0, "estimator": estimator, "batch_norm": "transductive" if kinks else None}
+    learner = mn.MetaLearner(networks(kinks), mn.metrics.cross_entropy, **settings)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", mn.UnsolvedWarning)
+        for _ in range(2):
+            learner.backward(tasks)
+    told = [str(one.message) for one in said if issubclass(one.category, mn.UnsolvedWarning)]
+    assert len(told) == (kinks and displacement is None)
+    assert all("With kinks on the way" in text and "HFMAML(displacement=0.1)" in text for text in told)

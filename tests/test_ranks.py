@@ -164,6 +164,11 @@ def refusals(rank: int, group: Any, folder: Path) -> dict[str, str]:
         finally:
             assert all(map(torch.equal, model.parameters(), network().parameters()))
 
+    def warmed_later() -> None:
+        later = learner(network())
+        later.warm_start = mn.WarmStart()
+        later.backward(five(), range(5))
+
     return {
         "odd": told(lambda: learner(odd_network(rank)).backward(five())),
         "sharded": told(lambda: learner(fully_shard(network())).backward(five())),  # over the same ranks
@@ -175,6 +180,7 @@ def refusals(rank: int, group: Any, folder: Path) -> dict[str, str]:
         "loss": told(failing),
         "out": told(lambda: trained(2, group, folder / f"out-{rank}")),
         "warm": told(lambda: learner(network(), warm_start=mn.WarmStart())),
+        "warmed later": told(warmed_later),
         "few": told(lambda: trained(1, group, tasks_per_step=1)),
         "elsewhere": told(elsewhere),
         "nan": told(lambda: stepped("vectorized", [Broken(0, 1)[3 * rank + i] for i in range(2)], group)),
@@ -342,7 +348,8 @@ def test_what_ranks_are_told(ranks: list[dict[str, Any]]) -> None:
         assert "SettingsError: the tasks are drawn anew at every look" in found["anew"]
         assert re.search(r"do not agree on every; here every = [12]$", found["every"])
         assert "do not agree on seed" in found["seed"]
-        assert "SettingsError: warm_start keeps" in found["warm"]
+        for when in ("warm", "warmed later"):
+            assert "SettingsError: warm_start keeps" in found[when]
         assert "SettingsError: 2 ranks share the tasks of a meta-step, and there are 1" in found["few"]
         assert "do not agree on out; here out =" in found["out"]
         assert "do not agree on the digest of own/last.pt, which all have to see" in found["elsewhere"]

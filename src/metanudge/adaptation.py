@@ -163,8 +163,8 @@ def curves(problem: InnerProblem, solver: Solver, function: LossFunction) -> Ten
     found: list[Tensor] = []
 
     def observe(_step: int, phi: Params) -> None:
-        found.append(problem.losses.value(function, Role.QUERY, phi).reshape(-1).cpu())
+        found.append(problem.losses.value(function, Role.QUERY, phi).reshape(-1))
 
     solve(solver, problem.energy(), problem.initial, observe)
     found += [found[-1]] * (solver.steps + 1 - len(found))
-    return torch.stack(found, dim=1).double()
+    return torch.stack(found, dim=1).cpu().double()

@@ -189,6 +189,16 @@ def amplified(tasks: int, total: int, prox: float, lr: float | None = None) -> s
     )
 
 
+def rough(tasks: int, total: int, estimator: str) -> str:
+    """The alarm where the solver's way is walked back by differences of gradients."""
+    return (
+        f"in {tasks} of {total} tasks the meta-gradient of {estimator} is longer than the query gradient. With kinks "
+        "on the way (ReLU, max pooling) that is chance: two gradients so near differ by the kinks between them, and "
+        f"{estimator}(displacement=0.1), or FOBMAML, looks across more of them (docs/gotchas.md). On a smooth model "
+        "the support loss curves downwards along the way, which a larger prox outweighs"
+    )
+
+
 def calmer(solver: Any, prox: float) -> str:
     """What keeps this solver from diverging: with a step of its own a larger prox, with a fixed one never."""
     lr, name = getattr(solver, "lr", None), type(solver).__name__

@@ -88,10 +88,12 @@ Given = TypeVar("Given", Tasks, Batch)
 
 
 def ordinary(given: Given) -> Given:
-    """The same, where tensors were made in inference mode as ones that autograd takes."""
+    """The same, as data: without graphs, and where tensors were made in inference mode as ones that autograd takes."""
 
     def plain(leaf: Any) -> Any:
-        return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.clone() if leaf.is_inference() else leaf.detach() if leaf.requires_grad else leaf
 
     return tree_map(plain, given)  # type: ignore[no-any-return]
 
@@ -115,7 +117,7 @@ def _checked(tasks: list[Tasks], device: torch.device) -> Tasks:
     first = tasks[0]
     if as_minibatches(first.support):
         return _checked([Tasks(first.query, first.query)], device)._replace(support=first.support)
-    stack = stacked(tasks)
+    stack = ordinary(stacked(tasks))
     check_stack(stack, device)
     return stack
 

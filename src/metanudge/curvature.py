@@ -32,7 +32,7 @@ def far(energy: Energy, phi: Params, value: Tensor, gradient: Params) -> Tensor:
 
 
 def two_gradient_product(
-    losses: LossGradients, phi: Params, step: int, length: Tensor, displacement: float
+    losses: LossGradients, phi: Params, step: int, length: Tensor, displacement: float, minibatch: int = 0
 ) -> HessianProduct:
     r"""Products with the Hessian of the support loss, and with its mixed derivative in the shared parameters.
 
@@ -49,13 +49,16 @@ def two_gradient_product(
         step: Selects the random state, the same for both gradients.
         length: What is far, ``[*L]``: ``Energy.length``.
         displacement: Of the difference, relative to that.
+        minibatch: Of a support set in minibatches, which.
     """
+
+    def gradient(at: Params) -> Params:
+        return losses.value_and_all_gradients(Role.SUPPORT, at, step, minibatch)[1]
 
     def product(vector: Params) -> Params:
         norm = losses.inner(vector, vector).sqrt()
         epsilon = displacement * length / tree.or_one(norm)
-        _, ahead = losses.value_and_all_gradients(Role.SUPPORT, tree.axpy(epsilon, vector, phi), step)
-        _, behind = losses.value_and_all_gradients(Role.SUPPORT, tree.axpy(-epsilon, vector, phi), step)
+        ahead, behind = gradient(tree.axpy(epsilon, vector, phi)), gradient(tree.axpy(-epsilon, vector, phi))
         return tree.scale(1 / (2 * epsilon), tree.subtract(ahead, behind))
 
     return product

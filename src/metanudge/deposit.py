@@ -72,7 +72,7 @@ def _late(before: float, now: float) -> float:
     return now if math.isnan(before) else 0.9 * before + 0.1 * now
 
 
-class Parts(Protocol):
+class Advised(Protocol):
     """Of a learner, what advice is about."""
 
     model: nn.Module
@@ -88,7 +88,7 @@ def verdict(
     lost: int,
     probes: list[Probe],
     given: Given,
-    parts: Parts,
+    parts: Advised,
     told: Told,
 ) -> Numbers:
     """Means over the kept tasks; warns, once, of ``lost`` tasks of this rank, and of means not as they should be.
@@ -111,7 +111,10 @@ def verdict(
             f"{_lost(probes, given, solver, prox)}. They were left out of the mean "
             "(MetaStep.dropped_tasks counts them from now on)",
         )
-    if Need.PROXIMAL_TERM in estimator.needs and UnsolvedWarning not in told.kinds and parts.ranks.first:
+    unheard = UnsolvedWarning not in told.kinds and parts.ranks.first
+    amplified = 2 * numbers.amplified_tasks > mean.kept
+    walks_back = Need.DIFFERENTIABLE_SOLVER in estimator.needs and Need.DOUBLE_BACKWARD not in estimator.needs
+    if unheard and Need.PROXIMAL_TERM in estimator.needs:
         residual, bound = told.residual, told.bound
         if residual > advice.ROUGH or bound > advice.LOOSE:
             noise = advice.noise(parts.model, any(probe.sampled for probe in probes))
@@ -122,9 +125,11 @@ def verdict(
                 said += advice.sharpened(told.first)
             said += advice.scale(largest(given.stacks))
             _tell(told, UnsolvedWarning, said)
-        elif 2 * numbers.amplified_tasks > mean.kept:
+        elif amplified:
             lr = advice.fixed_lr(solver)
             _tell(told, UnsolvedWarning, advice.amplified(numbers.amplified_tasks, mean.kept, prox, lr))
+    elif unheard and amplified and walks_back:
+        _tell(told, UnsolvedWarning, advice.rough(numbers.amplified_tasks, mean.kept, type(estimator).__name__))
     return numbers
 
 
@@ -165,8 +170,8 @@ def _lost(probes: list[Probe], given: Given, solver: Solver, prox: float) -> str
 
 
 def _tell(told: Told, kind: type[Warning], text: str) -> None:
-    told.kinds.add(kind)
     warn(text, kind)
+    told.kinds.add(kind)  # not where warnings are errors: the step was not taken
 
 
 def add_to_grad(model: nn.Module, mean: FiniteMean, named: Named) -> float:

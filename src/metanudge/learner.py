@@ -31,7 +31,7 @@ from metanudge.permutations import permuted
 from metanudge.probe import Probe
 from metanudge.ranks import Ranks
 from metanudge.selection import AdaptOnly, Selection, listed, select_parameters
-from metanudge.shapes import Shapes, alone, looked_at
+from metanudge.shapes import Shapes, alone, checked_shapes
 from metanudge.sharding import is_sharded
 from metanudge.solvers import SOLVERS, Nesterov, Solver
 from metanudge.solvers.loop import solve
@@ -107,6 +107,7 @@ class MetaLearner:
     Attributes:
         prox, solver, estimator, adapt_only, sharpness_radius, warm_start: May be set at any time.
         execution: How it runs; ``learner.execution.name``.
+        seen: Shapes of the tasks it has seen, by which a stack that is given as one task is refused.
 
     Raises:
         SettingsError: Settings that cannot work, alone or together, with the reason and the cure.
@@ -151,8 +152,6 @@ class MetaLearner:
         settings.check_losses(loss=loss, query_loss=query_loss)
         settings.check_not_negative(prox=prox, sharpness_radius=sharpness_radius)
         settings.check_sizes(chunk_size=chunk_size, microbatch=microbatch)
-        if sharpness_radius >= 1:
-            warn(advice.far(sharpness_radius), UserWarning)
         settings.check_flag(compile=compile, cuda_graphs=cuda_graphs)
         self.model = model
         self.losses = {Role.SUPPORT: loss, Role.QUERY: loss if query_loss is None else query_loss}
@@ -160,7 +159,8 @@ class MetaLearner:
         self.cuda_graphs = cuda_graphs
         self.solver: Solver = Nesterov(steps=16) if solver is None else solver
         self.estimator: Estimator = FOBMAML() if estimator is None else estimator
-        self.warm_start, self.adapt_only = warm_start, listed(adapt_only)
+        self.warm_start, self.adapt_only = warm_start, adapt_only
+        self.ranks = Ranks.of(process_group, model)
         self._check_settings()
         selection = select_parameters(model, self.adapt_only)
         self.norm = BatchNorm(batch_norm, model)
@@ -175,9 +175,8 @@ class MetaLearner:
         )
         self.automatic = execution == "auto"
         self._selection()
-        self.ranks = Ranks.of(process_group, model, warm_start is not None)
         self._ranks_compared = False
-        self._seen: set[Shapes] = set()
+        self.seen: set[Shapes] = set()
         self._told = Told()  # from here on, what is set is checked
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -187,7 +186,9 @@ class MetaLearner:
             settings.check_may_be_set(name, value, own)
             if name in ("prox", "sharpness_radius"):
                 settings.check_not_negative(**{name: value})
-        super().__setattr__(name, value)
+        if name == "sharpness_radius" and value >= 1:
+            warn(advice.far(value), UserWarning)
+        super().__setattr__(name, listed(value) if name == "adapt_only" else value)
 
     def _check_settings(self) -> None:
         """Refuse what cannot be settings: attributes may have been set since the learner was made."""
@@ -195,6 +196,11 @@ class MetaLearner:
         settings.check_parts(self.solver, SOLVERS, self.estimator, ESTIMATORS, self.warm_start)
         if self.warm_start is not None and is_sharded(self.model):
             raise SettingsError("a warm start keeps whole solutions, of which FSDP2 gives a rank parts; leave it out")
+        if self.warm_start is not None and self.ranks.group is not None:
+            raise SettingsError(
+                "warm_start keeps the solutions of tasks in one process, and process_group may give a task to another "
+                "one each time; leave one of them out"
+            )
 
     def _selection(self) -> Selection:
         """Select parameters of the model as it is now, and refuse what cannot work with them."""
@@ -262,9 +268,9 @@ class MetaLearner:
         Warns:
             UserWarning: There are several processes, and no ``process_group``; at the first call.
             NonFiniteWarning: Tasks were left out; once.
-            UnsolvedWarning: The residual is above 0.3 or the error bound above 300, in a running mean over some ten
-                steps that begins with the first (which alone can warn), or most meta-gradients are longer than their
-                query gradients; once, for estimators that rest on the solution; vectorised, with steps that were tried.
+            UnsolvedWarning: The residual is above 0.3 or the error bound above 300, in a running mean over about ten
+                steps (the first step can warn by itself), or most meta-gradients are longer than their query gradients;
+                once, for estimators that rest on the solution; vectorised, with steps that were tried.
 
         Cost: that of the estimator, times the number of tasks. Vectorised, before UnsolvedWarning, unless it is
             ignored, up to 20 solves, once.
@@ -276,7 +282,7 @@ class MetaLearner:
             self._ranks_compared = True
         with ranks.together():
             stacks, places = as_stacks(tasks, device_of(self.model))
-            self._seen |= looked_at(self.model, stacks, self._seen)
+            self.seen |= checked_shapes(self.model, stacks, self.seen)
             order = in_order(indices, places, self.warm_start is not None)
             selection = self._selection()
         counts = ranks.counts(len(places))
@@ -359,7 +365,7 @@ class MetaLearner:
         settings.check_flag(share_frozen=share_frozen)
         check_copyable(self.model)
         self._told.of_dropout(self.model, "adapt")
-        stacks = alone(support, device_of(self.model), self._seen)
+        stacks = alone(support, device_of(self.model), self.seen)
         with torch.no_grad(), self.execution.lend(Use(self._selection(), stacks, self.prox, Tally())) as lent:
             problem = next(lent.problems)
             solution = solve(self.solver, problem.energy(), problem.initial)
@@ -442,7 +448,7 @@ class MetaLearner:
     def _curves(self, tasks: Tasks | Sequence[Tasks], function: LossFunction) -> Tensor:
         """The metric after every step, ``[T, K + 1]``, in the order of the tasks."""
         stacks, places = as_stacks(tasks, device_of(self.model))
-        self._seen |= looked_at(self.model, stacks, self._seen)
+        self.seen |= checked_shapes(self.model, stacks, self.seen)
         with torch.no_grad(), self.execution.lend(Use(self._selection(), stacks, self.prox, Tally())) as lent:
             found = [curves(problem, self.solver, function) for problem in lent.problems]
         return torch.cat(found)[torch.tensor(places, device="cpu").argsort()]

@@ -87,12 +87,12 @@ class LossGradients(InnerGradients, Protocol):
         """Trainable parameters that are not adapted, broadcastable to ``[*L, *shape]``."""
         ...
 
-    def value_and_gradient(self, role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:
-        """Loss ``[*L]`` and its gradient in ``phi``."""
+    def value_and_gradient(self, role: Role, phi: Params, step: int, minibatch: int = 0) -> tuple[Tensor, Params]:
+        """Loss ``[*L]`` and its gradient in ``phi``; of a set in minibatches, of that one."""
         ...
 
-    def value_and_all_gradients(self, role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:
-        """Loss and its gradient in ``phi`` and in the shared parameters."""
+    def value_and_all_gradients(self, role: Role, phi: Params, step: int, minibatch: int = 0) -> tuple[Tensor, Params]:
+        """Loss and its gradient in ``phi`` and in the shared parameters; likewise."""
         ...
 
     def value(self, function: LossFunction, role: Role, phi: Params) -> Tensor:
@@ -112,7 +112,7 @@ class LossGradients(InnerGradients, Protocol):
         ...
 
     def spread(self, params: Params) -> Params:
-        """One copy a task: ``[*shape]`` to ``[*L, *shape]``, without further nodes."""
+        """One copy a task: ``[*shape]`` to ``[*L, *shape]``, with one node."""
         ...
 
     def stencil_sums(

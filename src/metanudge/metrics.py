@@ -123,7 +123,10 @@ def squared_error(model: nn.Module, batch: Batch) -> Tensor:
     predictions: Tensor = _predicted(model, batch.inputs)
     _same_shape("predictions", predictions, "targets", batch.targets)
     if not batch.targets.is_floating_point():
-        raise LossError(f"squared_error takes targets that are floats, got {batch.targets.dtype}; give targets.float()")
+        cure = (
+            "take torch.view_as_real of both in a loss of your own" if batch.targets.is_complex() else "give .float()"
+        )
+        raise LossError(f"squared_error takes targets that are floats, got {batch.targets.dtype}; {cure}")
     missing = batch.targets.isnan()
     error: Tensor = (predictions - batch.targets).masked_fill(missing, 0.0)  # where() would copy the number to a GPU
     mean: Tensor = error.square().sum(dtype=accumulator(error.dtype)) / (~missing).sum()

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 from metanudge.errors import SettingsError, TasksError
-from metanudge.types import Batch
+from metanudge.types import Batch, Tasks
 
 
 class Minibatches:
     """The support set of one task as minibatches: step k of every solve sees minibatch k.
 
     Free and nudged solves of a task then differ in the nudge alone, as they must (docs/theory.md, matched solves).
-    What is reported of the support loss (``MetaStep.support_loss``, ``residual``) is of minibatch 0, and
-    ``error_bound`` is NaN: a bound would not know how far one minibatch is from another. In-place execution only; the
-    task goes in a list, as all single tasks do.
+    What is reported of the support loss (``MetaStep.support_loss``, ``residual``), and taken of it for parameters that
+    are shared, is of minibatch 0, and ``error_bound`` is NaN: a bound would not know how far one minibatch is from
+    another. In-place execution only, and not for ``IMAML`` and ``Tangent``. The task goes in a list, as all single
+    tasks do.
 
     Args:
         source: A function of the step, ``k -> mn.Batch``, called again for every solve: it has to return the same batch
@@ -26,7 +27,7 @@ class Minibatches:
             ``(mn.Batch(x, y) for x, y in loader)``.
 
     Raises:
-        SettingsError: Neither a function nor an iterable; a batch alone.
+        SettingsError: Neither a function nor an iterable; a batch, or a task, alone.
         TasksError: (when used) No minibatch, or something that is none.
 
     Example:
@@ -41,14 +42,16 @@ class Minibatches:
     """
 
     def __init__(self, source: Callable[[int], Batch] | Iterable[Batch]) -> None:
-        if isinstance(source, Batch) or not (callable(source) or isinstance(source, Iterable)):
+        if isinstance(source, Batch | Tasks) or not (callable(source) or isinstance(source, Iterable)):
             raise SettingsError(
                 "Minibatches expects a function k -> mn.Batch, a list of mn.Batch or an iterable such as a DataLoader, "
                 f"got {type(source).__name__}"
             )
         self._function = source if callable(source) else None
-        self._kept: Sequence[Batch] = source if isinstance(source, list | tuple) else []
+        self._kept: list[Batch] = list(source) if isinstance(source, list | tuple) else []
         self._rest: Iterator[Batch] = iter(()) if callable(source) or self._kept else iter(source)
+
+    __iter__ = None  # a list of them would never end
 
     def __getitem__(self, step: int) -> Batch:
         """Minibatch number ``step``."""
@@ -66,7 +69,7 @@ class Minibatches:
     def _read(self, step: int) -> Batch:
         while step >= len(self._kept):
             try:
-                self._kept = [*self._kept, next(self._rest)]
+                self._kept.append(next(self._rest))
             except StopIteration:
                 break
         if not self._kept:

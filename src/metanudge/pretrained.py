@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import metanudge
@@ -23,6 +24,10 @@ from metanudge.types import LossFunction, Role
 
 WEIGHTS, SETTINGS = "model.safetensors", "metanudge.json"
 SIZES = ("chunk_size", "microbatch")
+SHAPES = 100
+"""Of tasks that were seen, at most so many are written down: by these a stack is told from a task."""
+HOW_IT_RUNS = {"execution", "compile", "cuda_graphs", *SIZES}
+"""Settings that fit together as they are written down, or are given anew."""
 
 
 def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[str, Any] | None = None) -> None:
@@ -39,7 +44,8 @@ def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[
         protocol: Whatever a reader should know of data and training; JSON.
 
     Raises:
-        SettingsError: A protocol that is no JSON; a folder that cannot be written to.
+        SettingsError: A protocol that is no JSON; numbers that safetensors has no room for (complex128); a folder that
+            cannot be written to.
 
     Example:
         >>> import tempfile, torch, metanudge as mn
@@ -73,12 +79,13 @@ def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[
         "execution": "auto" if learner.automatic else learner.execution.name,
         **{name: getattr(learner.execution, name, None) for name in SIZES},
         "query_loss": learner.losses[Role.QUERY] is not learner.losses[Role.SUPPORT],
-        "protocol": dict(protocol or {}),
+        "seen": sorted(learner.seen)[:SHAPES],
     }
     try:
-        text = json.dumps(record, indent=1, ensure_ascii=False)
-    except TypeError as error:
+        text = json.dumps(record | {"protocol": dict(protocol or {})}, indent=1, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
         raise SettingsError(f"the settings, or the protocol, cannot be written as JSON: {error}") from error
+    check_can_be_saved(learner.model)
     folder = Path(folder)
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,6 +93,21 @@ def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[
     save_model(learner.model, str(unfinished))
     unfinished.replace(folder / WEIGHTS)
     write(folder / SETTINGS, text.encode() + b"\n")
+
+
+def check_can_be_saved(model: nn.Module) -> None:
+    """Raise a SettingsError for numbers that safetensors knows nothing of, such as complex128."""
+    from safetensors.torch import save
+
+    first = {value.dtype: name for name, value in reversed(model.state_dict().items())}
+    for kind, name in first.items():
+        try:
+            save({name: torch.empty(0, dtype=kind, device="cpu")})
+        except KeyError as error:
+            raise SettingsError(
+                f"{name} is {kind}, which safetensors cannot hold; keep its real and imaginary part, as "
+                "torch.view_as_real gives them, or torch.complex64"
+            ) from error
 
 
 def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **settings: Any) -> MetaLearner:
@@ -121,13 +143,9 @@ def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **
             "sharpness_radius": record.get("sharpness_radius", 0.0),  # older versions had none
             "batch_norm": record.get("batch_norm"),
         }
-        if not settings.keys() & {
-            "execution",
-            "compile",
-            "cuda_graphs",
-            *SIZES,
-        }:  # which fit together, or are given anew
+        if not settings.keys() & HOW_IT_RUNS:
             given |= {name: record[name] for name in ("execution", *SIZES) if name in record}
+        seen = {tuple(map(tuple, shapes)) for shapes in record.get("seen", [])}
         for name, make in READ.items():
             if name not in left_out:
                 given[name] = make(record[name])
@@ -139,6 +157,7 @@ def load_pretrained(folder: str | Path, model: nn.Module, loss: LossFunction, **
     if record.get("query_loss") and "query_loss" not in settings:
         raise SettingsError("this learner had a query loss of its own; give query_loss=")
     learner = MetaLearner(model, loss, **(given | settings))
+    learner.seen |= seen
     load_weights(model, folder)
     return learner
 

@@ -34,12 +34,11 @@ class Ranks:
     model: nn.Module
 
     @classmethod
-    def of(cls, group: Any, model: nn.Module, warm: bool) -> Ranks:
+    def of(cls, group: Any, model: nn.Module) -> Ranks:
         """Of a learner's ``process_group``; nothing is sent.
 
         Raises:
-            SettingsError: No process group, one that this process is not in, or whose backend cannot reach the model;
-                a warm start.
+            SettingsError: No process group, one that this process is not in, or whose backend cannot reach the model.
         """
         ranks = cls(group, model)
         if group is None:
@@ -53,11 +52,6 @@ class Ranks:
             raise SettingsError(
                 "the model is on the CPU, where NCCL does not reach; move it to this rank's GPU before, or call "
                 'torch.distributed.init_process_group("gloo")'
-            )
-        if warm:
-            raise SettingsError(
-                "warm_start keeps the solutions of tasks in one process, and process_group may give a task to another "
-                "one each time; leave one of them out"
             )
         return ranks
 

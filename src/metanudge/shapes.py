@@ -26,7 +26,7 @@ def shapes_of(stacks: Iterable[Tasks]) -> set[Shapes]:
     return {tuple(tuple(leaf.shape[1:]) for leaf in leaves(support)) for support in supports}
 
 
-def looked_at(model: nn.Module, stacks: list[Tasks], seen: set[Shapes]) -> set[Shapes]:
+def checked_shapes(model: nn.Module, stacks: list[Tasks], seen: set[Shapes]) -> set[Shapes]:
     """``shapes_of`` checked stacks, once it is clear that their leading axes are those of tasks.
 
     Raises:
@@ -36,7 +36,7 @@ def looked_at(model: nn.Module, stacks: list[Tasks], seen: set[Shapes]) -> set[S
         UserWarning: They look like the examples of one task.
     """
     found = shapes_of(stacks)
-    for shapes in found:
+    for shapes in found - seen:
         _refuse_stack(shapes, seen, "every task of a list, or of a stack, is one task", CUT)
     if not found <= seen:
         _tell_lone_examples(model, [stack for stack in stacks if not shapes_of([stack]) <= seen])

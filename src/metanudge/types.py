@@ -138,7 +138,8 @@ class Need(Enum):
     )
     LIVE_MODULE = (
         "it steps the parameters of the live module, which tasks cannot share in the vectorized execution",
-        'Use execution="in_place" or "auto", or the solvers GradientDescent, Nesterov or Adam.',
+        'Make the MetaLearner with this solver and execution="auto", which goes in place then, or with "in_place"; or '
+        "use the solvers GradientDescent, Nesterov or Adam.",
     )
     START_AT_THETA = (
         "it differentiates the solver's way from the initialisation, and with a warm start solves begin elsewhere",

@@ -141,12 +141,14 @@ def _folders(out: Path) -> dict[int, Path]:
 
 
 def _lacking(training: Training, asked: Sequence[int], folders: dict[int, Path]) -> str:
-    """Which seeds that were asked for are missing, and which have not come to their end; empty for none."""
+    """Which seeds that were asked for are missing, and which are not where the settings end; empty for none."""
     told = [f"seed {seed} is missing" for seed in asked if seed not in folders]
     for seed, folder in folders.items():
         done, best_step = how_far(folder / LAST)
         if done < training.steps and not waited(done, best_step, training.patience):
             told.append(f"seed {seed} is at step {done} of {training.steps}")
+        elif done > training.steps:
+            told.append(f"seed {seed} is at step {done}, beyond the {training.steps} of the settings")
     return ", ".join(told)
 
 

@@ -27,7 +27,7 @@ class _TwoGradientBackward(torch.autograd.Function):
         ctx: Any, energy: Energy, displacement: float, step: int, names: tuple[str, ...], *leaves: Tensor
     ) -> tuple[Tensor, ...]:
         losses, phi = cast(LossGradients, energy.losses), dict(zip(names, leaves, strict=False))
-        value, gradient = losses.value_and_gradient(Role.SUPPORT, phi, step)
+        value, gradient = losses.value_and_gradient(Role.SUPPORT, phi, step, minibatch=step)
         ctx.settings = losses, far(energy, phi, value, gradient), displacement, step, names
         ctx.save_for_backward(*leaves[: len(names)])
         return tuple(gradient[name] for name in names)
@@ -37,7 +37,7 @@ class _TwoGradientBackward(torch.autograd.Function):
         losses, length, displacement, step, names = ctx.settings
         phi: Params = dict(zip(names, ctx.saved_tensors, strict=True))
         with torch.no_grad():
-            product = two_gradient_product(losses, phi, step, length, displacement)
+            product = two_gradient_product(losses, phi, step, length, displacement, minibatch=step)
             image = product(dict(zip(names, cotangents, strict=True)))
         return None, None, None, None, *(image[name] for name in (*names, *losses.shared))
 
@@ -91,7 +91,9 @@ class HFMAML:
     Cost per task: 3 K + 2 gradients. Memory: K parameter copies, one activation.
 
     Args:
-        displacement: Of the difference, relative to the parameters; None for the cube root of the unit round-off.
+        displacement: Of the difference, relative to the parameters; None for the cube root of the unit round-off, which
+            is for smooth models: two gradients so near each other differ by chance where there are kinks between them
+            (ReLU, max pooling), for which take 0.1.
 
     Raises:
         SettingsError: A displacement that is not positive, or a solver that autograd cannot follow.
@@ -107,7 +109,7 @@ class HFMAML:
     rule: ClassVar[str] = "walk the stored trajectory back, Hv from two gradients"
     cost: ClassVar[str] = "3K + 2"
     memory: ClassVar[str] = "K parameter copies"
-    bias: ClassVar[str] = "finite-difference error, for F_K"
+    bias: ClassVar[str] = "finite-difference error, for F_K; chance at kinks"
 
     displacement: float | None = None
 

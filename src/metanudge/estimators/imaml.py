@@ -33,8 +33,8 @@ class IMAML:
         \nabla_w F = \partial_w f - \tfrac{1}{\lambda} \, \partial_w \partial_\phi \hat f \; v
 
     by conjugate gradients from v = 0, on exactly this system. A task stops at the residual ``tol`` or at negative
-    curvature. Cost per task: K + 2 + 2 ``cg_steps`` gradients (one more for exact products). Memory: two activations
-    ("exact") or one step ("two_gradient").
+    curvature. Cost per task: K + 2 + 2 ``cg_steps`` gradients (one more for exact products, two with shared
+    parameters). Memory: two activations ("exact") or one step ("two_gradient").
 
     Args:
         cg_steps: Conjugate-gradient steps >= 1, at most; as many as there are adapted parameters solve exactly.

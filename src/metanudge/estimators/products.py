@@ -56,7 +56,17 @@ def with_shared(problem: InnerProblem, free: FreeSolve, product: HessianProduct,
 def hessian_product(
     problem: InnerProblem, free: FreeSolve, products: Products, displacement: float | None
 ) -> HessianProduct:
-    """Products with the Hessian of the support loss at the free solution."""
+    """Products with the Hessian of the support loss at the free solution.
+
+    Raises:
+        SettingsError: It comes in minibatches, and has another Hessian in each.
+    """
+    if problem.sampled:
+        raise SettingsError(
+            "IMAML and Tangent take products with the Hessian of one support loss, of which mn.Minibatches show "
+            "another part at every step; use FOBMAML or HFMAML, or give the support set as one mn.Batch, with "
+            "microbatch= where it does not fit at once"
+        )
     if products == "exact":
         return problem.losses.hessian_product(free.phi, free.step)
     size = displacement_of(problem, displacement)

@@ -59,7 +59,8 @@ class Tangent:
     choose: for gradient descent and Nesterov ``Tangent(steps=2 * K)`` is exactly the limit ν → 0 of ``FOBMAML()``,
     whose nudged solves take 2 K steps, where f̂ is quadratic or the free solve is done (a nudged solve from an
     unfinished one moves on, and H with it). With a converged solve it is the exact meta-gradient.
-    Cost per task: K + 2 + 2 K' gradients (one more for exact products). Memory: two activations ("exact") or one step.
+    Cost per task: K + 2 + 2 K' gradients (one more for exact products, two with shared parameters). Memory: two
+    activations ("exact") or one step.
 
     Args:
         products: "exact" Hessian products by double backward, or "two_gradient" ones.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from enum import Enum
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -164,8 +165,17 @@ class Bound:
 
 
 def build(traced: GraphModule, tensors: list[Tensor]) -> Program:
-    """Make a traced function fast: TorchInductor alone, as nothing is left for Dynamo to capture, or to guard."""
-    return cast(Program, torch._inductor.compile(traced, [*tensors]))
+    """Make a traced function fast: TorchInductor alone, as nothing is left for Dynamo to capture, or to guard.
+
+    It lays tensors out as it likes, so that what was viewed while tracing may have to be copied, as in Hessians.
+    """
+    for node in traced.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+    traced.recompile()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about its own functions
+        return cast(Program, torch._inductor.compile(traced, [*tensors]))
 
 
 def _plain(leaves: list[Tensor]) -> list[Tensor]:
@@ -205,8 +215,8 @@ def _compiled(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tenso
         program = build(traced, [tensor.clone() for tensor in tensors])
     except Exception as error:
         raise LossError(
-            "with compile=True TorchInductor builds the gradient, and failed; leave compile out. On the CPU it needs a "
-            f"C++ compiler, on a GPU Triton. PyTorch said: {error}"
+            "with compile=True TorchInductor builds the gradient, and failed; leave compile out, or see that it has "
+            f"what it needs: on the CPU a C++ compiler, on a GPU Triton. PyTorch said: {error}"
         ) from error
     return program, _run(program, tensors)
 

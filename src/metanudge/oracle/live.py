@@ -71,11 +71,15 @@ class LiveLosses(InnerGradients):
         drawn = {Draw(role, step, minibatch=step): weight for role, weight in weights.items()}
         return self._differentiate(drawn, phi, tuple(phi))[1]
 
-    def value_and_gradient(self, role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:  # noqa: D102
-        return self._value_and(tuple(phi), role, phi, step)
+    def value_and_gradient(  # noqa: D102
+        self, role: Role, phi: Params, step: int, minibatch: int = 0
+    ) -> tuple[Tensor, Params]:
+        return self._value_and(tuple(phi), Draw(role, step, minibatch), phi)
 
-    def value_and_all_gradients(self, role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:  # noqa: D102
-        return self._value_and((*phi, *self.shared_names), role, phi, step)
+    def value_and_all_gradients(  # noqa: D102
+        self, role: Role, phi: Params, step: int, minibatch: int = 0
+    ) -> tuple[Tensor, Params]:
+        return self._value_and((*phi, *self.shared_names), Draw(role, step, minibatch), phi)
 
     def value(self, function: LossFunction, role: Role, phi: Params) -> Tensor:  # noqa: D102
         self.live.load(phi)
@@ -146,9 +150,8 @@ class LiveLosses(InnerGradients):
     def count(self, gradients: int) -> None:  # noqa: D102
         self.tally.gradients += gradients
 
-    def _value_and(self, wanted: tuple[str, ...], role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:
+    def _value_and(self, wanted: tuple[str, ...], draw: Draw, phi: Params) -> tuple[Tensor, Params]:
         """A loss, and its gradient in what is ``wanted``."""
-        draw = Draw(role, step)
         losses, gradient = self._differentiate({draw: 1.0}, phi, wanted)
         return self.live.over_ranks(losses[draw]), gradient
 

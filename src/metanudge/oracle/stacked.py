@@ -49,10 +49,14 @@ class StackedLosses(InnerGradients):
         nodes = max(node_count(phi), *(weight.shape[1] for weight in weights.values() if isinstance(weight, Tensor)), 1)
         return self._differentiate(weights, self._leaves(self.forward.lanes(phi, nodes)), self.shared, step)[1]
 
-    def value_and_gradient(self, role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:  # noqa: D102
+    def value_and_gradient(  # noqa: D102
+        self, role: Role, phi: Params, step: int, minibatch: int = 0
+    ) -> tuple[Tensor, Params]:
         return self._differentiate({role: 1.0}, self._leaves(phi), self.shared, step)
 
-    def value_and_all_gradients(self, role: Role, phi: Params, step: int) -> tuple[Tensor, Params]:  # noqa: D102
+    def value_and_all_gradients(  # noqa: D102
+        self, role: Role, phi: Params, step: int, minibatch: int = 0
+    ) -> tuple[Tensor, Params]:
         everything = phi | self.forward.lanes(self.shared, node_count(phi))
         return self._differentiate({role: 1.0}, self._leaves(everything), {}, step)
 
@@ -106,10 +110,10 @@ class StackedLosses(InnerGradients):
         like = self.forward.packing.reference
         terms = term(like.new_tensor(nodes).unsqueeze(0))
 
-        def weighted(weights: Tensor, leaf: Tensor) -> Tensor:
-            return (weights.to(leaf.dtype).reshape(1, -1, 1) * leaf).sum(1, keepdim=True)
+        def weighted(row: tuple[float, ...], leaf: Tensor) -> Tensor:
+            return (leaf.new_tensor(row).reshape(1, -1, 1) * leaf).sum(1, keepdim=True)
 
-        return [tuple(tree.tree_map(partial(weighted, like.new_tensor(row)), one) for one in terms) for row in rows]
+        return [tuple(tree.tree_map(partial(weighted, row), one) for one in terms) for row in rows]
 
     def fused(  # noqa: D102
         self, name: Hashable, function: Callable[[InnerGradients, PyTree], PyTree], given: PyTree

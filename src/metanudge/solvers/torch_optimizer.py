@@ -81,7 +81,7 @@ class TorchOptimizer(FixedSteps):
         optimizer = self.factory(list(phi.parameters))
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise SettingsError(f"the factory of TorchOptimizer must return a torch.optim optimizer, got {optimizer!r}")
-        if optimizer.state:
+        if any(one.get("step", 1) != 0 for one in optimizer.state.values()):  # Adagrad's is there from the beginning
             raise SettingsError(
                 "the factory of TorchOptimizer must make a fresh optimizer at every call, and gave one that has taken "
                 f"steps; make it within: lambda p: torch.optim.{type(optimizer).__name__}(p, ...)"

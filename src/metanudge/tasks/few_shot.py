@@ -64,7 +64,7 @@ def few_shot(
         (torch.Size([5, 3]), torch.Size([20]))
     """
     least_ways, most_ways = _range("ways", ways)
-    _, most_shots = _range("shots", shots)
+    least_shots, most_shots = _range("shots", shots)
     check_steps(queries, "queries")
     labels = labels_of(dataset)
     members = {int(kind): np.flatnonzero(labels == kind) for kind in np.unique(labels)}
@@ -81,7 +81,7 @@ def few_shot(
             f"{most_shots} shots and {queries} queries need {most_shots + queries} examples of every class, but class "
             f"{smallest} has {len(members[smallest])}; draw fewer, or leave it out with classes="
         )
-    drawn = (least_ways, most_ways), _range("shots", shots)
+    drawn = (least_ways, most_ways), (least_shots, most_shots)
     return Episodes(_FewShot(dataset, tuple(members.values()), *drawn, queries, seed), number, arbitrary_labels=True)
 
 

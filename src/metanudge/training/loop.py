@@ -16,6 +16,7 @@ from metanudge.batching import singles
 from metanudge.errors import NonFiniteError, SettingsError
 from metanudge.learner import MetaLearner
 from metanudge.metrics import metric_name
+from metanudge.pretrained import check_can_be_saved
 from metanudge.settings import (
     check_flag,
     check_folder,
@@ -28,7 +29,7 @@ from metanudge.training.checkpoint import BEST, LAST, Run
 from metanudge.training.divergence import Watch
 from metanudge.training.identity import qualified_name, told_apart
 from metanudge.training.logs import TABLE, Logs, Record, check_tensorboard
-from metanudge.training.order import Order, check_single, digest_of, first_task, length, moved
+from metanudge.training.order import Order, check_single, digest_of, first_digest, length, moved
 from metanudge.training.preflight import (
     check_best,
     check_optimizer,
@@ -189,6 +190,8 @@ def fit(
     sign = -1.0 if larger_is_better(better, metric) else 1.0
     folder = None if out is None else Path(out)
     check_whole(learner.model, folder)
+    if folder is not None and held is not None:  # where the best is kept
+        check_can_be_saved(learner.model)
     check_tensorboard(folder, tensorboard)
     if folder is not None:
         check_folder(folder)
@@ -272,7 +275,7 @@ def _digests(
     """Of what tells tasks from others, as far as it can be told: those of the validation, and the first one."""
     found = {
         "validation tasks": None if held is None else digest_of(held, given),
-        "first task": first_task(tasks),
+        "first task": first_digest(tasks),
     }
     return {f"digest of the {name}": digest for name, digest in found.items() if digest is not None}
 

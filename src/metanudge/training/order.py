@@ -33,6 +33,7 @@ class Order(Sampler[list[int]]):
             )
         self.number, self.size, self.seed, self.ranks = number, size, seed, ranks
         self.first = self.last = 0
+        self._shuffled: tuple[int, Tensor] | None = None  # the epoch of the last look, and its order
 
     def at(self, step: int) -> list[int]:
         """Indices of the tasks of meta-step ``step``, from 0."""
@@ -40,8 +41,10 @@ class Order(Sampler[list[int]]):
             return list(range(step * self.size, (step + 1) * self.size))
         per_epoch = self.number // self.size  # what is left over waits for another epoch's order
         epoch, place = divmod(step, per_epoch)
-        shuffled = torch.randperm(self.number, generator=stream(self.seed, epoch), device="cpu")
-        return [int(index) for index in shuffled[place * self.size : (place + 1) * self.size]]
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            self._shuffled = epoch, torch.randperm(self.number, generator=stream(self.seed, epoch), device="cpu")
+        indices: list[int] = self._shuffled[1][place * self.size : (place + 1) * self.size].tolist()
+        return indices
 
     def __iter__(self) -> Iterator[list[int]]:
         """This rank's tasks in the steps asked for."""
@@ -66,7 +69,7 @@ class Order(Sampler[list[int]]):
         return ((indices, moved(batch, device)) for indices, batch in pairs)
 
 
-def first_task(tasks: Any) -> str | None:
+def first_digest(tasks: Any) -> str | None:
     """A digest of the first task, by which a set of tasks is known again; None for one drawn anew at every look."""
     with torch.random.fork_rng(devices=[]):
         digests = {_digest(tasks[0]) for _ in range(2)}
@@ -75,7 +78,7 @@ def first_task(tasks: Any) -> str | None:
 
 def digest_of(tasks: Any, drawn_from: Any) -> str | None:
     """A digest of all ``tasks``; None where they come from a dataset that draws them anew at every look."""
-    if is_dataset(drawn_from) and first_task(drawn_from) is None:
+    if is_dataset(drawn_from) and first_digest(drawn_from) is None:
         return None
     return _digest(tasks if isinstance(tasks, Tasks) else list(tasks))
 

@@ -16,7 +16,7 @@ from metanudge.ranks import Ranks
 from metanudge.settings import check_flag, check_number, check_part, check_positive, check_steps
 from metanudge.sharding import is_sharded
 from metanudge.training.checkpoint import LAST
-from metanudge.training.order import first_task, length
+from metanudge.training.order import first_digest, length
 from metanudge.warned import warn
 
 
@@ -62,7 +62,7 @@ def check_ranks(ranks: Ranks, tasks: Any, given: dict[str, Any], folder: Path | 
     Raises:
         SettingsError: They differ; tasks that are drawn anew at every look.
     """
-    first = first_task(tasks)
+    first = first_digest(tasks)
     if first is None:
         raise SettingsError(
             "the tasks are drawn anew at every look, and ranks that begin with the same seed would draw the same ones; "

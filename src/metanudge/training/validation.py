@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch.utils._pytree import tree_map
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from metanudge import metrics
 from metanudge.accumulation import summarize
@@ -39,9 +39,10 @@ def fixed(tasks: Tasks | Sequence[Tasks] | Dataset[Tasks] | None) -> Tasks | Seq
     if is_dataset(tasks):
         tasks = listed(tasks)
     if not isinstance(tasks, list | tuple):
+        cure = "; give its dataset, loader.dataset" if isinstance(tasks, DataLoader) else ""
         raise TasksError(
             "validation must be a stack of mn.Tasks, or a list or finite map-style dataset of single ones, got "
-            f"{type(tasks).__name__}"
+            f"{type(tasks).__name__}{cure}"
         )
     if not tasks:
         raise SettingsError("validation holds no tasks; give some, or None for no validation")
