@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.fx.experimental import proxy_tensor
 
+from metanudge.diagnostics.check.sweep import Sweep
 from metanudge.oracle import compiled
 
 # the tensors of the tests are tiny: a second thread only waits, and on a busy machine it waits long
@@ -32,6 +33,12 @@ def most(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def short_search(most: Callable[[int], None]) -> None:
     """It tries no more than twice the learner's steps, for tests that do not look at what it recommends."""
     most(1)
+
+
+@pytest.fixture
+def yours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``mn.check`` measures the learner as it is, and varies nothing, for tests that look at its verdict alone."""
+    monkeypatch.setattr(Sweep, "vary", lambda self, compare: None)
 
 
 @pytest.fixture

@@ -33,26 +33,26 @@ def step_on(made: Problem, solver: object, task: int | None = None, **settings: 
 
 
 def test_the_bound_holds_on_random_convex_problems() -> None:
-    """The study ``solves`` runs 600; here are 40 others, with as many steps as they happen to have."""
+    """The study ``solves`` runs 600; here are 24 others, with as many steps as they happen to have."""
     ratios = []
-    for problem in random_problems(40, seed=7):
+    for problem in random_problems(24, seed=7):
         error, size, bound = problem.measure(mn.FOBMAML())
         assert error <= bound * size
         ratios.append(bound * size / error)
-    assert sum(ratio < 10 for ratio in ratios) >= 20
+    assert sum(ratio < 10 for ratio in ratios) >= 12
 
 
 def test_the_bound_sees_steep_pieces_that_no_point_has_met() -> None:
     """Softplus pieces up to 200 times as steep as the way to them is long; the linear query loss does not notice."""
     close = 0
-    for problem in steep_problems(60, seed=9):
+    for problem in steep_problems(30, seed=9):
         try:
             error, size, bound = problem.measure(mn.FOBMAML())
         except mn.NonFiniteError:  # a step over an edge: left out, and told
             continue
         assert error <= bound * size
         close += bound * size < 10 * error
-    assert close >= 20
+    assert close >= 10
 
 
 @pytest.mark.parametrize("scheme", ["symmetric", "forward", "fourth_order"])

@@ -49,7 +49,7 @@ def steep(size: int, low: float = 0, high: float = 7) -> Tensor:
     return torch.logspace(low, high, size, dtype=torch.float64).unsqueeze(0)
 
 
-@pytest.mark.usefixtures("short_search")
+@pytest.mark.usefixtures("short_search", "yours_alone")
 @pytest.mark.parametrize("at_the_solution", [False, True])
 def test_an_ill_conditioned_problem_is_judged_by_its_closed_form(at_the_solution: bool) -> None:
     """Curvatures from 1 to 1e7: what 30 steps of conjugate gradients leave is the learner's error, not the truth."""
@@ -66,6 +66,7 @@ def test_an_ill_conditioned_problem_is_judged_by_its_closed_form(at_the_solution
     assert found.verdict.startswith("Bad")
 
 
+@pytest.mark.usefixtures("yours_alone")
 def test_a_reference_that_does_not_converge_gives_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = bowls(steep(100))
     start = tasks.support.targets[0]
@@ -101,7 +102,7 @@ def test_without_a_verdict_it_tells_where_there_would_be_one(
     assert not [row for row in found.rows if row.group == "search"]
 
 
-@pytest.mark.usefixtures("short_search")
+@pytest.mark.usefixtures("short_search", "yours_alone")
 def test_a_saddle_gives_no_verdict() -> None:
     """Curvature -2 with prox 1, begun where the gradient vanishes: every residual is zero, and there is no minimum."""
     tasks = bowls(torch.tensor([[-2.0, 1.0]]).double())
@@ -118,6 +119,7 @@ def test_newton_finishes_what_one_step_begins(name: str) -> None:
     assert distance(found.gradient, made.meta_gradient()) < 1e-9
 
 
+@pytest.mark.usefixtures("yours_alone")
 def test_shared_parameters_have_their_part_of_the_reference() -> None:
     """The adapted head has a quadratic problem, on which the estimate is exact once it is solved."""
     torch.manual_seed(0)
@@ -173,7 +175,8 @@ def test_only_tasks_that_both_have_are_compared() -> None:
     assert kept[0].dropped == 1
 
 
-def test_a_task_without_an_exact_meta_gradient_is_left_out_everywhere() -> None:
+@pytest.mark.usefixtures("yours_alone")
+def test_a_task_without_an_exact_meta_gradient_is_left_out() -> None:
     tasks = bowls(torch.tensor([[1.0, 2.0], [3.0, 1.0], [2.0, 1.0]]).double())
     tasks.query.targets[1] = float("nan")
     model = Diagonal(torch.ones(2, dtype=torch.float64))
@@ -187,7 +190,7 @@ def test_a_task_without_an_exact_meta_gradient_is_left_out_everywhere() -> None:
         mn.check(mn.MetaLearner(model, bowl), tasks, **FEW)
 
 
-@pytest.mark.usefixtures("short_search")
+@pytest.mark.usefixtures("short_search", "yours_alone")
 def test_a_learner_that_diverges_is_bad() -> None:
     tasks = bowls(torch.full((2, 3), 100.0).double())
     model = Diagonal(torch.ones(3, dtype=torch.float64))
@@ -209,6 +212,7 @@ def test_without_a_proximal_term_there_is_nothing_to_compare_with() -> None:
             mn.check(mn.MetaLearner(made.make(), made.loss), made.tasks, **wrong)
 
 
+@pytest.mark.usefixtures("yours_alone")
 @pytest.mark.parametrize("which", ["loss", "query_loss"])
 def test_either_loss_may_refuse_float64(which: str) -> None:
     def single(model: torch.nn.Module, batch: mn.Batch) -> Tensor:
@@ -318,7 +322,7 @@ def test_a_solve_hardly_begun_and_an_error_of_another_size_is_bad_whatever_the_r
     assert row(8, error, trusted=False, uncertainty=float("inf"))._replace(residual=residual).good is good
 
 
-@pytest.mark.usefixtures("short_search")
+@pytest.mark.usefixtures("short_search", "yours_alone")
 def test_a_reference_a_little_off_still_tells_a_bad_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Conjugate gradients cut short leave some percent; an estimate that is off by far more is bad all the same."""
     monkeypatch.setattr(implicit, "LENGTHS", (22,))
@@ -359,6 +363,7 @@ def test_where_no_steps_do_another_prox_is_recommended_with_a_warning(most: Call
     assert "No steps did at your prox; another prox is another objective" in found.verdict
 
 
+@pytest.mark.usefixtures("yours_alone")
 def test_a_warm_start_is_told_to_be_left_out() -> None:
     made = PROBLEMS["ridge"]()
     settings = {"prox": made.prox, "solver": mn.Nesterov(6)}

@@ -110,8 +110,8 @@ def check(
         tell("the exact meta-gradient")
         reference = references.at(learner.prox)  # or an error, before anything is measured
         sweep = Sweep(bench, references, tell)
+        good = sweep.yours().good
         sweep.vary(compare)
-        good = sweep.rows[0].good
         advisable = not good and (good is not None or not bends)
         if advisable:
             search(sweep, bends)

@@ -35,11 +35,15 @@ class Sweep:
         self.rows: list[CheckRow] = []
         self.own_nu = 0.0
 
+    def yours(self) -> CheckRow:
+        """The learner as it is."""
+        learner = self.bench.learner
+        return self.measure("yours", _short(learner.estimator), learner.solver, learner.prox)
+
     def vary(self, compare: Sequence[str]) -> None:
-        """The learner as it is, then steps, ν, prox and other estimators varied."""
+        """Its steps, ν, prox and other estimators varied."""
         learner = self.bench.learner
         solver, prox, steps, estimator = learner.solver, learner.prox, learner.solver.steps, learner.estimator
-        self.measure("yours", _short(estimator), solver, prox)
         for factor in (0.5, 2, 4):
             other = with_steps(solver, max(1, round(factor * steps)))
             if other is not None and other.steps != steps:
