@@ -270,7 +270,8 @@ class MetaLearner:
             NonFiniteWarning: Tasks were left out; once.
             UnsolvedWarning: The residual is above 0.3 or the error bound above 300, in a running mean over about ten
                 steps (the first step can warn by itself), or most meta-gradients are longer than their query gradients;
-                once, for estimators that rest on the solution; vectorised, with steps that were tried.
+                once, for estimators that rest on the solution (of HFMAML the last alone); vectorised, with steps that
+                were tried.
 
         Cost: that of the estimator, times the number of tasks. Vectorised, before UnsolvedWarning, unless it is
             ignored, up to 20 solves, once.
