@@ -349,7 +349,7 @@ def test_a_single_step_that_stands_out_is_not_told() -> None:
     quiet = Numbers(1.0, 1.0, 0.2, 8.0, 0, 0.1)
     told = Told()
     for numbers in (quiet, quiet._replace(residual=0.4, error_bound=1e4), quiet):
-        told.take(numbers)
+        told = told.after(numbers)
         assert told.residual < advice.ROUGH
         assert told.bound < advice.LOOSE
     for _ in range(30):

@@ -284,26 +284,107 @@ def test_microbatches_equal_the_whole_batch(size: int, estimator: object) -> Non
     assert distance(gradient(data, estimator=estimator, microbatch=size), whole) < 1e-12
 
 
-@pytest.mark.parametrize("marked", ["classes", "numbers"])
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_pieces_weigh_as_much_as_what_counts_in_them(marked: str, size: int) -> None:
-    """Sequences of 8, 1, 0, 5 and 0 targets that count: one loss, one meta-gradient, as of all at once."""
-    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4)).double()
-    lengths = torch.tensor([8, 1, 0, 5, 0])
-    inputs = torch.randn(5, 8, 3).double()
-    counts = torch.arange(8) < lengths[:, None]
+SIZES = pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+COUNTS = {
+    "sequences": [8, 1, 0, 5, 0, 8],
+    "padded": [8, 8, 8, 0, 0, 0],
+    "uneven": [1, 8, 3, 8, 5, 2],
+    "lone": [0, 0, 8, 0, 0, 0],
+}
+
+
+def sequences(counts: list[int], marked: str) -> mn.Tasks:
+    """Examples of 8 targets, of which so many count."""
+    g = torch.Generator().manual_seed(3)
+    inputs, there = normal(g, len(counts), 8, 3), torch.arange(8) < torch.tensor(counts)[:, None]
     if marked == "classes":
-        loss, targets = mn.metrics.cross_entropy, torch.randint(4, (5, 8)).where(counts, -100)
+        targets = torch.randint(4, there.shape, generator=g).where(there, -100)
     else:
-        loss, targets = mn.metrics.squared_error, torch.randn(5, 8, 4).double().where(counts[..., None], float("nan"))
+        targets = normal(g, *there.shape, 4).where(there[..., None], float("nan"))
     batch = mn.Batch(inputs, targets)
+    return mn.Tasks(batch, batch)
+
+
+def both_ways(loss: object, task: mn.Tasks, size: int, **settings: object) -> tuple[Tensor, Tensor]:
+    """The query loss and the meta-gradient in pieces, and of all at once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4)).double()
     found = []
-    for microbatch in (None, size):
+    for microbatch in (size, None):
         model.zero_grad()
-        learner = mn.MetaLearner(model, loss, execution="in_place", microbatch=microbatch)
-        step = learner.backward([mn.Tasks(batch, batch)])
-        found.append([torch.tensor(step.query_loss).double(), *(p.grad for p in model.parameters())])
-    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+        learner = mn.MetaLearner(model, loss, execution="in_place", microbatch=microbatch, **settings)
+        step = learner.backward([task])
+        found.append(torch.cat([torch.tensor([step.query_loss]).double(), flat_gradient(model)]))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("marked", ["classes", "numbers"])
+@SIZES
+def test_pieces_weigh_as_much_as_what_counts_in_them(marked: str, size: int, counts: list[int]) -> None:
+    loss = mn.metrics.cross_entropy if marked == "classes" else mn.metrics.squared_error
+    assert distance(*both_ways(loss, sequences(counts, marked), size)) < 1e-10
+
+
+def of_examples(model: nn.Module, batch: mn.Batch) -> Tensor:
+    """Cross entropy that knows of no padding: class -100 is one of its own; a mean over the examples."""
+    targets = batch.targets.where(batch.targets >= 0, 0)
+    losses = nn.functional.cross_entropy(model(batch.inputs).mT, targets, reduction="none")
+    return (losses.mean(1) * (1 + (batch.targets == -100).double().mean(1))).mean()
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@SIZES
+def test_pieces_weigh_by_their_examples_where_the_loss_is_a_mean_over_those(size: int, counts: list[int]) -> None:
+    """Whatever its targets hold: 100 below zero may be a number like others."""
+    assert distance(*both_ways(of_examples, sequences(counts, "classes"), size)) < 1e-10
+
+
+@SIZES
+def test_numbers_that_are_missing_and_not_left_out_are_not_left_out_in_pieces(size: int) -> None:
+    model, task = nn.Linear(3, 4).double(), sequences([8, 8, 8, 7, 8, 8], "numbers")
+    learner = mn.MetaLearner(
+        model, lambda m, b: nn.functional.mse_loss(m(b.inputs), b.targets), execution="in_place", microbatch=size
+    )
+    for act in (lambda: learner.backward([task]), lambda: learner.adapt(task.support)):
+        with pytest.raises(mn.NonFiniteError, match="support targets"):
+            act()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_a_sum_over_padded_sets_is_refused(counts: list[int]) -> None:
+    def summed(model: nn.Module, batch: mn.Batch) -> Tensor:
+        return nn.functional.cross_entropy(model(batch.inputs).mT, batch.targets, reduction="sum")
+
+    if counts == COUNTS["lone"]:  # a sum over one example is its mean
+        task = sequences(counts, "classes")
+        assert distance(*both_ways(summed, task, 2, solver=mn.GradientDescent(4, lr=0.01))) < 1e-10
+        return
+    # where one part hardly counts, a sum is hardly told from a mean of other weights: a warning, here an error
+    with pytest.raises((mn.LossError, UserWarning), match=r"adds up over the examples|is no mean over the examples"):
+        both_ways(summed, sequences(counts, "classes"), 2)
+
+
+@pytest.mark.parametrize("size", [2, 3, None])
+def test_what_a_loss_derives_by_its_inputs_is_not_added_up_over_evaluations(size: int | None) -> None:
+    """Adversarial examples by a .backward() of the loss's own, which writes to the inputs' .grad."""
+
+    def adversarial(model: nn.Module, batch: mn.Batch, inputs: Tensor) -> Tensor:
+        inputs.requires_grad_()
+        (len(inputs) * mn.metrics.squared_error(model, mn.Batch(inputs, batch.targets))).backward()
+        return mn.metrics.squared_error(model, mn.Batch(inputs.detach() + inputs.grad, batch.targets))
+
+    found = []
+    for fresh in (True, False):
+        loss = lambda m, b, fresh=fresh: adversarial(m, b, b.inputs.detach().clone() if fresh else b.inputs)  # noqa: E731
+        model = PROBLEMS["mlp"]().make()
+        learner = mn.MetaLearner(
+            model, loss, solver=mn.GradientDescent(3, lr=0.1), execution="in_place", microbatch=size
+        )
+        learner.backward(single_tasks(PROBLEMS["mlp"]().tasks))
+        found.append(flat_gradient(model))
+    assert distance(*found) < 1e-12
 
 
 def test_microbatches_report_and_cost_the_same() -> None:

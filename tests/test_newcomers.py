@@ -486,7 +486,7 @@ def test_accuracy_leaves_padding_out() -> None:
 
 
 def test_microbatch_warns_of_a_masked_mean_where_all_examples_have_one_loss() -> None:
-    """As of a language model that has learnt nothing yet, whose sequences weigh as much as each other."""
+    """As of a language model that has learnt nothing yet, where sequences weigh by the root of their length."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(23, 16), nn.Linear(16, 23))
     for parameter in model.parameters():
@@ -496,16 +496,18 @@ def test_microbatch_warns_of_a_masked_mean_where_all_examples_have_one_loss() ->
     for row in range(4):
         padded_[0, row, 4 * row + 4 :] = -100
 
-    def of_sequences(model: nn.Module, batch: mn.Batch) -> Tensor:
+    def weighed(model: nn.Module, batch: mn.Batch, power: float) -> Tensor:
         losses = nn.functional.cross_entropy(model(batch.inputs).mT, batch.targets, reduction="none")
-        return (losses.sum(1) / (batch.targets != -100).sum(1)).mean()
+        lengths = (batch.targets != -100).sum(1)
+        return (losses.sum(1) / lengths * lengths**power).sum() / (lengths**power).sum()
 
-    tokens_weigh, sequences_weigh = mn.metrics.cross_entropy, of_sequences
-    for loss, targets, told in (
-        (sequences_weigh, padded_, ["support", "query"]),
-        (sequences_weigh, whole, []),
-        (tokens_weigh, padded_, []),
+    for power, targets, told in (
+        (0.5, padded_, ["support", "query"]),
+        (0.5, whole, []),
+        (0.0, padded_, []),  # every sequence, or every token, weighs as much as any other
+        (1.0, padded_, []),
     ):
+        loss = partial(weighed, power=power)
         learner = mn.MetaLearner(model, loss, solver=mn.GradientDescent(2, lr=0.1), microbatch=2)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")

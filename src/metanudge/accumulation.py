@@ -37,7 +37,7 @@ class FiniteMean:
     def __init__(self) -> None:
         self.total = 0
         self._kept = torch.zeros((), device="cpu")
-        self._numbers = torch.zeros(7, device="cpu")
+        self._numbers = torch.zeros(8, device="cpu")
         self._gradient: Params = {}
 
     @property
@@ -66,6 +66,7 @@ class FiniteMean:
                 estimate.error,
                 estimate.size,
                 amplified,
+                estimate.slope,
             ]
         )
         numbers, kept = numbers.reshape(len(numbers), -1).double(), ~lost.reshape(-1)
@@ -89,9 +90,15 @@ class FiniteMean:
         for names, part in tree.emptied(self._gradient):
             yield parted(names, part.div_(kept))
 
+    @property
+    def gain(self) -> float:
+        """Mean length of the kept tasks' meta-gradients, over that of their query gradients."""
+        *_, size, _, slope = self._numbers.tolist()
+        return size / slope if slope else math.nan
+
     def numbers(self) -> Numbers:
         """Means over the kept tasks; of the error bound the ratio of two, ||error|| to ||g||."""
-        query_loss, support_loss, residual, nu, error, size, amplified = (self._numbers / self.kept).tolist()
+        query_loss, support_loss, residual, nu, error, size, amplified, _ = (self._numbers / self.kept).tolist()
         bound = error / size if size else error * math.inf if error else 0.0
         return Numbers(query_loss, support_loss, residual, bound, round(amplified * self.kept), nu)
 

@@ -30,6 +30,9 @@ GUESSED = 128
 WIDE = 30.0
 """Magnitude of inputs and targets above which their scale is told of."""
 
+GROSS = 2.0
+"""Length of meta-gradients, over that of query gradients, above which differences of gradients are doubted."""
+
 FAIR = 0.2
 """Relative residual that more steps have to come below to be advised."""
 
@@ -189,13 +192,16 @@ def amplified(tasks: int, total: int, prox: float, lr: float | None = None) -> s
     )
 
 
-def rough(tasks: int, total: int, estimator: str) -> str:
+def rough(gain: float, estimator: Any, prox: float) -> str:
     """The alarm where the solver's way is walked back by differences of gradients."""
+    name, displacement = type(estimator).__name__, getattr(estimator, "displacement", None)
+    others = [f"{name}(displacement=0.1)"] if displacement is None or displacement < 0.1 else []
+    others += ["FOBMAML"] if prox > 0 else ["FOMAML"]
     return (
-        f"in {tasks} of {total} tasks the meta-gradient of {estimator} is longer than the query gradient. With kinks "
-        "on the way (ReLU, max pooling) that is chance: two gradients so near differ by the kinks between them, and "
-        f"{estimator}(displacement=0.1), or FOBMAML, looks across more of them (docs/gotchas.md). On a smooth model "
-        "the support loss curves downwards along the way, which a larger prox outweighs"
+        f"the meta-gradients of {name} are {gain:.2g} times as long as the query gradients. With kinks on the way "
+        "(ReLU, max pooling) that is chance, as two gradients near each other differ by the kinks between them: take "
+        f"{', or '.join(others)} (docs/gotchas.md). On a smooth model the support loss curves downwards along the way, "
+        "and a larger prox outweighs that"
     )
 
 

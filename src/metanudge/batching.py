@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -154,31 +154,38 @@ def singles(tasks: Tasks) -> list[Tasks]:
     return stack.unstack()
 
 
-def pieces(batch: Batch, size: int | None, *, by_what_counts: bool = True) -> list[tuple[Batch, float]]:
-    """Cut a task's batch into batches of at most ``size`` examples, each with its share in a mean over the whole.
+class Piece(NamedTuple):
+    """Consecutive examples of a set, and their share in a mean over the whole."""
 
-    Args:
-        batch: Of one task.
-        size: Most examples of a piece; None for all.
-        by_what_counts: Whether shares are those of the targets that count, a tensor's other than -100 and NaN, and
-            pieces without any are left out; otherwise they are shares of the examples, as where all count, or none.
+    rows: slice
+    share: float
+
+    def of(self, batch: Batch) -> Batch:
+        """These examples; tensors without an axis are whole."""
+        found: Batch = tree_map(lambda leaf: leaf[self.rows] if leaf.ndim else leaf, batch)
+        return found
+
+
+def pieces(weights: Sequence[int], size: int) -> list[Piece]:
+    """Cut a set into pieces of at most ``size`` examples, but for those without weight."""
+    total, cuts = sum(weights), [slice(first, first + size) for first in range(0, len(weights), size)]
+    return [Piece(cut, share) for cut in cuts if (share := sum(weights[cut]) / total)]
+
+
+def counts_of(batch: Batch) -> list[int]:
+    """How many targets of every example count: of a tensor those other than -100 and NaN.
+
+    1 of each where all count, or none, or the targets are no single tensor.
 
     Raises:
         TasksError: Its tensors do not agree on the number of examples, their leading axis.
     """
-    if size is None:
-        return [(batch, 1.0)]
-    number = examples(batch)
-    weights = [1] * number
-    if by_what_counts and isinstance(batch.targets, Tensor) and batch.targets.ndim:
-        counts: list[int] = counted(batch.targets).reshape(number, -1).sum(1).tolist()
-        weights = counts if any(counts) else weights
-    total, cuts = sum(weights), [slice(first, first + size) for first in range(0, number, size)]
-    return [
-        (tree_map(lambda leaf, cut=cut: leaf[cut] if leaf.ndim else leaf, batch), share)
-        for cut in cuts
-        if (share := sum(weights[cut]) / total)
-    ]
+    number, targets = examples(batch), batch.targets
+    if not isinstance(targets, Tensor) or targets.ndim == 0:
+        return [1] * number
+    there = ~targets.isnan() if targets.is_floating_point() or targets.is_complex() else counted(targets)
+    counts: list[int] = there.reshape(number, -1).sum(1).tolist()
+    return counts if len(set(counts)) > 1 else [1] * number
 
 
 def examples(batch: Batch) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -60,12 +60,12 @@ class Told:
                 UserWarning,
             )
 
-    def take(self, numbers: Numbers) -> None:
-        """Take another step into account."""
-        self.first = numbers.residual if math.isnan(self.first) else self.first
-        self.residual = _late(self.residual, numbers.residual)
+    def after(self, numbers: Numbers) -> Told:
+        """The same with another step in the means."""
+        first = numbers.residual if math.isnan(self.first) else self.first
         bound = min(max(numbers.error_bound, 1e-6), 1e6) if numbers.error_bound == numbers.error_bound else math.nan
-        self.bound = math.exp(_late(math.log(self.bound), math.log(bound)))
+        bound = math.exp(_late(math.log(self.bound), math.log(bound)))
+        return replace(self, first=first, residual=_late(self.residual, numbers.residual), bound=bound)
 
 
 def _late(before: float, now: float) -> float:
@@ -103,7 +103,7 @@ def verdict(
             f"so nothing was changed: {_lost(probes, given, solver, prox)}"
         )
     numbers = mean.numbers()
-    told.take(numbers)
+    late = told.after(numbers)
     if lost and NonFiniteWarning not in told.kinds:
         _tell(
             told,
@@ -112,24 +112,25 @@ def verdict(
             "(MetaStep.dropped_tasks counts them from now on)",
         )
     unheard = UnsolvedWarning not in told.kinds and parts.ranks.first
-    amplified = 2 * numbers.amplified_tasks > mean.kept
     walks_back = Need.DIFFERENTIABLE_SOLVER in estimator.needs and Need.DOUBLE_BACKWARD not in estimator.needs
     if unheard and Need.PROXIMAL_TERM in estimator.needs:
-        residual, bound = told.residual, told.bound
+        residual, bound = late.residual, late.bound
         if residual > advice.ROUGH or bound > advice.LOOSE:
             noise = advice.noise(parts.model, any(probe.sampled for probe in probes))
             tried = None if noise else needed(probes, solver, *advice.aims(residual, bound))  # noise no steps mend
             said = advice.unsolved(residual, bound, solver, prox, tried, noise)
             sharpens = parts.sharpness_radius == 0 and Need.QUERY_LOSS_AS_IT_IS not in estimator.needs
-            if sharpens and not noise and residual > advice.ROUGH > 2 * told.first:
-                said += advice.sharpened(told.first)
+            if sharpens and not noise and residual > advice.ROUGH > 2 * late.first:
+                said += advice.sharpened(late.first)
             said += advice.scale(largest(given.stacks))
             _tell(told, UnsolvedWarning, said)
-        elif amplified:
+        elif 2 * numbers.amplified_tasks > mean.kept:
             lr = advice.fixed_lr(solver)
             _tell(told, UnsolvedWarning, advice.amplified(numbers.amplified_tasks, mean.kept, prox, lr))
-    elif unheard and amplified and walks_back:
-        _tell(told, UnsolvedWarning, advice.rough(numbers.amplified_tasks, mean.kept, type(estimator).__name__))
+    elif unheard and walks_back and mean.gain > advice.GROSS:
+        _tell(told, UnsolvedWarning, advice.rough(mean.gain, estimator, prox))
+    # not where a warning is an error, which ends a step that was not taken
+    told.first, told.residual, told.bound = late.first, late.residual, late.bound
     return numbers
 
 
@@ -171,7 +172,7 @@ def _lost(probes: list[Probe], given: Given, solver: Solver, prox: float) -> str
 
 def _tell(told: Told, kind: type[Warning], text: str) -> None:
     warn(text, kind)
-    told.kinds.add(kind)  # not where warnings are errors: the step was not taken
+    told.kinds.add(kind)
 
 
 def add_to_grad(model: nn.Module, mean: FiniteMean, named: Named) -> float:

@@ -71,8 +71,8 @@ class MetaLearner:
             shared by all tasks and get their own meta-gradient (from FOMAML only ∂f/∂w); frozen ones cost nothing.
         chunk_size: Tasks at once, to save memory; None for all. (In place it is one at a time.)
         microbatch: Examples of a task in one forward pass of the in-place execution; gradients are added up over the
-            pieces, so losses have to be means over the examples, or over the targets that count: where some are -100 or
-            NaN, a piece weighs as much as it has others. (With FSDP2 by its examples.) None for all at once.
+            pieces, so losses have to be means over the examples, or over those targets that are not -100 or NaN; which
+            of the two, a look at a few examples tells. (With FSDP2 over the examples.) None for all at once.
             (``evaluate`` scores a query set whole, without a backward pass.)
         query_loss: The loss that judges adapted models, in the form of ``loss``; None for ``loss`` itself.
         sharpness_radius: How far uphill of an adapted model the query gradient is taken, relative to the distance

@@ -23,9 +23,7 @@ IGNORED = -100
 
 
 def counted(targets: Tensor) -> Tensor:
-    """Which targets count: of numbers those that are no NaN, of class indices those other than -100."""
-    if targets.is_floating_point() or targets.is_complex():
-        return ~targets.isnan()
+    """Which class indices count; where there are no negative ones (uint8), all."""
     return targets != IGNORED if targets.dtype.is_signed else torch.ones_like(targets, dtype=torch.bool)
 
 
@@ -124,7 +122,9 @@ def squared_error(model: nn.Module, batch: Batch) -> Tensor:
     _same_shape("predictions", predictions, "targets", batch.targets)
     if not batch.targets.is_floating_point():
         cure = (
-            "take torch.view_as_real of both in a loss of your own" if batch.targets.is_complex() else "give .float()"
+            "take torch.view_as_real of both in a loss of your own"
+            if batch.targets.is_complex()
+            else "give targets.float()"
         )
         raise LossError(f"squared_error takes targets that are floats, got {batch.targets.dtype}; {cure}")
     missing = batch.targets.isnan()

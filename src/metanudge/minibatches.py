@@ -14,8 +14,8 @@ class Minibatches:
     """The support set of one task as minibatches: step k of every solve sees minibatch k.
 
     Free and nudged solves of a task then differ in the nudge alone, as they must (docs/theory.md, matched solves).
-    What is reported of the support loss (``MetaStep.support_loss``, ``residual``), and taken of it for parameters that
-    are shared, is of minibatch 0, and ``error_bound`` is NaN: a bound would not know how far one minibatch is from
+    What is reported of the support loss (``MetaStep.support_loss``, ``residual``), and what FOBMAML takes of it for
+    parameters that are shared, is of minibatch 0, and ``error_bound`` is NaN: a bound would not know how far one minibatch is from
     another. In-place execution only, and not for ``IMAML`` and ``Tangent``. The task goes in a list, as all single
     tasks do.
 

@@ -96,10 +96,13 @@ def save_pretrained(learner: MetaLearner, folder: str | Path, protocol: Mapping[
 
 
 def check_can_be_saved(model: nn.Module) -> None:
-    """Raise a SettingsError for numbers that safetensors knows nothing of, such as complex128."""
+    """Raise a SettingsError for what safetensors knows nothing of: other numbers, such as complex128, or no tensors."""
     from safetensors.torch import save
 
-    first = {value.dtype: name for name, value in reversed(model.state_dict().items())}
+    held = model.state_dict()
+    if odd := [name for name, value in held.items() if not isinstance(value, Tensor)]:
+        raise SettingsError(f"{odd[0]} is no tensor, and safetensors holds nothing else; keep it in a buffer, or apart")
+    first = {value.dtype: name for name, value in reversed(held.items())}
     for kind, name in first.items():
         try:
             save({name: torch.empty(0, dtype=kind, device="cpu")})

@@ -230,7 +230,7 @@ class MetaStep(NamedTuple):
         residual: Mean relative inner residual in [0, 1]: 0 solved, 1 not begun; NaN where prox is 0.
         error_bound: A task's error ||g - ∇F|| relative to ||g||, means over tasks of both, in the adapted parameters:
             0.1 is 10 %. A bound where the support loss is convex (tested on random problems, steep ones included,
-            not proved: results/solves, *certificate*); elsewhere, as on networks, an estimate, seen up to a factor 1.6
+            not proved: results/solves, *certificate*); elsewhere, as on networks, an estimate, seen up to a factor 2
             too small. Wide where the solves are not done (docs/theory.md). From 1 on the error may be any multiple of
             ∇F (18 was seen at 3.5, shared parameters included, with curvature -.49 near ``prox`` .5, and no alarm):
             ``mn.check`` finds that. With a ``sharpness_radius``, of the query gradients where they were taken. NaN for

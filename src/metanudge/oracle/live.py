@@ -15,7 +15,7 @@ from metanudge.batching import examples
 from metanudge.bundles import Bundles
 from metanudge.losses import HessianProduct, InnerGradients
 from metanudge.minibatches import as_minibatches
-from metanudge.oracle.averages import Look, ends, settled
+from metanudge.oracle.averages import Look, Seen, settled, together
 from metanudge.oracle.common import Tally, require_gradient, round_off, times
 from metanudge.oracle.known import gradients_aside
 from metanudge.oracle.live_forward import Draw, LiveForward
@@ -168,7 +168,7 @@ class LiveLosses(InnerGradients):
         for draw in weights:
             self._check_mean(draw, wanted)
         for draw, weight in weights.items():
-            for batch, share in self.forward.pieces(draw, self.microbatch):
+            for batch, share in self.forward.in_pieces(draw, self.microbatch):
                 recording = self.forward.recorded(draw, batch, parameters)
                 if recording is not None:
                     value = share * recording.repeat(batch, weight * share)
@@ -193,17 +193,28 @@ class LiveLosses(InnerGradients):
         return share * loss.detach()  # a copy: the next evaluation may use the loss's memory again
 
     def _check_mean(self, draw: Draw, wanted: tuple[str, ...]) -> None:
-        """Refuse a loss that adds its examples up where pieces are averaged, and warn of one that is no mean.
+        """See what a loss is a mean over, where it is taken in pieces: the examples, or those targets that count.
+
+        Refuse one that adds its examples up, and warn of one that is no mean. A piece of one example tells nothing of
+        that: there it is looked at, at two examples at once, where targets that do not count have to be weighed.
 
         Raises:
             LossError: It is a sum.
         """
-        role, random = draw.role, self.forward.random
-        left = self.forward.known.looks[role]
-        if self.microbatch is None or self.microbatch < 2 or not left:
+        role, random, known = draw.role, self.forward.random, self.forward.known
+        left = known.looks[role]
+        if self.microbatch is None or (not left and role in known.over_counts):
             return
         batch = self.forward.batch(draw)
         if examples(batch) <= self.microbatch:
+            return
+        counts = self.forward.counts(draw, batch)
+        decides = role not in known.over_counts and len(set(counts)) > 1
+        if not decides and (self.microbatch < 2 or not left):
+            return
+        pairs = together(counts, self.microbatch)
+        tells = all(pairs[0].counts)  # not where there is one example alone of which anything counts
+        if not (decides or tells):
             return
 
         few = sorted(wanted, key=lambda key: sum(leaf.numel() for leaf in self.live.held(key)))[:FEW]
@@ -220,14 +231,15 @@ class LiveLosses(InnerGradients):
                 parameter.grad = None
             return Look(float(loss.detach()), gradient)
 
-        before, done = random.state(), False
-        piece = ends(batch, self.microbatch)
-        halves = self.forward.cut(piece, self.microbatch // 2)
-        if len(halves) == 2:  # else one is all padding
-            whole, parts = look(piece), [(look(half), share) for half, share in halves]
+        before = random.state()
+        seen = [Seen(one, *map(look, one.batches(batch))) for one in pairs]
+        is_random = random.state() != before
+        if decides:
+            known.over_counts[role] = all(one.over_counts(is_random) for one in seen)
+        if left and tells:
             unit = round_off([self.live.held(key)[0] for key in few])
-            done = settled(role, whole, parts, random.state() != before, unit)
-        self.forward.known.looks[role] = 0 if done else left - 1
+            done = settled(role, seen[0], known.over_counts.get(role, False), is_random, unit)
+            known.looks[role] = 0 if done else left - 1
         self.live.renew()  # what a forward pass without a backward pass leaves
 
     def _is_theta(self, phi: Mapping[str, Tensor]) -> bool:

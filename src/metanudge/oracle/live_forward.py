@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metanudge.batching import ordinary, pieces
+from metanudge.batching import counts_of, examples, ordinary, pieces
 from metanudge.checks import check_device, leaves
 from metanudge.minibatches import as_minibatches
 from metanudge.oracle.batch_norm import BatchNorm
@@ -50,7 +50,7 @@ class LiveForward:
         norm: What BatchNorm layers normalise by.
         known: What was seen of the losses before.
         recordings: Of passes, where they are recorded.
-        kept: The sets in pieces, as far as they were needed.
+        counted: How many targets of every example count, as far as it was needed.
     """
 
     live: LiveModule
@@ -61,7 +61,7 @@ class LiveForward:
     norm: BatchNorm
     known: Known
     recordings: Recordings | None = None
-    kept: dict[tuple[Role, int | None], list[tuple[Batch, float]]] = field(default_factory=dict)
+    counted: dict[Role, list[int]] = field(default_factory=dict)
 
     def batch(self, draw: Draw) -> Batch:
         """The examples of an evaluation, and its random state."""
@@ -72,21 +72,28 @@ class LiveForward:
             batch = ordinary(source[draw.minibatch])  # whatever it draws, it draws for every solve
             check_device(leaves(batch), self.random.device)
             self.random.enter(self.index, draw.role, draw.step)
+        if any(leaf.requires_grad for leaf in leaves(batch)):  # by a loss that derives by its inputs
+            batch = ordinary(batch)  # in which nothing of an evaluation before is added to
         return batch
 
-    def pieces(self, draw: Draw, microbatch: int | None) -> list[tuple[Batch, float]]:
+    def in_pieces(self, draw: Draw, microbatch: int | None) -> Iterator[tuple[Batch, float]]:
         """The examples of an evaluation in batches of at most ``microbatch``, each with its share in their mean."""
         batch = self.batch(draw)
-        if as_minibatches(self.task[draw.role.value]) is not None:
-            return self.cut(batch, microbatch)
-        key = draw.role, microbatch
-        if key not in self.kept:  # what counts is read once, as a GPU has to be waited for
-            self.kept[key] = self.cut(batch, microbatch)
-        return self.kept[key]
+        if microbatch is None:
+            return iter([(batch, 1.0)])
+        weighs = self.known.over_counts.get(draw.role, True)
+        weights = self.counts(draw, batch) if weighs else [1] * examples(batch)
+        return ((piece.of(batch), piece.share) for piece in pieces(weights, microbatch))
 
-    def cut(self, batch: Batch, size: int | None) -> list[tuple[Batch, float]]:
-        """A batch in pieces; of FSDP2's ranks, which may have other examples each, all have to take as many."""
-        return pieces(batch, size, by_what_counts=not self.live.sharded)
+    def counts(self, draw: Draw, batch: Batch) -> list[int]:
+        """How many targets of every example count; of FSDP2's ranks, which all take as many pieces, one of each."""
+        if self.live.sharded:
+            return [1] * examples(batch)
+        if as_minibatches(self.task[draw.role.value]) is not None:
+            return counts_of(batch)
+        if draw.role not in self.counted:  # once, as a GPU has to be waited for
+            self.counted[draw.role] = counts_of(batch)
+        return self.counted[draw.role]
 
     def value(self, function: LossFunction, role: Role, microbatch: int | None) -> Tensor:
         """A loss or metric, without its graph; over all ranks."""
@@ -139,7 +146,8 @@ class LiveForward:
         draw = Draw(role)
         with torch.set_grad_enabled(graph):
             return [
-                share * self._evaluate(function, draw, batch).detach() for batch, share in self.pieces(draw, microbatch)
+                share * self._evaluate(function, draw, batch).detach()
+                for batch, share in self.in_pieces(draw, microbatch)
             ]
 
     def _graph(self, draw: Draw, batch: Batch) -> Tensor:
