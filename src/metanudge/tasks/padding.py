@@ -23,8 +23,9 @@ def pad(tasks: Sequence[Tasks]) -> Tasks:
     A set that is shorter than the longest gets examples of its own once more, which no model can stumble over, with
     targets that say that they do not count: -100 for class indices, as everywhere in torch, and NaN for floats. The
     functions of ``mn.metrics`` leave both out, and so must a loss of your own; then the stack gives what the list does,
-    unless examples see each other, as by BatchNorm. (With ``microbatch`` that takes targets of one tensor, and no FSDP2:
-    pieces weigh by their examples otherwise.) ``mn.fit`` takes the stack; for a loader this is a ``collate_fn``.
+    unless examples see each other, as by BatchNorm. (With ``microbatch`` targets have to be one tensor for that, and no
+    FSDP2 be there: else pieces weigh by their examples.) ``mn.fit`` takes the stack; for a loader this is a
+    ``collate_fn``.
 
     Args:
         tasks: Single tasks, without a task axis, whose tensors differ in their leading axis alone.
