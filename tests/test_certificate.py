@@ -353,10 +353,10 @@ def test_a_single_step_that_stands_out_is_not_told() -> None:
         assert told.residual < advice.ROUGH
         assert told.bound < advice.LOOSE
     for _ in range(30):
-        told.take(quiet._replace(residual=0.4, error_bound=math.inf))
+        told = told.after(quiet._replace(residual=0.4, error_bound=math.inf))
     assert told.residual > advice.ROUGH
     assert told.bound > advice.LOOSE
-    told.take(quiet._replace(error_bound=math.nan))
+    told = told.after(quiet._replace(error_bound=math.nan))
     assert not told.bound > advice.LOOSE
 
 

@@ -15,9 +15,9 @@ class Minibatches:
 
     Free and nudged solves of a task then differ in the nudge alone, as they must (docs/theory.md, matched solves).
     What is reported of the support loss (``MetaStep.support_loss``, ``residual``), and what FOBMAML takes of it for
-    parameters that are shared, is of minibatch 0, and ``error_bound`` is NaN: a bound would not know how far one minibatch is from
-    another. In-place execution only, and not for ``IMAML`` and ``Tangent``. The task goes in a list, as all single
-    tasks do.
+    parameters that are shared, is of minibatch 0, and ``error_bound`` is NaN: a bound would not know how far one
+    minibatch is from another. In-place execution only, and not for ``IMAML`` and ``Tangent``. The task goes in a list,
+    as all single tasks do.
 
     Args:
         source: A function of the step, ``k -> mn.Batch``, called again for every solve: it has to return the same batch
