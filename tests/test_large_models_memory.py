@@ -340,6 +340,89 @@ def test_pieces_weigh_by_their_examples_where_the_loss_is_a_mean_over_those(size
     assert distance(*both_ways(of_examples, sequences(counts, "classes"), size)) < 1e-10
 
 
+def of_sequences(model: nn.Module, batch: mn.Batch) -> Tensor:
+    """The mean over sequences of their means over what counts; those of which nothing does are left out."""
+    losses = nn.functional.cross_entropy(model(batch.inputs).mT, batch.targets, reduction="none")
+    lengths = (batch.targets != -100).sum(1)
+    return (losses.sum(1) / lengths.clamp_min(1)).sum() / (lengths > 0).sum()
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@SIZES
+def test_pieces_weigh_by_their_sequences_where_the_loss_is_a_mean_over_those(size: int, counts: list[int]) -> None:
+    assert distance(*both_ways(of_sequences, sequences(counts, "classes"), size)) < 1e-10
+
+
+@pytest.mark.parametrize("loss", [mn.metrics.cross_entropy, of_examples, of_sequences])
+@SIZES
+def test_every_task_of_a_list_is_weighed_as_what_it_is(size: int, loss: object) -> None:
+    """Even sets first, of which nothing can be told; then one in which two weighings are one."""
+    tasks = [sequences(counts, "classes") for counts in ([8] * 6, [8, 8, 7, 8, 8, 7], *COUNTS.values(), [5] * 6)]
+    found = []
+    for microbatch in (size, None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+        mn.MetaLearner(model, loss, execution="in_place", microbatch=microbatch).backward(tasks)
+        found.append(flat_gradient(model))
+    assert distance(*found) < 1e-10
+
+
+@pytest.mark.parametrize("loss", [mn.metrics.cross_entropy, of_sequences])
+def test_a_broken_task_is_no_lesson(loss: object) -> None:
+    """NaN in the first task, of which nothing can be learned of the loss: the others are weighed as they are."""
+    tasks = [sequences(counts, "classes") for counts in (COUNTS["uneven"], COUNTS["padded"], COUNTS["uneven"])]
+    broken = tasks[0].support.inputs.clone()
+    broken[1] = float("nan")
+    tasks[0] = tasks[0]._replace(support=mn.Batch(broken, tasks[0].support.targets))
+    found = []
+    for microbatch in (2, None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+        learner = mn.MetaLearner(model, loss, execution="in_place", microbatch=microbatch)
+        with pytest.warns(mn.NonFiniteWarning, match="task 0: support inputs"):
+            assert learner.backward(tasks).dropped_tasks == 1
+        learner.backward(tasks[1:])
+        found.append(flat_gradient(model))
+    assert distance(*found) < 1e-10
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_another_mean_is_warned_of_also_where_even_sets_came_before(even: bool) -> None:
+    def by_roots(model: nn.Module, batch: mn.Batch) -> Tensor:
+        losses = nn.functional.cross_entropy(model(batch.inputs).mT, batch.targets, reduction="none")
+        lengths = (batch.targets != -100).sum(1).double()
+        return (losses.sum(1) / lengths.sqrt()).sum() / lengths.sqrt().sum()
+
+    model = nn.Linear(3, 4).double()
+    learner = mn.MetaLearner(model, by_roots, execution="in_place", microbatch=2)
+    if even:
+        learner.backward([sequences([8] * 6, "classes")])
+    task = sequences(COUNTS["uneven"], "classes")
+    with pytest.warns(UserWarning, match="is no mean over the examples") as told:
+        learner.backward([task])
+    assert [str(one.message).split()[1] for one in told] == ["support", "query"]
+    learner.backward([task])  # once is enough
+
+
+@pytest.mark.parametrize("counts", [[8] * 6, COUNTS["uneven"]], ids=str)
+def test_minibatches_are_read_once_an_evaluation(counts: list[int]) -> None:
+    read = []
+
+    def source(step: int) -> mn.Batch:
+        read.append(step)
+        return sequences(counts, "classes").support
+
+    task = mn.Tasks(mn.Minibatches(source), sequences(counts, "classes").query)
+    settings = {"solver": mn.GradientDescent(3, lr=0.1), "estimator": mn.FOMAML(), "execution": "in_place"}
+    calls = []
+    for microbatch in (None, 2, 6):
+        model = nn.Linear(3, 4).double()
+        read.clear()
+        mn.MetaLearner(model, mn.metrics.cross_entropy, microbatch=microbatch, **settings).backward([task])
+        calls.append(list(read))
+    assert calls[1] == calls[2] == calls[0]
+
+
 @SIZES
 def test_numbers_that_are_missing_and_not_left_out_are_not_left_out_in_pieces(size: int) -> None:
     model, task = nn.Linear(3, 4).double(), sequences([8, 8, 8, 7, 8, 8], "numbers")

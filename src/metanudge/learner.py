@@ -72,8 +72,8 @@ class MetaLearner:
         chunk_size: Tasks at once, to save memory; None for all. (In place it is one at a time.)
         microbatch: Examples of a task in one forward pass of the in-place execution; gradients are added up over the
             pieces, so losses have to be means over the examples, or over those targets that are not -100 or NaN; which
-            of the two, a look at a few examples tells. (With FSDP2 over the examples.) None for all at once.
-            (``evaluate`` scores a query set whole, without a backward pass.)
+            of the two, a look at a few examples tells (under dropout the latter is taken for granted, with FSDP2 the
+            former). None for all at once. (``evaluate`` scores a query set whole, without a backward pass.)
         query_loss: The loss that judges adapted models, in the form of ``loss``; None for ``loss`` itself.
         sharpness_radius: How far uphill of an adapted model the query gradient is taken, relative to the distance
             ||φ - θ|| of the adaptation. Above 0, say .1 to .3, meta-steps descend f(φ + ξ), ξ being the worst step of
@@ -270,8 +270,8 @@ class MetaLearner:
             NonFiniteWarning: Tasks were left out; once.
             UnsolvedWarning: The residual is above 0.3 or the error bound above 300, in a running mean over about ten
                 steps (the first step can warn by itself), or most meta-gradients are longer than their query gradients;
-                once, for estimators that rest on the solution (of HFMAML the last alone); vectorised, with steps that
-                were tried.
+                once, for estimators that rest on the solution; vectorised, with steps that were tried. Of HFMAML where
+                they are, in the mean, twice as long.
 
         Cost: that of the estimator, times the number of tasks. Vectorised, before UnsolvedWarning, unless it is
             ignored, up to 20 solves, once.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ NEAR = 1e-3
 FAR = 2e-2
 """And from which on they differ, in bfloat16 too; gradients as well, in float32."""
 
+CLEAR = 4.0
+"""How many times as far off other means have to be than the one that a loss is taken to be, to be sure of it."""
+
 LEAST = 1e-5
 """Length of a gradient, times the loss, below which it may be round-off alone, as that of a bias that has no effect."""
 
@@ -30,16 +34,35 @@ class Look(NamedTuple):
     gradient: Tensor
 
 
+class Weighing(Enum):
+    """What a mean loss is over: of how many of its targets count, what an example weighs. The likelier come first."""
+
+    COUNTS = "targets that count"
+    ANY = "examples of which any target counts"
+    EXAMPLES = "examples"
+
+    def weights(self, counts: Sequence[int]) -> list[int]:
+        """Of every example."""
+        if self is Weighing.COUNTS:
+            return list(counts)
+        return [int(self is Weighing.EXAMPLES or count > 0) for count in counts]
+
+
 class Together(NamedTuple):
     """Some examples of a set, in two parts.
 
     Attributes:
         rows: Of each part.
-        counts: How many targets count in each.
+        counts: How many targets of each of its examples count.
     """
 
     rows: tuple[list[int], list[int]]
-    counts: tuple[int, int]
+    counts: tuple[list[int], list[int]]
+
+    @property
+    def tells(self) -> bool:
+        """Whether something counts in both."""
+        return all(map(any, self.counts))
 
     def batches(self, batch: Batch) -> Iterator[Batch]:
         """Both parts at once, then each."""
@@ -52,17 +75,19 @@ def together(counts: Sequence[int], size: int) -> list[Together]:
     """Which examples to look at a loss of, at once and apart, to see what it is a mean over.
 
     Half a piece of those of which least counts, and of those of which most does: where all count alike, the first and
-    the last. And where nothing counts of an example, the latter and it.
+    the last. And the latter with as many of which nothing counts.
     """
     order = sorted((row for row, count in enumerate(counts) if count), key=counts.__getitem__)
-    half = min(max(size // 2, 1), len(order) // 2)
-    most, empty = order[-max(half, 1) :], [row for row, count in enumerate(counts) if not count][:1]
-    pairs = [(order[:half], most), (most, empty)]
-    return [Together(pair, (_sum(counts, pair[0]), _sum(counts, pair[1]))) for pair in pairs if all(pair)]
-
-
-def _sum(counts: Sequence[int], rows: list[int]) -> int:
-    return sum(counts[row] for row in rows)
+    most = max(size // 2, 1)
+    half = min(most, len(order) // 2)
+    empty = [row for row, count in enumerate(counts) if not count][:most]
+    last = order[-max(half, 1) :]
+    pairs = [(order[:half], last), (last, empty)]
+    return [
+        Together((one, two), ([counts[row] for row in one], [counts[row] for row in two]))
+        for one, two in pairs
+        if one and two
+    ]
 
 
 class Seen(NamedTuple):
@@ -73,32 +98,46 @@ class Seen(NamedTuple):
     first: Look
     second: Look
 
-    def mean(self, over_counts: bool) -> Look:
-        """Of the parts, weighed by what counts or by their examples; one without weight, maybe NaN, is left out."""
-        weights = self.examples.counts if over_counts else tuple(map(len, self.examples.rows))
-        shares = [weight / sum(weights) for weight in weights]
+    @property
+    def finite(self) -> bool:
+        """Whether the loss is, but of examples of which nothing counts."""
+        parts = zip(self.examples.counts, (self.first, self.second), strict=True)
+        return all(math.isfinite(look.loss) for look in (self.whole, *(look for counts, look in parts if any(counts))))
+
+    def shares(self, weighing: Weighing) -> list[float]:
+        """Of the parts, in a mean of both."""
+        weights = [sum(weighing.weights(counts)) for counts in self.examples.counts]
+        return [weight / sum(weights) for weight in weights]
+
+    def mean(self, weighing: Weighing) -> Look:
+        """Of the parts; one without weight, which may be NaN, is left out."""
+        shares = self.shares(weighing)
         kept = [(share, look) for share, look in zip(shares, (self.first, self.second), strict=True) if share]
         slopes = torch.stack([share * look.gradient for share, look in kept])
         return Look(sum(share * look.loss for share, look in kept), slopes.sum(0))
 
-    def over_counts(self, is_random: bool) -> bool:
-        """Whether it is a mean over what counts, as those of torch are, rather than over the examples; not if NaN.
-
-        Where the loss is random it is taken to be, and where round-off leaves both as likely.
-        """
-        if is_random or not math.isfinite(self.whole.loss):
-            return math.isfinite(self.whole.loss)
-        return self._off(over_counts=True) <= 2 * self._off(over_counts=False)
-
-    def _off(self, *, over_counts: bool) -> float:
+    def off(self, weighing: Weighing) -> float:
         """Relative difference from the mean; infinite where that is not finite."""
-        mean, (loss, slope) = self.mean(over_counts), self.whole
+        mean, (loss, slope) = self.mean(weighing), self.whole
         off = abs(loss - mean.loss) / max(abs(loss), 1e-300)
         turned = float((slope - mean.gradient).norm() / slope.norm().clamp_min(torch.finfo(slope.dtype).tiny))
         return max(off, turned) if math.isfinite(off + turned) else math.inf
 
 
-def settled(role: Role, seen: Seen, over_counts: bool, is_random: bool, round_off: float) -> bool:
+def weighing_of(seen: Sequence[Seen]) -> tuple[Weighing, bool]:
+    """What a loss is a mean over, and whether that is for good.
+
+    It is where the others are something else, and far off; and where none is near, of which ``settled`` tells.
+    """
+    off = {weighing: max(one.off(weighing) for one in seen) for weighing in Weighing}
+    best = min(Weighing, key=off.__getitem__)
+    others = [weighing for weighing in Weighing if any(one.shares(weighing) != one.shares(best) for one in seen)]
+    if any(off[other] <= CLEAR * off[best] for other in others):
+        return Weighing.COUNTS, off[best] > FAR
+    return best, len(others) == len(Weighing) - 1
+
+
+def settled(role: Role, seen: Seen, weighing: Weighing, is_random: bool, round_off: float) -> bool:
     """Compare the loss of some examples with the mean of those of both parts; False where it is too random to tell.
 
     And its gradient: where all examples have one loss, as in a model that has learnt nothing yet, any weights make the
@@ -107,7 +146,7 @@ def settled(role: Role, seen: Seen, over_counts: bool, is_random: bool, round_of
     Args:
         role: Of the loss.
         seen: The losses.
-        over_counts: What the mean is over: what counts, or the examples.
+        weighing: What the mean is taken to be over.
         is_random: Whether the loss has drawn random numbers, as with dropout.
         round_off: Relative, of gradients.
 
@@ -118,7 +157,7 @@ def settled(role: Role, seen: Seen, over_counts: bool, is_random: bool, round_of
         UserWarning: It is neither: what is added up over pieces is another loss then.
     """
     (whole, slope), (first, left), (second, right) = seen.whole, seen.first, seen.second
-    mean, mean_slope = seen.mean(over_counts)
+    mean, mean_slope = seen.mean(weighing)
     size = abs(whole)
     longest = float(torch.stack([one.norm() for one in (slope, left, right)]).max())
     off = float((slope - mean_slope).norm()) / longest if longest > LEAST * abs(whole) else 0.0

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from metanudge.errors import LossError
+from metanudge.oracle.averages import Weighing
 from metanudge.oracle.common import leaves_of
 from metanudge.types import LossFunction, Role
 from metanudge.warned import warn
@@ -25,8 +26,8 @@ class Known:
 
     Attributes:
         looks: How many more looks at a loss to take, to see whether it is a mean over the examples.
-        over_counts: Whether a loss is a mean over the targets that count, rather than over the examples; of those that
-            were given sets of which more counts of some examples than of others, in pieces.
+        weighing: What a loss is a mean over; of those that were given, in pieces, sets of which more targets count in
+            some examples than in others.
         strangers: By loss that was looked at, tensors outside the model that ask for a gradient and that it depends on.
         backward: Losses that call ``.backward()`` themselves.
         writes: Whether forward passes write into buffers what differs between the tasks of a stack.
@@ -34,7 +35,7 @@ class Known:
     """
 
     looks: dict[Role, int] = field(default_factory=lambda: dict.fromkeys(Role, LOOKS))
-    over_counts: dict[Role, bool] = field(default_factory=dict)
+    weighing: dict[Role, Weighing] = field(default_factory=dict)
     strangers: dict[Role, list[Tensor]] = field(default_factory=dict)
     backward: set[Role] = field(default_factory=set)
     writes: bool = False

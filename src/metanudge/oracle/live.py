@@ -15,7 +15,7 @@ from metanudge.batching import examples
 from metanudge.bundles import Bundles
 from metanudge.losses import HessianProduct, InnerGradients
 from metanudge.minibatches import as_minibatches
-from metanudge.oracle.averages import Look, Seen, settled, together
+from metanudge.oracle.averages import Look, Seen, Weighing, settled, together, weighing_of
 from metanudge.oracle.common import Tally, require_gradient, round_off, times
 from metanudge.oracle.known import gradients_aside
 from metanudge.oracle.live_forward import Draw, LiveForward
@@ -165,10 +165,13 @@ class LiveLosses(InnerGradients):
         self.live.watch(parameters)
         losses: dict[Draw, Tensor] = {}
         sums: Params = {}
-        for draw in weights:
-            self._check_mean(draw, wanted)
+        batches: dict[Draw, Batch] = {}
+        if self.microbatch is not None:
+            batches = {draw: self.forward.batch(draw) for draw in weights}
+            for draw, batch in batches.items():
+                self._look(draw, batch, wanted, self.microbatch)
         for draw, weight in weights.items():
-            for batch, share in self.forward.in_pieces(draw, self.microbatch):
+            for batch, share in self.forward.in_pieces(draw, self.microbatch, batches.get(draw)):
                 recording = self.forward.recorded(draw, batch, parameters)
                 if recording is not None:
                     value = share * recording.repeat(batch, weight * share)
@@ -192,8 +195,8 @@ class LiveLosses(InnerGradients):
                 times(weight, times(share, loss)).backward()  # type: ignore[no-untyped-call]
         return share * loss.detach()  # a copy: the next evaluation may use the loss's memory again
 
-    def _check_mean(self, draw: Draw, wanted: tuple[str, ...]) -> None:
-        """See what a loss is a mean over, where it is taken in pieces: the examples, or those targets that count.
+    def _look(self, draw: Draw, batch: Batch, wanted: tuple[str, ...], microbatch: int) -> None:
+        """See what a loss is a mean over that is taken in pieces: the examples, or those targets that count.
 
         Refuse one that adds its examples up, and warn of one that is no mean. A piece of one example tells nothing of
         that: there it is looked at, at two examples at once, where targets that do not count have to be weighed.
@@ -202,19 +205,15 @@ class LiveLosses(InnerGradients):
             LossError: It is a sum.
         """
         role, random, known = draw.role, self.forward.random, self.forward.known
-        left = known.looks[role]
-        if self.microbatch is None or (not left and role in known.over_counts):
+        if examples(batch) <= microbatch:
             return
-        batch = self.forward.batch(draw)
-        if examples(batch) <= self.microbatch:
+        counts, left = self.forward.counts(draw, batch), known.looks[role]
+        uneven = len(set(counts)) > 1 and role not in self.forward.weighing
+        decides = uneven and role not in known.weighing
+        if not decides and (microbatch < 2 or not left):
             return
-        counts = self.forward.counts(draw, batch)
-        decides = role not in known.over_counts and len(set(counts)) > 1
-        if not decides and (self.microbatch < 2 or not left):
-            return
-        pairs = together(counts, self.microbatch)
-        tells = all(pairs[0].counts)  # not where there is one example alone of which anything counts
-        if not (decides or tells):
+        pairs = together(counts, microbatch)
+        if not decides and not pairs[0].tells:
             return
 
         few = sorted(wanted, key=lambda key: sum(leaf.numel() for leaf in self.live.held(key)))[:FEW]
@@ -231,15 +230,22 @@ class LiveLosses(InnerGradients):
                 parameter.grad = None
             return Look(float(loss.detach()), gradient)
 
+        self.forward.enter(draw)
         before = random.state()
         seen = [Seen(one, *map(look, one.batches(batch))) for one in pairs]
         is_random = random.state() != before
-        if decides:
-            known.over_counts[role] = all(one.over_counts(is_random) for one in seen)
-        if left and tells:
-            unit = round_off([self.live.held(key)[0] for key in few])
-            done = settled(role, seen[0], known.over_counts.get(role, False), is_random, unit)
-            known.looks[role] = 0 if done else left - 1
+        if decides and not all(one.finite for one in seen):
+            self.forward.weighing[role] = Weighing.EXAMPLES  # so that what is not finite is seen in what it gives
+        elif decides:
+            weighing, sure = (Weighing.COUNTS, False) if is_random else weighing_of(seen)
+            self.forward.weighing[role] = weighing
+            if sure:
+                known.weighing[role] = weighing
+        unit = round_off([self.live.held(key)[0] for key in few])
+        weighing = self.forward.weighing.get(role) or known.weighing.get(role, Weighing.COUNTS)
+        done = [settled(role, one, weighing, is_random, unit) for one in seen if one.examples.tells or decides]
+        if left and pairs[0].tells:
+            known.looks[role] = 0 if done[0] else left - 1
         self.live.renew()  # what a forward pass without a backward pass leaves
 
     def _is_theta(self, phi: Mapping[str, Tensor]) -> bool:

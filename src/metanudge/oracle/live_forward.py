@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metanudge.batching import counts_of, examples, ordinary, pieces
 from metanudge.checks import check_device, leaves
 from metanudge.minibatches import as_minibatches
+from metanudge.oracle.averages import Weighing
 from metanudge.oracle.batch_norm import BatchNorm
 from metanudge.oracle.common import require_graph, scalar_loss
 from metanudge.oracle.known import Known, added_to, gradients_aside, strangers
@@ -51,6 +52,7 @@ class LiveForward:
         known: What was seen of the losses before.
         recordings: Of passes, where they are recorded.
         counted: How many targets of every example count, as far as it was needed.
+        weighing: What the losses are means over, where it was looked at on this task.
     """
 
     live: LiveModule
@@ -62,27 +64,40 @@ class LiveForward:
     known: Known
     recordings: Recordings | None = None
     counted: dict[Role, list[int]] = field(default_factory=dict)
+    weighing: dict[Role, Weighing] = field(default_factory=dict)
+
+    def enter(self, draw: Draw) -> None:
+        """The random state of an evaluation."""
+        self.random.enter(self.index, draw.role, draw.step)
 
     def batch(self, draw: Draw) -> Batch:
         """The examples of an evaluation, and its random state."""
-        self.random.enter(self.index, draw.role, draw.step)
+        self.enter(draw)
         batch = self.task[draw.role.value]
         source = as_minibatches(batch)
         if source is not None:
             batch = ordinary(source[draw.minibatch])  # whatever it draws, it draws for every solve
             check_device(leaves(batch), self.random.device)
-            self.random.enter(self.index, draw.role, draw.step)
+            self.enter(draw)
         if any(leaf.requires_grad for leaf in leaves(batch)):  # by a loss that derives by its inputs
             batch = ordinary(batch)  # in which nothing of an evaluation before is added to
         return batch
 
-    def in_pieces(self, draw: Draw, microbatch: int | None) -> Iterator[tuple[Batch, float]]:
-        """The examples of an evaluation in batches of at most ``microbatch``, each with its share in their mean."""
-        batch = self.batch(draw)
+    def in_pieces(
+        self, draw: Draw, microbatch: int | None, batch: Batch | None = None
+    ) -> Iterator[tuple[Batch, float]]:
+        """The examples of an evaluation in batches of at most ``microbatch``, each with its share in their mean.
+
+        ``batch`` is those examples where they have been read already.
+        """
+        if batch is None:
+            batch = self.batch(draw)
+        else:
+            self.enter(draw)
         if microbatch is None:
             return iter([(batch, 1.0)])
-        weighs = self.known.over_counts.get(draw.role, True)
-        weights = self.counts(draw, batch) if weighs else [1] * examples(batch)
+        known = self.weighing.get(draw.role) or self.known.weighing.get(draw.role, Weighing.COUNTS)
+        weights = known.weights(self.counts(draw, batch))
         return ((piece.of(batch), piece.share) for piece in pieces(weights, microbatch))
 
     def counts(self, draw: Draw, batch: Batch) -> list[int]:
