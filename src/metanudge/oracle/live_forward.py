@@ -79,8 +79,8 @@ class LiveForward:
             batch = ordinary(source[draw.minibatch])  # whatever it draws, it draws for every solve
             check_device(leaves(batch), self.random.device)
             self.enter(draw)
-        if any(leaf.requires_grad for leaf in leaves(batch)):  # by a loss that derives by its inputs
-            batch = ordinary(batch)  # in which nothing of an evaluation before is added to
+        if self.known.backward:  # a loss of its own may write into the inputs' .grad, and is to find none there
+            batch = ordinary(batch)
         return batch
 
     def in_pieces(
