@@ -208,8 +208,7 @@ class LiveLosses(InnerGradients):
         if examples(batch) <= microbatch:
             return
         counts, left = self.forward.counts(draw, batch), known.looks[role]
-        uneven = len(set(counts)) > 1 and role not in self.forward.weighing
-        decides = uneven and role not in known.weighing
+        decides = len(set(counts)) > 1 and role not in self.forward.weighing and role not in known.weighing
         if not decides and (microbatch < 2 or not left):
             return
         pairs = together(counts, microbatch)
@@ -234,9 +233,11 @@ class LiveLosses(InnerGradients):
         before = random.state()
         seen = [Seen(one, *map(look, one.batches(batch))) for one in pairs]
         is_random = random.state() != before
+        self.live.renew()  # what a forward pass without a backward pass leaves
         if decides and not all(one.finite for one in seen):
             self.forward.weighing[role] = Weighing.EXAMPLES  # so that what is not finite is seen in what it gives
-        elif decides:
+            return
+        if decides:
             weighing, sure = (Weighing.COUNTS, False) if is_random else weighing_of(seen)
             self.forward.weighing[role] = weighing
             if sure:
@@ -246,7 +247,6 @@ class LiveLosses(InnerGradients):
         done = [settled(role, one, weighing, is_random, unit) for one in seen if one.examples.tells or decides]
         if left and pairs[0].tells:
             known.looks[role] = 0 if done[0] else left - 1
-        self.live.renew()  # what a forward pass without a backward pass leaves
 
     def _is_theta(self, phi: Mapping[str, Tensor]) -> bool:
         return phi is not self.live.bundles and all(phi[key] is leaf for key, leaf in self.live.values.items())
