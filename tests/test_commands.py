@@ -304,13 +304,18 @@ def test_seeds_of_other_numbers_of_steps_are_no_training(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", written(tmp_path), "--quiet", "--seeds", "0"]) == 0
+    before = Path("runs/small/config.toml").read_text()
     fewer = written(tmp_path, **{"steps = 12": "steps = 8"})
-    assert main(["train", fewer, "--quiet", "--seeds", "1"]) == 0
     capsys.readouterr()
-    assert main(["evaluate", "runs/small"]) == 2
+    for more in ([], ["--fresh"]):
+        assert main(["train", fewer, "--quiet", "--seeds", "1", *more]) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert "seed-0/last.pt is of a training that has done 12 steps, more than the 8 asked for" in told
+    assert Path("runs/small/config.toml").read_text() == before
+    assert main(["evaluate", fewer]) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert "seed 0 is at step 12, beyond the 8 of the settings" in told
-    assert main(["evaluate", "runs/small", "--partial"]) == 0
+    assert main(["evaluate", fewer, "--partial"]) == 0
 
 
 def test_fresh_removes_what_was_there_of_all_its_seeds(

@@ -218,8 +218,9 @@ def _check_same(config: Config, fresh: bool, others: tuple[int, ...]) -> None:
             f"{' '.join(map(str, every))}), or give another folder (--out)"
         )
     check_settings(config, path, cure)
-    for last in (config.out / f"seed-{seed}" / LAST for seed in config.whole.seeds):
-        if last.is_file() and not fresh:
+    for seed in (*others, *(() if fresh else config.whole.seeds)):  # in a folder all go equally far
+        last = config.out / f"seed-{seed}" / LAST
+        if last.is_file():
             check_done(last, how_far(last)[0], config.training.steps, "--fresh")
 
 
