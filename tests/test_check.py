@@ -80,7 +80,7 @@ def network(activation: torch.nn.Module) -> torch.nn.Module:
     )
 
 
-@pytest.mark.usefixtures("short_search")
+@pytest.mark.usefixtures("short_search", "yours_alone")
 @pytest.mark.parametrize(
     ("activation", "kinked"),
     [
@@ -100,6 +100,7 @@ def test_it_recognises_kinks_and_says_so(activation: torch.nn.Module, kinked: bo
     assert ("kinks" in found.verdict) == kinked
 
 
+@pytest.mark.usefixtures("yours_alone")
 def test_a_starved_setting_is_bad_and_the_advice_mends_it() -> None:
     learner, tasks = load_learner(f"{EXAMPLE}:starved")[:2]
     found = mn.check(learner, tasks, compare=["fomaml"], max_tasks=2, reference_steps=100)

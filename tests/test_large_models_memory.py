@@ -284,7 +284,8 @@ def test_microbatches_equal_the_whole_batch(size: int, estimator: object) -> Non
     assert distance(gradient(data, estimator=estimator, microbatch=size), whole) < 1e-12
 
 
-SIZES = pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+SIZES = pytest.mark.parametrize("size", [1, 2, 4])
+FEW = mn.Nesterov(6)
 COUNTS = {
     "sequences": [8, 1, 0, 5, 0, 8],
     "padded": [8, 8, 8, 0, 0, 0],
@@ -312,7 +313,7 @@ def both_ways(loss: object, task: mn.Tasks, size: int, **settings: object) -> tu
     found = []
     for microbatch in (size, None):
         model.zero_grad()
-        learner = mn.MetaLearner(model, loss, execution="in_place", microbatch=microbatch, **settings)
+        learner = mn.MetaLearner(model, loss, execution="in_place", microbatch=microbatch, **{"solver": FEW} | settings)
         step = learner.backward([task])
         found.append(torch.cat([torch.tensor([step.query_loss]).double(), flat_gradient(model)]))
     return found[0], found[1]
@@ -362,7 +363,7 @@ def test_every_task_of_a_list_is_weighed_as_what_it_is(size: int, loss: object) 
     for microbatch in (size, None):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4)).double()
-        mn.MetaLearner(model, loss, execution="in_place", microbatch=microbatch).backward(tasks)
+        mn.MetaLearner(model, loss, solver=FEW, execution="in_place", microbatch=microbatch).backward(tasks)
         found.append(flat_gradient(model))
     assert distance(*found) < 1e-10
 
@@ -378,7 +379,7 @@ def test_a_broken_task_is_no_lesson(loss: object) -> None:
     for microbatch in (2, None):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4)).double()
-        learner = mn.MetaLearner(model, loss, execution="in_place", microbatch=microbatch)
+        learner = mn.MetaLearner(model, loss, solver=FEW, execution="in_place", microbatch=microbatch)
         with pytest.warns(mn.NonFiniteWarning, match="task 0: support inputs"):
             assert learner.backward(tasks).dropped_tasks == 1
         learner.backward(tasks[1:])
