@@ -151,7 +151,7 @@ def meta_gradient(model: nn.Module, compile: bool) -> Tensor:
     def batch(seed: int) -> mn.Batch:
         return mn.Batch(normal(seed, T, N, C, 16).detach(), torch.arange(T * N).reshape(T, N) % 3)
 
-    solver, estimator = mn.GradientDescent(4, lr=0.1), mn.FOBMAML(nu=0.1, nudge="full", certify=False)  # two nodes a task
+    solver, estimator = mn.GradientDescent(4, lr=0.1), mn.FOBMAML(nu=0.1, nudge="full")  # two nodes a task
     loss = mn.metrics.cross_entropy
     learner = mn.MetaLearner(model, loss, prox=1.0, solver=solver, estimator=estimator, compile=compile)
     learner.backward(mn.Tasks(batch(4), batch(5)))
